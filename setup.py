@@ -1,0 +1,31 @@
+"""Package metadata. Installing needs neither a compiler nor a GPU; importing needs neither either."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["matplotlib>=3.8", "numpy>=1.26", "tokenizers>=0.20", "tqdm>=4.66"]
+
+setup(
+    name="stride-memory-transformer",
+    version="0.1.0",
+    description="A transformer with one fixed 65-entry window and a Mamba memory: model, fused Triton kernels, honest benchmarks",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["smt", "smt.*", "smt_kernels", "smt_kernels.*"]),
+    package_data={"smt": ["configs/*.yaml"]},
+    install_requires=[
+        "torch>=2.10",
+        "triton>=3.6; platform_system == 'Linux'",
+        "pyyaml>=6",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
+        "test": [*TRAIN, "hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.6", "transformers>=5"],
+    },
+    entry_points={"console_scripts": ["smt=smt.cli:main"]},
+)

@@ -1,0 +1,5 @@
+"""Models that we compare with, built from the same ``SMTConfig`` so that only the architecture differs."""
+
+from smt.baselines.gpt2 import build_gpt2
+
+__all__ = ["build_gpt2"]

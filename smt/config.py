@@ -1,0 +1,249 @@
+"""Every size and switch of a Stride Memory Transformer, validated when it is built."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smt_kernels import WindowSpec
+
+CHOICES = {
+    "encoding": ("token", "stride", "stream"),
+    "empty_slots": ("mask", "zero"),
+    "pool_source": ("window", "tokens"),
+}
+MAX_WINDOW = 128
+
+# Sizes of the source documents, by the name that they use.
+PRESETS: dict[str, dict[str, Any]] = {
+    "wikitext": {},
+    "pg19": {"n_ssm_outputs": 20, "m_input_tokens": 80, "stride": 25},
+    "small": {
+        "n_ssm_outputs": 10,
+        "m_input_tokens": 30,
+        "stride": 10,
+        "d_model": 512,
+        "d_k": 512,
+        "transformer_n_layers": 6,
+        "transformer_n_heads": 8,
+        "ssm_n_layers": 12,
+    },
+}
+PUBLISHED = {"encoding": "token", "empty_slots": "zero", "pool_source": "window", "write_group": 1, "pooling_norm": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SMTConfig:
+    """Configuration of ``StrideMemoryTransformer``; the defaults are the WikiText sizes of the source documents.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        d_model: width of embeddings, slots and hidden states.
+        n_ssm_outputs: memory slots in the window, n.
+        m_input_tokens: tokens in the window, m; n + m <= 128.
+        stride: steps between writes, S; 1 <= S <= m.
+        d_k: width of the pooling's queries and keys.
+        dropout: probability, on embeddings, residual branches and pooling weights in training (not on attention weights:
+            the fused kernels have none).
+        transformer_n_layers, transformer_n_heads, transformer_n_kv_heads: decoder depth, query heads, and key/value heads
+            (None: as many as query heads).
+        ssm_n_layers, ssm_d_state, ssm_d_conv, ssm_expand_factor: the Mamba stack of the memory.
+        ssm_dt_rank: rank of the time-step projection; None: ceil(d_model / 16).
+        encoding: ``token``, ``stride`` or ``stream`` (DESIGN 2.2).
+        empty_slots: ``mask``: entries that do not exist yet are not attended; ``zero``: they are zero vectors.
+        pool_source: a write pools the whole ``window`` or only its ``tokens``.
+        pooling_norm: divide every pooled entry by its root mean square first.
+        write_group: writes whose pooling sees only the slots of earlier groups, so that they run as one scan.
+        writes: False switches the memory off (the no-writes control): no slot ever exists, whatever ``empty_slots``.
+        initializer_range: standard deviation of fresh weights.
+        rope_theta: base of the rotary frequencies of ``stream``.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a field out of range; the message names the field and its valid range.
+    """
+
+    vocab_size: int = 50280
+    d_model: int = 768
+    n_ssm_outputs: int = 15
+    m_input_tokens: int = 50
+    stride: int = 16
+    d_k: int = 768
+    dropout: float = 0.1
+    transformer_n_layers: int = 12
+    transformer_n_heads: int = 12
+    transformer_n_kv_heads: int | None = None
+    ssm_n_layers: int = 24
+    ssm_d_state: int = 16
+    ssm_d_conv: int = 4
+    ssm_expand_factor: int = 2
+    ssm_dt_rank: int | None = None
+    encoding: str = "stride"
+    empty_slots: str = "mask"
+    pool_source: str = "window"
+    pooling_norm: bool = True
+    write_group: int = 8
+    writes: bool = True
+    initializer_range: float = 0.02
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), str(field.type))
+        at_least_one = [field.name for field in fields(self) if str(field.type).startswith("int") and field.name != "n_ssm_outputs"]
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.n_ssm_outputs < 0:
+            raise ValueError(f"n_ssm_outputs must be at least 0, got {self.n_ssm_outputs}")
+        if self.window_size > MAX_WINDOW:
+            raise ValueError(f"n_ssm_outputs + m_input_tokens must be at most {MAX_WINDOW}, got {self.window_size}")
+        if self.stride > self.m_input_tokens:
+            raise ValueError(f"stride must lie in 1..m_input_tokens = 1..{self.m_input_tokens}, got {self.stride}")
+        if self.ssm_d_conv < 2:
+            raise ValueError(f"ssm_d_conv must be at least 2, got {self.ssm_d_conv}")
+        for name in ("dropout", "initializer_range"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.rope_theta <= 1.0:
+            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
+        if self.d_model % self.transformer_n_heads:
+            raise ValueError(f"transformer_n_heads must divide d_model = {self.d_model}, got {self.transformer_n_heads}")
+        if self.transformer_n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"transformer_n_kv_heads must divide transformer_n_heads = {self.transformer_n_heads}, got {self.n_kv_heads}"
+            )
+        if self.encoding == "stream" and self.head_dim % 2:
+            raise ValueError(f"encoding 'stream' rotates pairs, so d_model / transformer_n_heads must be even, got {self.head_dim}")
+        usual = max(1, self.m_input_tokens // 3)
+        if not usual <= 2 * self.stride <= 4 * usual:
+            warnings.warn(
+                f"stride = {self.stride} is far from m_input_tokens // 3 = {usual}: every token is pooled about "
+                f"{self.coverage:.1f} times instead of about 3 times",
+                stacklevel=3,
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SMTConfig:
+        """A named configuration of the source documents: ``wikitext``, ``pg19`` or ``small``, with fields overridden."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def published(cls, **overrides: Any) -> SMTConfig:
+        """Every switch as in the published description: ``token``, ``zero``, ``window``, groups of 1, no pooling norm."""
+        return cls.from_dict({**PUBLISHED, **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SMTConfig:
+        """Build from a dictionary; a field that does not exist is refused with the nearest name.
+
+        Raises:
+            ValueError: an unknown field.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"SMTConfig has no field {name!r}; did you mean {near!r}?")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> SMTConfig:
+        """Read a YAML file of fields.
+
+        Raises:
+            ValueError: not a mapping, or an unknown field.
+        """
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as ``from_dict`` takes them."""
+        return asdict(self)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write all fields as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @property
+    def window(self) -> WindowSpec:
+        """Who sees whom."""
+        return WindowSpec(self.n_ssm_outputs, self.m_input_tokens, self.stride)
+
+    @property
+    def window_size(self) -> int:
+        """Entries in the window, W = n + m."""
+        return self.n_ssm_outputs + self.m_input_tokens
+
+    @property
+    def write_frequency(self) -> float:
+        """Writes per step, 1 / S."""
+        return 1.0 / self.stride
+
+    @property
+    def coverage(self) -> float:
+        """How many writes pool each token, m / S."""
+        return self.m_input_tokens / self.stride
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.d_model // self.transformer_n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.transformer_n_kv_heads or self.transformer_n_heads
+
+    @property
+    def ssm_d_inner(self) -> int:
+        """Channels of a Mamba block."""
+        return self.ssm_expand_factor * self.d_model
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of Mamba's time-step projection."""
+        return self.ssm_dt_rank or -(-self.d_model // 16)
+
+    @property
+    def n_state_slots(self) -> int:
+        """Slots that the state carries: pooling looks back n slots from the start of a group of writes."""
+        return self.n_ssm_outputs + self.write_group - 1
+
+    def summary(self) -> str:
+        """A few lines that describe the configuration."""
+        return "\n".join(
+            [
+                f"Stride Memory Transformer, encoding {self.encoding!r}",
+                f"  window       {self.window_size} = {self.n_ssm_outputs} slots + {self.m_input_tokens} tokens, empty slots {self.empty_slots!r}",
+                f"  writes       one every {self.stride} steps ({self.write_frequency:.2%}), in groups of {self.write_group}, "
+                f"pooling the {self.pool_source!r}; each token is pooled {self.coverage:.1f} times"
+                + ("" if self.writes else " (switched off)"),
+                f"  transformer  {self.transformer_n_layers} layers, width {self.d_model}, {self.transformer_n_heads} heads of "
+                f"{self.head_dim} ({self.n_kv_heads} for keys and values)",
+                f"  memory       {self.ssm_n_layers} Mamba layers, state {self.ssm_d_state}, conv {self.ssm_d_conv}, expand {self.ssm_expand_factor}",
+                f"  vocabulary   {self.vocab_size}, embedding tied to the head",
+            ]
+        )
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    if value is None and "None" in annotation:
+        return
+    kind = annotation.split(" ")[0]
+    expected = {"int": int, "float": (int, float), "str": str, "bool": bool}[kind]
+    if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
+        raise TypeError(f"{name} must be of type {annotation}, got {value!r}")

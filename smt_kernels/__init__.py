@@ -1,0 +1,21 @@
+"""Fused kernels for the Stride Memory Transformer: window, stream, pooling and write operations, each with its reference."""
+
+from smt_kernels.attention_pool import attention_pool, attention_pool_sequence
+from smt_kernels.backends import BACKENDS, BackendChoice, last_choice, use_backend
+from smt_kernels.stream_attention import stream_attention
+from smt_kernels.stride_write import stride_write
+from smt_kernels.window import WindowSpec
+from smt_kernels.window_attention import window_attention
+
+__all__ = [
+    "BACKENDS",
+    "BackendChoice",
+    "WindowSpec",
+    "attention_pool",
+    "attention_pool_sequence",
+    "last_choice",
+    "stream_attention",
+    "stride_write",
+    "use_backend",
+    "window_attention",
+]

@@ -1,0 +1,307 @@
+"""Attention pooling as a few batched matrix products in plain PyTorch, with its own backward; runs on any device.
+
+P neighbouring windows are pooled as dense products over the L entries x (L, d) that they share, so that overlapping windows are
+never stored. With r_i = rsqrt(mean(x_i^2) + eps) as a factor of the coefficients, neither are the normalised entries r_i x_i:
+
+    mean = (E r) X;   u = W_k^T W_q mean;   A = softmax(r (u X^T) / sqrt(d_k) + hidden);   pooled = (A dropout r) X
+
+E holds 1 / (number of entries) where a window sees an entry, ``hidden`` -inf where it does not. Backward, with
+dS = softmax'(A, dropout r (dpooled X^T) + dA) r / sqrt(d_k):
+
+    du = dS X;   Y = (A dropout r)^T dpooled + dS^T u + (E r)^T dmean;   dX = Y - X r^2 (X . Y) / d
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smt_kernels.attention_pool.reference import EPS
+from smt_kernels.window import WindowSpec
+
+# Writes per dense product of a long call: with more, more of a product falls on entries that the window does not see;
+# with fewer, more entries are shared by two products and more operations are launched.
+WRITES_PER_PRODUCT = 16
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of P windows per row, in fp32 (fp64 for fp64)."""
+
+    weights: Tensor  # (B, P, W or L)
+    mean: Tensor  # (B, P, d)
+    query: Tensor  # (B, P, d_k)
+    u: Tensor  # (B, P, d)
+
+
+def forward(
+    windows: Tensor, w_q: Tensor, w_k: Tensor, exists: Tensor | None, dropout_mask: Tensor | None, normalise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """windows (N, W, d), exists (N or 1, W) or None: all -> pooled (N, d) and, without P, what ``Kept`` holds."""
+    x, average, hidden = _window_products(windows, exists)
+    dropout = None if dropout_mask is None else _accumulation(dropout_mask)[:, None]
+    pooled, kept = _pool(x, _accumulation(w_q), _accumulation(w_k), average, hidden, dropout, normalise)
+    return pooled[:, 0].to(windows.dtype), *(part[:, 0] for part in kept)
+
+
+def backward(
+    grad_pooled: Tensor,
+    grad_weights: Tensor | None,
+    windows: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    exists: Tensor | None,
+    dropout_mask: Tensor | None,
+    weights: Tensor,
+    mean: Tensor,
+    query: Tensor,
+    u: Tensor,
+    normalise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of windows (N, W, d), w_q and w_k (d_k, d), each in the dtype of its input."""
+    x, average, _ = _window_products(windows, exists)
+    grads = (None if t is None else _accumulation(t)[:, None] for t in (grad_pooled, grad_weights, dropout_mask))
+    kept = Kept(*(part[:, None] for part in (weights, mean, query, u)))
+    dx, dw_q, dw_k = _pool_backward(*grads, x, _accumulation(w_q), _accumulation(w_k), average, kept, normalise)
+    return dx.to(windows.dtype), dw_q.to(w_q.dtype), dw_k.to(w_k.dtype)
+
+
+def forward_sequence(
+    tokens: Tensor,
+    slots: Tensor | None,
+    w_q: Tensor,
+    w_k: Tensor,
+    dropout_mask: Tensor | None,
+    window: WindowSpec,
+    timeline: Sequence[int],
+    normalise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """tokens (B, T, d), slots (B, K, d) or None -> pooled (B, n_writes, d) and what ``Kept`` holds with P = n_writes.
+
+    ``timeline`` is first_write, n_writes, write_group, first_step, first_slot.
+    """
+    w_q, w_k = _accumulation(w_q), _accumulation(w_k)
+    results = []
+    for run in _runs(tokens, slots, window, timeline):
+        x, layout = run.gather(tokens, slots), run.layout
+        pooled, kept = _pool(x, w_q, w_k, layout.average, layout.hidden, run.dense(dropout_mask), normalise)
+        weights = kept.weights.gather(2, layout.index.expand(len(x), -1, -1))
+        results.append((pooled.to(tokens.dtype), weights, *kept[1:]))
+    return results[0] if len(results) == 1 else tuple(torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
+
+
+def backward_sequence(
+    grad_pooled: Tensor,
+    grad_weights: Tensor | None,
+    tokens: Tensor,
+    slots: Tensor | None,
+    w_q: Tensor,
+    w_k: Tensor,
+    dropout_mask: Tensor | None,
+    weights: Tensor,
+    mean: Tensor,
+    query: Tensor,
+    u: Tensor,
+    window: WindowSpec,
+    timeline: Sequence[int],
+    normalise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of tokens (B, T, d), slots (B, K, d; empty for None), w_q and w_k (d_k, d), each in the dtype of its input."""
+    projections = _accumulation(w_q), _accumulation(w_k)
+    inputs = tokens, slots, w_q, w_k
+    sums = [None if t is None else t.new_zeros(t.shape, dtype=u.dtype) for t in inputs]
+    for run in _runs(tokens, slots, window, timeline):
+        grads = _accumulation(grad_pooled[:, run.writes]), run.dense(grad_weights), run.dense(dropout_mask)
+        kept = Kept(run.dense(weights), *(part[:, run.writes] for part in (mean, query, u)))
+        dx, dw_q, dw_k = _pool_backward(*grads, run.gather(tokens, slots), *projections, run.layout.average, kept, normalise)
+        run.add_back(dx, sums[0], sums[1])
+        sums[2].add_(dw_q)
+        sums[3].add_(dw_k)
+    return tuple(tokens.new_empty(0) if t is None else total.to(t.dtype) for t, total in zip(inputs, sums, strict=True))
+
+
+def _pool(
+    x: Tensor, w_q: Tensor, w_k: Tensor, average: Tensor, hidden: Tensor, dropout: Tensor | None, normalise: bool
+) -> tuple[Tensor, Kept]:
+    """x (B, L, d), average, hidden (B or 1, P, L) or smaller, dropout (B, P, L) -> pooled (B, P, d) and what backward needs."""
+    inverse = _inverse_rms(x, normalise)
+    mean = torch.matmul(average * inverse, x)
+    query = mean @ w_q.T
+    u = query @ w_k
+    scores = torch.addcmul(hidden, torch.bmm(u, x.mT), inverse, value=w_q.shape[0] ** -0.5)
+    weights = torch.softmax(scores, dim=-1)
+    used = weights * inverse
+    if dropout is not None:
+        used.mul_(dropout)
+    return torch.bmm(used, x), Kept(weights, mean, query, u)
+
+
+def _pool_backward(
+    grad_pooled: Tensor,
+    grad_weights: Tensor | None,
+    dropout: Tensor | None,
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    average: Tensor,
+    kept: Kept,
+    normalise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (B, L, d), w_q and w_k from those of pooled (B, P, d) and weights (B, P, L)."""
+    weights, mean, query, u = kept
+    inverse = _inverse_rms(x, normalise)
+    factor = inverse if dropout is None else dropout * inverse
+    d_weights = torch.bmm(grad_pooled, x.mT).mul_(factor)
+    if grad_weights is not None:
+        d_weights.add_(grad_weights)
+    d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+    d_scores.mul_(inverse * w_q.shape[0] ** -0.5)
+    du = torch.bmm(d_scores, x)
+    d_query = du @ w_k.T
+    d_mean = d_query @ w_q
+    dw_q = d_query.flatten(0, 1).T @ mean.flatten(0, 1)
+    dw_k = query.flatten(0, 1).T @ du.flatten(0, 1)
+    dx = torch.bmm((weights * factor).mT, grad_pooled).baddbmm_(d_scores.mT, u)
+    dx.baddbmm_((average * inverse).expand_as(weights).mT, d_mean)
+    if normalise:
+        along = torch.linalg.vecdot(x, dx)[:, None].mul_(inverse).mul_(inverse)
+        dx.addcmul_(x, along.mT, value=-1.0 / x.shape[-1])
+    return dx, dw_q, dw_k
+
+
+def _inverse_rms(x: Tensor, normalise: bool) -> Tensor:
+    """The factor (B, 1, L) that normalises each entry of x (B, L, d); a single 1 without normalisation."""
+    if not normalise:
+        return x.new_ones(1, 1, 1)
+    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPS).rsqrt_()[:, None]
+
+
+def _window_products(windows: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, W, d) with zeros for entries that do not exist, average and hidden (N or 1, 1, W) or smaller."""
+    x = _accumulation(windows)
+    if exists is None:
+        return x, x.new_full((1, 1, x.shape[1]), 1.0 / x.shape[1]), x.new_zeros(1, 1, 1)
+    return x.masked_fill(~exists[..., None], 0.0), *_visibility(exists[:, None], x.dtype)
+
+
+def _visibility(seen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """average and hidden of windows that see the entries ``seen`` (..., L)."""
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    return seen.to(dtype) / seen.sum(-1, keepdim=True), hidden
+
+
+def _accumulation(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _Piece(NamedTuple):
+    """``size`` consecutive entries of source 0 (tokens) or 1 (slots) from ``start`` on; of None: entries that do not exist."""
+
+    source: int | None
+    start: int
+    size: int
+
+
+class _Layout(NamedTuple):
+    """Which of the L entries that P windows share each of them sees."""
+
+    average: Tensor  # (1, P, L)
+    hidden: Tensor  # (1, P, L)
+    index: Tensor  # (1, P, W), where entry i of a window lies among the L
+
+
+class _Run(NamedTuple):
+    """The consecutive writes ``writes`` of a call, pooled together, and the entries that they share: slots, then tokens."""
+
+    writes: slice
+    pieces: list[_Piece]
+    layout: _Layout
+
+    def gather(self, *sources: Tensor | None) -> Tensor:
+        """The shared entries (B, L, d), zeros where they do not exist."""
+        batch, _, width = sources[0].shape
+        parts = [
+            sources[0].new_zeros(batch, size, width) if source is None else sources[source].narrow(1, start, size)
+            for source, start, size in self.pieces
+        ]
+        return _accumulation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+    def add_back(self, dx: Tensor, *sums: Tensor | None) -> None:
+        """Add the gradient (B, L, d) of the shared entries to where they came from."""
+        parts = dx.split([piece.size for piece in self.pieces], dim=1)
+        for (source, start, size), part in zip(self.pieces, parts, strict=True):
+            if source is not None:
+                sums[source].narrow(1, start, size).add_(part)
+
+    def dense(self, per_window: Tensor | None) -> Tensor | None:
+        """The values (B, n_writes, W) of these windows' entries, spread over the shared entries (B, P, L); 0 elsewhere."""
+        if per_window is None:
+            return None
+        values = _accumulation(per_window[:, self.writes])
+        spread = values.new_zeros(len(values), *self.layout.hidden.shape[1:])
+        return spread.scatter_(2, self.layout.index.expand_as(values), values)
+
+
+def _runs(tokens: Tensor, slots: Tensor | None, window: WindowSpec, timeline: Sequence[int]) -> Iterator[_Run]:
+    """The writes of a call, at most WRITES_PER_PRODUCT at a time, oldest first."""
+    first_write, n_writes, group, first_step, first_slot = timeline
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    for begin in range(0, n_writes, WRITES_PER_PRODUCT):
+        end = min(begin + WRITES_PER_PRODUCT, n_writes)
+        first, last = first_write + begin, first_write + end - 1
+        start, stop = window.visible_tokens(window.write_step(first))[0], window.visible_tokens(window.write_step(last))[1]
+        pieces = _pieces(0, start - first_step, stop - first_step, tokens.shape[1])
+        if slots is not None:
+            start, stop = window.pooled_slots(first, group)[0], window.pooled_slots(last, group)[1]
+            pieces = _pieces(1, start - first_slot, stop - first_slot, slots.shape[1]) + pieces
+        exists = tuple((piece.source is not None, piece.size) for piece in pieces)
+        # Layouts repeat from group to group, so that a long training run meets a handful of them.
+        make = _layout.__wrapped__ if _is_capturing(tokens) else _layout
+        yield _Run(
+            slice(begin, end), pieces, make(window, first % group, end - begin, group, slots is not None, exists, dtype, tokens.device)
+        )
+
+
+def _pieces(source: int, start: int, stop: int, length: int) -> list[_Piece]:
+    """Entries [start, stop) of a source that holds [0, length)."""
+    held_start = min(max(start, 0), stop)
+    held_stop = max(min(stop, length), held_start)
+    pieces = [
+        _Piece(None, start, held_start - start),
+        _Piece(source, held_start, held_stop - held_start),
+        _Piece(None, held_stop, stop - held_stop),
+    ]
+    return [piece for piece in pieces if piece.size]
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records this call: what it allocates belongs to the graph and must not be kept for other calls."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _layout(
+    window: WindowSpec,
+    first_write: int,
+    n_writes: int,
+    group: int,
+    with_slots: bool,
+    exists: tuple[tuple[bool, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Layout:
+    """The layout of ``n_writes`` writes from ``first_write`` on over entries that ``exists`` describes as (whether, how many)."""
+    write = torch.arange(first_write, first_write + n_writes, device=device)
+    start, _ = window.visible_tokens(window.write_step(write))
+    index = (start - start[0])[:, None] + torch.arange(window.n_tokens, device=device)
+    if with_slots:
+        start, stop = window.pooled_slots(write, group)
+        in_slots = (start - start[0])[:, None] + torch.arange(window.n_memory, device=device)
+        index = torch.cat([in_slots, index + (stop[-1] - start[0])], dim=1)
+    held = torch.cat([torch.full((size,), whether, device=device) for whether, size in exists])
+    seen = held.expand(n_writes, -1) & torch.zeros(n_writes, len(held), dtype=torch.bool, device=device).scatter_(1, index, True)
+    return _Layout(*_visibility(seen[None], dtype), index[None])

@@ -1,0 +1,115 @@
+"""Which implementation of an operation runs, and why.
+
+Three backends exist. ``reference`` is the definition in plain PyTorch; ``blocked`` is fast PyTorch on any device, with its own
+backward; ``triton`` is the fused GPU kernel, which runs on a CPU only in Triton's interpreter (``TRITON_INTERPRET=1``).
+
+The choice for one call, first match wins: the ``backend=`` argument, ``use_backend(...)``, then the automatic rule: ``triton``
+for CUDA tensors that the operation has a kernel for, ``blocked`` for all others. ``last_choice(op)`` tells what was chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "blocked", "reference")
+
+# Operations with a Triton kernel today, and the dtypes it takes. The other operations run blocked on every device.
+TRITON_DTYPES = {"window_attention": (torch.float32, torch.float16, torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """One decision: the operation, the backend that runs it and the reason in words."""
+
+    operation: str
+    backend: str
+    reason: str
+
+
+_override: str | None = None
+_last: dict[str, BackendChoice] = {}
+
+
+class use_backend:
+    """Run every operation on ``name`` from now on, or inside a ``with`` block; ``None`` returns to the automatic choice.
+
+    Raises:
+        ValueError: ``name`` is not one of ``BACKENDS`` or None.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _override
+        if name is not None:
+            _check_name(name)
+        self._previous = _override
+        _override = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        global _override
+        _override = self._previous
+
+
+def last_choice(operation: str) -> BackendChoice | None:
+    """The backend that the latest call of ``operation`` used and why; None before the first call."""
+    return _last.get(operation)
+
+
+def choose(operation: str, tensor: Tensor, requested: str | None) -> str:
+    """Decide the backend for one call of ``operation`` on inputs like ``tensor``, and remember why.
+
+    Raises:
+        ValueError: an unknown backend was asked for, or ``triton`` where the operation has no kernel or nothing can run it.
+        TypeError: ``triton`` was asked for with a dtype that the kernel does not take.
+    """
+    choice = _decide(operation, tensor, requested)
+    _last[operation] = choice
+    return choice.backend
+
+
+def implementation(operation: str, backend: str) -> ModuleType:
+    """The module with ``forward`` and ``backward`` of ``operation`` for ``blocked`` or ``triton``, imported on first use."""
+    room = {"blocked": "blocked", "triton": "kernels"}[backend]
+    return importlib.import_module(f"smt_kernels.{operation}.{room}")
+
+
+def _decide(operation: str, tensor: Tensor, requested: str | None) -> BackendChoice:
+    wanted, source = (requested, "the backend argument") if requested is not None else (_override, "use_backend")
+    obstacle = _triton_obstacle(operation, tensor)
+    if wanted is not None:
+        _check_name(wanted)
+        if wanted == "triton" and obstacle is not None:
+            error = TypeError if "dtype" in obstacle else ValueError
+            raise error(f"backend 'triton' was asked for by {source}, but {obstacle}")
+        return BackendChoice(operation, wanted, f"asked for by {source}")
+    if tensor.device.type != "cuda":
+        return BackendChoice(operation, "blocked", f"the tensors are on {tensor.device.type}, and Triton kernels are for CUDA devices")
+    if obstacle is not None:
+        return BackendChoice(operation, "blocked", obstacle)
+    return BackendChoice(operation, "triton", "CUDA tensors of a dtype that the kernel takes")
+
+
+def _triton_obstacle(operation: str, tensor: Tensor) -> str | None:
+    if operation not in TRITON_DTYPES:
+        return f"{operation} has no Triton kernel yet"
+    if tensor.dtype not in TRITON_DTYPES[operation]:
+        return f"dtype {tensor.dtype} is not one that its kernel takes: {', '.join(map(str, TRITON_DTYPES[operation]))}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {tensor.device.type}; set TRITON_INTERPRET=1 before the first import of triton to run its interpreter"
+    return None
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")

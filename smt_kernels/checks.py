@@ -1,0 +1,73 @@
+"""Checks of operation arguments: each error names the argument, what came and what is expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape(name: str, tensor: Tensor, expected: dict[str, int | None], *, may_be_empty: tuple[str, ...] = ()) -> None:
+    """Check that ``tensor`` has one dimension per entry of ``expected``, of that size (None: any) and not empty.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another rank or size, or an empty dimension that is not in ``may_be_empty``.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    described = "(" + ", ".join(dim if size is None else f"{dim}={size}" for dim, size in expected.items()) + ")"
+    fits = tensor.ndim == len(expected) and all(
+        size is None or actual == size for actual, size in zip(tensor.shape, expected.values(), strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {described}, got {tuple(tensor.shape)}")
+    for dim, actual in zip(expected, tensor.shape, strict=True):
+        if actual == 0 and dim not in may_be_empty:
+            raise ValueError(f"{name} must not be empty in {dim}: expected {described}, got {tuple(tensor.shape)}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` is float16, bfloat16, float32 or float64."""
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be a floating-point tensor ({', '.join(map(str, FLOATING))}), got {tensor.dtype}")
+
+
+def like(name: str, tensor: Tensor, model_name: str, model: Tensor, *, dtype: bool = True) -> None:
+    """Check that ``tensor`` is on the device, and if ``dtype`` of the dtype, of ``model``.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another device.
+    """
+    if dtype and tensor.dtype != model.dtype:
+        raise TypeError(f"{name} must have the dtype of {model_name}, {model.dtype}, got {tensor.dtype}")
+    if tensor.device != model.device:
+        raise ValueError(f"{name} must be on the device of {model_name}, {model.device}, got {tensor.device}")
+
+
+def head_groups(n_query_heads: int, n_kv_heads: int) -> None:
+    """Raise ValueError unless the query heads are a multiple of the key/value heads (grouped-query attention)."""
+    if n_query_heads % n_kv_heads:
+        raise ValueError(f"q has {n_query_heads} heads, which is not a multiple of the {n_kv_heads} heads of k and v")
+
+
+def counts(name: str, tensor: Tensor, rows: int, upper: int, model: Tensor) -> None:
+    """Check a per-row count: int32 of shape (rows,) on the device of ``model``; on CPU also that it lies in 0..upper.
+
+    On other devices the range is not read, since that would wait for the device.
+    """
+    shape(name, tensor, {"N": rows})
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+    if tensor.device != model.device:
+        raise ValueError(f"{name} must be on {model.device}, got {tensor.device}")
+    readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not bool(((tensor >= 0) & (tensor <= upper)).all()):
+        raise ValueError(f"{name} must lie in 0..{upper}, got {tensor.tolist()}")
+
+
+def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with unit stride in their last dimension, copied only where they have another."""
+    return tuple(t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors)

@@ -1,0 +1,183 @@
+"""What an interpreted Triton kernel asks of memory and matrix units: bytes per argument, dot FLOPs, races, wild accesses.
+
+    with count_traffic() as traffic:
+        forward(q, k, v, ...)
+    traffic.read["k"], traffic.written["out"], traffic.dot_flops
+
+Bytes are those *requested* by unmasked lanes: reading an element twice counts twice, which a cache may or may not hide.
+Arguments are known by the parameter names of the kernel; ``None`` arguments and scalars move no bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+import smt_kernels.testing.interpreter  # noqa: F401  (without it bfloat16 is wrong, and this file is of no use natively)
+
+
+@dataclass
+class Traffic:
+    """Counts over all launches inside ``count_traffic``, by the kernels' argument names where they are dictionaries.
+
+    ``read``, ``written``: bytes requested. ``dot_flops``: 2 M N K summed over ``tl.dot``. ``launches``: grids in order.
+    ``atomics``: atomic operations, which make results depend on the order of programs. ``raced``: bytes per argument that
+    one program of a launch wrote and another read or wrote.
+    """
+
+    read: Counter[str] = field(default_factory=Counter)
+    written: Counter[str] = field(default_factory=Counter)
+    raced: Counter[str] = field(default_factory=Counter)
+    dot_flops: int = 0
+    atomics: int = 0
+    launches: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """All bytes requested, read and written."""
+        return self.read.total() + self.written.total()
+
+
+class _Argument:
+    """The exact set of addresses that one tensor argument owns: a strided view owns none of the gaps between its rows."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name = name
+        self.start = tensor.data_ptr()
+        self.itemsize = tensor.element_size()
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        owned = torch.zeros(extent if tensor.numel() else 0, dtype=torch.bool)
+        owned.as_strided(tensor.shape, tensor.stride()).fill_(True)
+        self.owned = owned.numpy()
+
+    def owns(self, addresses: np.ndarray) -> np.ndarray:
+        """Which of the byte addresses (int64) are elements of this tensor."""
+        offsets = addresses - self.start
+        elements = offsets // self.itemsize
+        inside = (elements >= 0) & (elements < len(self.owned)) & (offsets % self.itemsize == 0)
+        return inside & self.owned[np.where(inside, elements, 0)] if len(self.owned) else inside
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+        self.arguments: list[_Argument] = []
+        self.accesses: list[tuple[_Argument, bool, int, np.ndarray]] = []
+
+    def begin(self, names: list[str], arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+        tensors = {name: arguments[name] for name in names if isinstance(arguments.get(name), Tensor)}
+        self.arguments = [_Argument(name, tensor) for name, tensor in tensors.items()]
+        self.accesses = []
+        self.traffic.launches.append(grid)
+
+    def access(self, builder: InterpreterBuilder, pointers: Any, mask: Any, *, write: bool) -> None:
+        addresses = pointers.data[np.broadcast_to(np.asarray(mask, dtype=bool), pointers.data.shape)].astype(np.int64)
+        if not addresses.size:
+            return
+        action = "write" if write else "read"
+        for argument in self.arguments:
+            owned = argument.owns(addresses)
+            if owned.all():
+                break
+            if owned.any():
+                raise IndexError(f"{action} outside {argument.name!r} by program {builder.grid_idx}")
+        else:
+            raise IndexError(f"{action} outside every tensor argument by program {builder.grid_idx}")
+        (self.traffic.written if write else self.traffic.read)[argument.name] += addresses.size * argument.itemsize
+        _, height, depth = builder.grid_dim
+        x, y, z = builder.grid_idx
+        self.accesses.append((argument, write, (x * height + y) * depth + z, np.unique(addresses)))
+
+    def end(self) -> None:
+        for argument in self.arguments:
+            mine = [(write, program, addresses) for owner, write, program, addresses in self.accesses if owner is argument]
+            if not any(write for write, _, _ in mine):
+                continue
+            addresses = np.concatenate([part for _, _, part in mine])
+            programs = np.concatenate([np.full(len(part), program) for _, program, part in mine])
+            writes = np.concatenate([np.full(len(part), write) for write, _, part in mine])
+            unique, index = np.unique(addresses, return_inverse=True)
+            first, last = np.full(len(unique), programs.max() + 1), np.full(len(unique), -1)
+            np.minimum.at(first, index, programs)
+            np.maximum.at(last, index, programs)
+            written = np.zeros(len(unique), dtype=bool)
+            np.logical_or.at(written, index, writes)
+            raced = int(((first != last) & written).sum())
+            if raced:
+                self.traffic.raced[argument.name] += raced * argument.itemsize
+
+
+@contextlib.contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what every kernel launched inside the block does; see the module docstring.
+
+    Raises:
+        triton.runtime.errors.InterpreterError: from the launch, naming IndexError, the argument and the program, when a kernel
+            reads or writes an address that belongs to none of its tensor arguments. The access is not made.
+    """
+    recorder = _Recorder()
+    originals: list[tuple[type, str, Callable]] = []
+
+    def replace(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
+        if hasattr(owner, name):
+            original = getattr(owner, name)
+            originals.append((owner, name, original))
+            setattr(owner, name, make(original))
+
+    def launch(original: Callable) -> Callable:
+        def counted(self: GridExecutor, *args: Any, **kwargs: Any) -> Any:
+            arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            recorder.begin(self.arg_names, arguments, self.grid if isinstance(self.grid, tuple) else ())
+            result = original(self, *args, **kwargs)
+            recorder.end()
+            return result
+
+        return counted
+
+    def load(original: Callable) -> Callable:
+        def counted(self: InterpreterBuilder, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+            recorder.access(self, pointers, mask.data, write=False)
+            return original(self, pointers, mask, *rest, **named)
+
+        return counted
+
+    def store(original: Callable) -> Callable:
+        def counted(self: InterpreterBuilder, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+            recorder.access(self, pointers, mask.data, write=True)
+            return original(self, pointers, value, mask, *rest, **named)
+
+        return counted
+
+    def dot(original: Callable) -> Callable:
+        def counted(self: InterpreterBuilder, a: Any, b: Any, *rest: Any, **named: Any) -> Any:
+            recorder.traffic.dot_flops += 2 * int(np.prod(a.data.shape)) * b.data.shape[-1]
+            return original(self, a, b, *rest, **named)
+
+        return counted
+
+    def atomic(original: Callable) -> Callable:
+        def counted(self: InterpreterBuilder, *args: Any, **named: Any) -> Any:
+            recorder.traffic.atomics += 1
+            return original(self, *args, **named)
+
+        return counted
+
+    replace(GridExecutor, "__call__", launch)
+    replace(InterpreterBuilder, "create_masked_load", load)
+    replace(InterpreterBuilder, "create_masked_store", store)
+    replace(InterpreterBuilder, "create_dot", dot)
+    replace(InterpreterBuilder, "create_atomic_rmw", atomic)
+    replace(InterpreterBuilder, "create_atomic_cas", atomic)
+    try:
+        yield recorder.traffic
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)

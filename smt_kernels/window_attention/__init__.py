@@ -1,0 +1,147 @@
+"""Attention inside fixed windows of at most 128 entries: memory slots first, then tokens, causal.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j    over the existing entries j <= i of the same window
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smt_kernels import backends, checks
+from smt_kernels.window_attention.reference import window_attention as reference
+
+MAX_WINDOW = 128
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    n_memory: int,
+    valid_memory: Tensor | None = None,
+    valid_tokens: Tensor | None = None,
+    tail: int | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention inside each of N independent windows of W entries, the first ``n_memory`` of which are memory slots.
+
+    Entry i sees the entries j <= i that exist. An entry that sees nothing gets zeros.
+
+    Args:
+        q: queries (N, W, H, D), or only the last ``tail`` of them, (N, tail, H, D).
+        k, v: keys and values (N, W, H_kv, D) in the dtype of q, W <= 128; H is a multiple of H_kv.
+        n_memory: memory entries per window, 0 <= n_memory <= W.
+        valid_memory, valid_tokens: (N,) int32, how many entries of each right-aligned half exist; None: all.
+        tail: compute only the last ``tail`` queries; None: all W.
+        scale: factor of the scores; None: 1 / sqrt(D).
+        backend: ``triton``, ``blocked`` or ``reference``; None: see ``smt_kernels.backends``.
+
+    Returns:
+        (N, tail or W, H, D) in the dtype of q.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, device or count that does not fit.
+
+    Source: DESIGN 4.1; softmax statistics as in FlashAttention-2 (Dao, 2023), section 3.
+    """
+    _check(q, k, v, n_memory, valid_memory, valid_tokens, tail)
+    if tail is not None:
+        q = q[:, -tail:]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = backends.choose("window_attention", q, backend)
+    if backend == "reference":
+        return reference(q, k, v, n_memory=n_memory, valid_memory=valid_memory, valid_tokens=valid_tokens, scale=scale)
+    out, _ = _forward(*checks.unit_stride(q, k, v), valid_memory, valid_tokens, n_memory, scale, backend)
+    return out
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, n_memory: int, valid_memory: Tensor | None, valid_tokens: Tensor | None, tail: int | None
+) -> None:
+    checks.shape("q", q, {"N": None, "W": None, "H": None, "D": None})
+    checks.floating("q", q)
+    n_windows, n_queries, n_heads, head_dim = q.shape
+    checks.shape("k", k, {"N": n_windows, "W": None, "H_kv": None, "D": head_dim})
+    window, n_kv_heads = k.shape[1:3]
+    checks.shape("v", v, {"N": n_windows, "W": window, "H_kv": n_kv_heads, "D": head_dim})
+    checks.like("k", k, "q", q)
+    checks.like("v", v, "q", q)
+    checks.head_groups(n_heads, n_kv_heads)
+    if window > MAX_WINDOW:
+        raise ValueError(f"a window holds at most {MAX_WINDOW} entries, got W = {window} in k of shape {tuple(k.shape)}")
+    if tail is not None and not 1 <= tail <= window:
+        raise ValueError(f"tail must lie in 1..W = 1..{window}, got {tail}")
+    if n_queries != window and n_queries != tail:
+        expected = f"W = {window}" if tail is None else f"W = {window} or tail = {tail}"
+        raise ValueError(f"q must hold {expected} entries per window, got {n_queries} in shape {tuple(q.shape)}")
+    if not 0 <= n_memory <= window:
+        raise ValueError(f"n_memory must lie in 0..W = 0..{window}, got {n_memory}")
+    for name, valid, upper in (("valid_memory", valid_memory, n_memory), ("valid_tokens", valid_tokens, window - n_memory)):
+        if valid is not None:
+            checks.counts(name, valid, n_windows, upper, q)
+
+
+@torch.library.custom_op("smt_kernels::window_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid_memory: Tensor | None,
+    valid_tokens: Tensor | None,
+    n_memory: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    forward = backends.implementation("window_attention", backend).forward
+    return forward(q, k, v, valid_memory, valid_tokens, n_memory, scale)
+
+
+@_forward.register_fake
+def _(q, k, v, valid_memory, valid_tokens, n_memory, scale, backend):
+    n_windows, n_queries, n_heads, _ = q.shape
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((n_windows, n_heads, n_queries), dtype=statistics)
+
+
+@torch.library.custom_op("smt_kernels::window_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    valid_memory: Tensor | None,
+    valid_tokens: Tensor | None,
+    n_memory: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = backends.implementation("window_attention", backend).backward
+    return backward(*checks.unit_stride(grad_out), q, k, v, out, lse, valid_memory, valid_tokens, n_memory, scale)
+
+
+@_backward.register_fake
+def _(grad_out, q, k, v, out, lse, valid_memory, valid_tokens, n_memory, scale, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, valid_memory, valid_tokens, n_memory, scale, backend = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, valid_memory, valid_tokens)
+    ctx.settings = n_memory, scale, backend
+
+
+def _autograd(ctx, grad_out, _grad_lse):
+    q, k, v, out, lse, valid_memory, valid_tokens = ctx.saved_tensors
+    dq, dk, dv = _backward(grad_out, q, k, v, out, lse, valid_memory, valid_tokens, *ctx.settings)
+    return dq, dk, dv, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

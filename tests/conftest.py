@@ -1,0 +1,88 @@
+"""What every test runs under: the device, the interpreter where there is no GPU, two threads, one seed per test.
+
+Without a CUDA device, Triton kernels run in their interpreter, mended by ``smt_kernels.testing.interpreter``; with one,
+they run natively, and ``TRITON_INTERPRET=1 pytest`` asks for the interpreter all the same. Two markers name needs:
+
+    triton        triton must be installed (every parametrisation with the triton backend carries it)
+    interpreter   kernels must be interpreted, because their memory accesses are counted
+
+A test whose need is not met is deselected, and the last lines of the report say how many and why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+import zlib
+from collections import Counter
+
+import pytest
+import torch
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    if "triton" in sys.modules:
+        raise pytest.UsageError("triton was imported before tests/conftest.py could set TRITON_INTERPRET=1; set it yourself")
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import smt_kernels.testing.interpreter  # noqa: F401  (bfloat16 is wrong without it)
+
+torch.set_num_threads(2)
+
+_NEEDS = {
+    "triton": (TRITON_INSTALLED, "triton is not installed"),
+    "interpreter": (INTERPRETED, "kernels run natively here; set TRITON_INTERPRET=1 to count what they read and write"),
+}
+_deselected: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="other inputs for every test; a failure prints its seed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, (_, unmet) in _NEEDS.items():
+        config.addinivalue_line("markers", f"{name}: deselected when {unmet}")
+
+
+def pytest_report_header() -> str:
+    triton = "interpreted" if INTERPRETED else "native" if TRITON_INSTALLED else "not installed"
+    return f"torch {torch.__version__}, CUDA {'yes' if torch.cuda.is_available() else 'no'}, triton {triton}, 2 threads"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, dropped = [], []
+    for item in items:
+        unmet = [reason for name, (met, reason) in _NEEDS.items() if not met and item.get_closest_marker(name)]
+        _deselected.update(unmet[:1])
+        (dropped if unmet else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for reason, count in _deselected.items():
+        terminalreporter.write_line(f"{count} tests deselected: {reason}", yellow=True)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the tests of this run put their tensors: ``cuda`` when kernels run natively, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds Python and torch from the name of the test and ``--seed``; a failing test prints it."""
+    base = request.config.getoption("--seed")
+    value = zlib.crc32(request.node.nodeid.encode()) ^ base
+    random.seed(value)
+    torch.manual_seed(value)
+    request.node.user_properties.append(("seed", value))
+    request.node.add_report_section("setup", "seed", f"seed {value} (--seed {base})")
+    return value

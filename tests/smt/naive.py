@@ -1,0 +1,56 @@
+"""The model of DESIGN 2.1 as one loop over steps, built from Hugging Face parts: an oracle that shares no code with ``smt``."""
+
+import math
+
+import torch
+
+
+def rms(x):
+    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + 1e-5)
+
+
+def pool(entries, w_q, w_k, norm):
+    """entries: list of (B, d). Returns the pooled vector (B, d) and the weights (B, len(entries))."""
+    x = torch.stack(entries, dim=1)
+    x = rms(x) if norm else x
+    query = x.mean(dim=1) @ w_q.T
+    scores = ((x @ w_k.T) * query[:, None]).sum(-1) / math.sqrt(w_q.shape[0])
+    weights = scores.softmax(-1)
+    return (weights[..., None] * x).sum(1), weights
+
+
+def naive_forward(ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encoding, empty, source, norm, group):
+    """Logits (B, T, V), write steps, and weights per write; one GPT-2 call per step, on the entries of its window that exist."""
+    x = embedding[ids]
+    batch, length, width = x.shape
+    nothing = torch.zeros(batch, width, dtype=x.dtype)
+    pooled, slots, logits, write_steps, all_weights = [], [], [], [], []
+
+    def slot(index):
+        return slots[index] if index >= 0 else nothing if empty == "zero" else None
+
+    def token(step):
+        return x[:, step] if step >= 0 else nothing if empty == "zero" else None
+
+    for t in range(length):
+        written = 0 if t == 0 else (t - 1) // stride
+        assert written == len(slots)
+        end = t if encoding == "token" else stride * math.ceil(t / stride)
+        window = [slot(written - n + i) for i in range(n)] + [token(end - m + 1 + j) for j in range(m) if end - m + 1 + j <= t]
+        present = [position for position, entry in enumerate(window) if entry is not None]
+        hidden = gpt2(
+            inputs_embeds=torch.stack([window[position] for position in present], dim=1), position_ids=torch.tensor([present])
+        ).last_hidden_state[:, -1]
+        logits.append(hidden @ embedding.T)
+        if t > 0 and t % stride == 0:
+            w = len(slots)
+            group_start = (w // group) * group
+            entries = [token(step) for step in range(t - m + 1, t + 1)]
+            if source == "window":
+                entries = [slot(index) for index in range(group_start - n, group_start)] + entries
+            vector, weights = pool([entry for entry in entries if entry is not None], w_q, w_k, norm)
+            pooled.append(vector)
+            slots.append(mamba(inputs_embeds=torch.stack(pooled, dim=1)).last_hidden_state[:, -1])
+            write_steps.append(t)
+            all_weights.append(weights)
+    return torch.stack(logits, dim=1), write_steps, all_weights

@@ -1,0 +1,91 @@
+"""The model equals a naive loop over DESIGN 2.1 built from Hugging Face's GPT-2 and Mamba."""
+
+import pytest
+import torch
+from naive import naive_forward
+from transformers import GPT2Config, GPT2Model, MambaConfig, MambaModel
+
+from smt import SMTConfig, StrideMemoryTransformer
+
+D_MODEL, VOCAB = 32, 61
+
+
+def build(seed, n, m, stride, **switches):
+    """The model and the Hugging Face modules it was loaded from, with slots of the scale of the embeddings."""
+    torch.manual_seed(seed)
+    gpt2 = GPT2Model(GPT2Config(n_embd=D_MODEL, n_layer=2, n_head=4, n_positions=128, vocab_size=VOCAB)).eval()
+    mamba = MambaModel(MambaConfig(hidden_size=D_MODEL, num_hidden_layers=2, state_size=8, vocab_size=VOCAB)).eval()
+    for parameter in [*gpt2.parameters(), *mamba.parameters()]:
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    config = SMTConfig(
+        vocab_size=VOCAB,
+        d_model=D_MODEL,
+        n_ssm_outputs=n,
+        m_input_tokens=m,
+        stride=stride,
+        d_k=24,
+        transformer_n_layers=2,
+        transformer_n_heads=4,
+        ssm_n_layers=2,
+        ssm_d_state=8,
+        **switches,
+    )
+    model = StrideMemoryTransformer(config).eval()
+    model.load_gpt2(gpt2)
+    model.load_mamba(mamba)
+    model.memory.pooling.w_q.weight.data.normal_(std=0.4)
+    model.memory.pooling.w_k.weight.data.normal_(std=0.4)
+    return model, gpt2, mamba
+
+
+def compare(length, n, m, stride, encoding, empty_slots, pool_source, pooling_norm, write_group):
+    model, gpt2, mamba = build(
+        length, n, m, stride, encoding=encoding, empty_slots=empty_slots, pool_source=pool_source,
+        pooling_norm=pooling_norm, write_group=write_group,
+    )  # fmt: skip
+    ids = torch.randint(VOCAB, (2, length))
+    pooling = model.memory.pooling
+    with torch.no_grad():
+        expected, write_steps, weights = naive_forward(
+            ids, model.embedding.weight, gpt2, mamba, pooling.w_q.weight, pooling.w_k.weight, n=n, m=m, stride=stride,
+            encoding=encoding, empty=empty_slots, source=pool_source, norm=pooling_norm, group=write_group,
+        )  # fmt: skip
+        logits, aux = model(ids, return_weights=True)
+    assert aux.write_steps == write_steps
+    assert (logits - expected).abs().max() < 1e-4
+    assert expected.std() > 0.1, "logits that do not vary would agree with anything"
+    for made, theirs in zip(aux.attention_weights.unbind(1), weights, strict=True):
+        assert torch.allclose(made[made > 0].flatten(), theirs.flatten(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:stride")
+@pytest.mark.parametrize("write_group", [1, 4, 16])
+@pytest.mark.parametrize("pooling_norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("pool_source", ["window", "tokens"])
+@pytest.mark.parametrize("empty_slots", ["mask", "zero"])
+@pytest.mark.parametrize("encoding", ["token", "stride"])
+def test_forward_equals_the_naive_loop(encoding, empty_slots, pool_source, pooling_norm, write_group):
+    # 71 steps of window 4 + 10: 17 writes, so that groups of 16 are passed and both halves fill up on the way.
+    compare(71, 4, 10, 4, encoding, empty_slots, pool_source, pooling_norm, write_group)
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 18, 49, 66, 300])
+@pytest.mark.parametrize("encoding", ["token", "stride"])
+def test_forward_equals_the_naive_loop_in_the_published_window(encoding, length):
+    compare(length, 15, 50, 16, encoding, "mask", "window", True, 8)
+
+
+def test_the_published_configuration_equals_the_naive_loop():
+    config = SMTConfig.published(vocab_size=VOCAB)
+    compare(
+        130, config.n_ssm_outputs, config.m_input_tokens, config.stride, config.encoding, config.empty_slots,
+        config.pool_source, config.pooling_norm, config.write_group,
+    )  # fmt: skip
+
+
+def test_one_hundred_tokens_make_six_writes():
+    model, _, _ = build(0, 15, 50, 16)
+    _, aux = model(torch.randint(VOCAB, (1, 100)))
+    assert aux.write_steps == [16, 32, 48, 64, 80, 96]
+    assert aux["n_writes"] == 6
+    assert aux.write_frequency == 6 / 100

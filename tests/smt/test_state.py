@@ -1,0 +1,154 @@
+"""Carried state: pieces and single steps give what one forward pass gives."""
+
+import pytest
+import torch
+
+from smt import SMTConfig, StrideMemoryTransformer
+
+VOCAB = 37
+
+
+def build(**switches):
+    torch.manual_seed(3)
+    sizes = dict(
+        vocab_size=VOCAB, d_model=16, d_k=16, transformer_n_layers=2, transformer_n_heads=2, ssm_n_layers=2, ssm_d_state=4,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return StrideMemoryTransformer(SMTConfig(**{**sizes, **switches})).eval()
+
+
+def in_pieces(model, ids, sizes):
+    state, logits, steps, weights = None, [], [], []
+    for piece in ids.split(sizes, dim=1):
+        out, aux = model(piece, state=state, return_weights=True)
+        state = aux.state
+        logits.append(out)
+        steps += aux.write_steps
+        weights.append(aux.attention_weights)
+    return torch.cat(logits, dim=1), steps, torch.cat(weights, dim=1), state
+
+
+def assert_same(model, ids, sizes):
+    with torch.no_grad():
+        whole, aux = model(ids, return_weights=True)
+        pieces, steps, weights, state = in_pieces(model, ids, sizes)
+    assert steps == aux.write_steps
+    torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(weights, aux.attention_weights, atol=1e-5, rtol=0)
+    assert state.steps == aux.state.steps
+    torch.testing.assert_close(state.slots, aux.state.slots, atol=1e-4, rtol=0)
+    assert whole.std() > 0.05, "logits that do not vary would agree with anything"
+
+
+def random_sizes(length, generator):
+    sizes = []
+    while sum(sizes) < length:
+        sizes.append(min(int(torch.randint(1, 48, (), generator=generator)), length - sum(sizes)))
+    return sizes
+
+
+@pytest.mark.filterwarnings("ignore:stride")
+@pytest.mark.parametrize("write_group", [1, 8])
+@pytest.mark.parametrize("stride", [1, 4, 16])
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
+def test_pieces_and_single_steps_equal_one_pass(encoding, stride, write_group):
+    model = build(encoding=encoding, stride=stride, write_group=write_group)
+    generator = torch.Generator().manual_seed(stride * 10 + write_group)
+    for length in (1, 2, 17, 65, 200):
+        ids = torch.randint(VOCAB, (2, length), generator=generator)
+        assert_same(model, ids, random_sizes(length, generator))
+    assert_same(model, ids[:, :120], [1] * 120)
+
+
+@pytest.mark.parametrize("pool_source", ["window", "tokens"])
+@pytest.mark.parametrize("empty_slots", ["mask", "zero"])
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
+def test_pieces_equal_one_pass_in_every_slot_mode(encoding, empty_slots, pool_source):
+    model = build(
+        encoding=encoding, empty_slots=empty_slots, pool_source=pool_source, n_ssm_outputs=4, m_input_tokens=9, stride=3,
+        transformer_n_kv_heads=1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(VOCAB, (3, 100), generator=generator)
+    assert_same(model, ids, random_sizes(100, generator))
+    assert_same(model, ids[:, :40], [1] * 40)
+
+
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
+@pytest.mark.parametrize("length", range(1, 200, 11))
+def test_every_length_splits_anywhere(encoding, length):
+    model = build(encoding=encoding)
+    generator = torch.Generator().manual_seed(length)
+    assert_same(model, torch.randint(VOCAB, (1, length), generator=generator), random_sizes(length, generator))
+
+
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
+def test_a_state_is_a_value(encoding):
+    model = build(encoding=encoding)
+    ids = torch.randint(VOCAB, (2, 60))
+    with torch.no_grad():
+        state = model(ids[:, :33])[1].state
+        before = [tensor.clone() for tensor in (state.tokens, state.slots, *state.conv, *state.ssm)]
+        first, _ = model(ids[:, 33:], state=state)
+        second, _ = model(ids[:, 33:], state=state)
+    assert torch.equal(first, second)
+    assert all(map(torch.equal, before, (state.tokens, state.slots, *state.conv, *state.ssm)))
+    assert state.steps == (33, 33)
+
+
+def test_detach_cuts_the_gradient_and_keeps_the_values():
+    model = build(encoding="stream")
+    ids = torch.randint(VOCAB, (1, 80))
+    state = model(ids[:, :40])[1].state
+    assert state.slots.requires_grad and state.layers[0].token_k.requires_grad
+    cut = state.detach()
+    assert not any(tensor.requires_grad for tensor in (cut.tokens, cut.slots, *cut.conv, *cut.ssm, cut.layers[0].token_k))
+    assert torch.equal(model(ids[:, 40:], state=state)[0], model(ids[:, 40:], state=cut)[0])
+
+
+def test_gradients_flow_through_a_carried_state():
+    model = build(encoding="stream").double()
+    ids = torch.randint(VOCAB, (1, 90))
+    targets = torch.cat([torch.full((1, 50), -100), torch.randint(VOCAB, (1, 40))], dim=1)
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    whole = gradients(model.loss(ids, targets)[0])
+    _, aux = model(ids[:, :50])
+    pieces = gradients(model.loss(ids[:, 50:], targets[:, 50:], state=aux.state)[0])
+    for expected, actual in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-8)
+
+
+def test_rows_are_chosen_reordered_and_repeated():
+    model = build(encoding="stream")
+    ids = torch.randint(VOCAB, (3, 70))
+    index = torch.tensor([2, 0, 2])
+    with torch.no_grad():
+        state = model(ids[:, :50])[1].state.rows(index)
+        chosen, _ = model(ids[index, 50:], state=state)
+        whole, _ = model(ids)
+    torch.testing.assert_close(chosen, whole[index, 50:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
+def test_the_size_of_a_state_is_constant(encoding):
+    model = build(encoding=encoding)
+    ids = torch.randint(VOCAB, (2, 400))
+    sizes = {model(ids[:, :length])[1].state.n_bytes() for length in (1, 17, 65, 400)}
+    assert len(sizes) == 1
+
+
+def test_a_state_of_another_config_is_refused():
+    state = build(encoding="stream")(torch.randint(VOCAB, (2, 9)))[1].state
+    for field, value in (("stride", 10), ("encoding", "stride"), ("d_model", 32), ("ssm_n_layers", 1), ("write_group", 4)):
+        with pytest.raises(ValueError, match=f"state belongs to a model with {field}"):
+            build(**{"encoding": "stream", field: value})(torch.randint(VOCAB, (2, 9)), state=state)
+
+
+def test_a_state_of_another_batch_size_is_refused():
+    model = build(encoding="stride")
+    state = model(torch.randint(VOCAB, (2, 9)))[1].state
+    with pytest.raises(ValueError, match="state has 2 rows, input_ids has 3"):
+        model(torch.randint(VOCAB, (3, 9)), state=state)
