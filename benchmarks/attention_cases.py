@@ -1,7 +1,8 @@
-"""Attention alone: full causal attention, ``stream_attention`` on each backend, and compiled FlexAttention with the same window."""
+"""Attention alone: full causal attention, ``stream_attention`` per backend, and compiled FlexAttention with the same window."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,14 +51,24 @@ Attention = Callable[..., Tensor]
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor) -> Tensor:
     """Every token sees all tokens before it, and no slots."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True).transpose(1, 2)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, *, window: WindowSpec) -> Tensor:
-    """The window as a mask over the keys [slots | tokens] of compiled FlexAttention."""
+    """The window as a mask over the keys [slots | tokens] of compiled FlexAttention.
+
+    Raises:
+        Unavailable: it does not compile here.
+    """
     q, k, v = q.transpose(1, 2), torch.cat([memory_k, k], 1).transpose(1, 2), torch.cat([memory_v, v], 1).transpose(1, 2)
     block_mask = flex_block_mask(window, memory_k.shape[1], q.shape[2], q.device)
-    return _compiled_flex_attention()(q, k, v, block_mask=block_mask).transpose(1, 2)
+    try:
+        return _compiled_flex_attention()(q, k, v, block_mask=block_mask).transpose(1, 2)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the compiler raises is the reason why there is no row
+        raise Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}") from error
 
 
 @lru_cache(maxsize=2)
@@ -116,22 +127,16 @@ def attention_cases(sizes: AttentionSizes, *, backward: bool, with_flex: bool) -
 
     cases = [Case(FULL, prepare(full_attention, lambda length: None), cost=lambda length: length**2)]
     limit = lambda length: full_attention_ratio(length, window.size)  # noqa: E731
-    obstacles = {"blocked": lambda length: None, "triton": _triton_obstacle(sizes), "reference": _reference_obstacle(sizes)}
+    obstacles = {"blocked": lambda length: None, "triton": triton_obstacle(sizes), "reference": _reference_obstacle(sizes)}
     for backend, obstacle in obstacles.items():
         run = _stream(window, backend)
         cost = (lambda length: length**2) if backend == "reference" else (lambda length: length)
         cases.append(Case(f"stream_attention, {backend}", prepare(run, obstacle), cost=cost, limit=limit))
-    flex_obstacle = _flex_obstacle(sizes, backward, with_flex)
     run = lambda *tensors: flex_attention(*tensors, window=window)  # noqa: E731
 
     def prepare_flex(length: int) -> Callable[[], object]:
-        call = prepare(run, flex_obstacle)(length)
-        try:
-            call()  # compiles
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever the compiler raises is this row's reason
-            raise Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}") from error
+        call = prepare(run, flex_obstacle(sizes, backward, with_flex))(length)
+        call()  # compiles
         return call
 
     cases.append(Case(FLEX, prepare_flex, cost=lambda length: length, limit=limit, calibrate=False))
@@ -150,10 +155,10 @@ def _call(attention: Attention, inputs: list[Tensor], backward: bool) -> Callabl
     return lambda: torch.autograd.grad(attention(*inputs), inputs, grad_out, allow_unused=True)
 
 
-def _triton_obstacle(sizes: AttentionSizes) -> Callable[[int], str | None]:
+def triton_obstacle(sizes: AttentionSizes) -> Callable[[int], str | None]:
     def obstacle(length: int) -> str | None:
-        if sizes.device.type != "cuda":
-            return "needs a GPU: Triton's interpreter is not timed"
+        if sizes.device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+            return "needs a GPU: Triton's interpreter is never timed"
         if sizes.dtype not in TRITON_DTYPES.get("stream_attention", ()):
             return f"stream_attention has no Triton kernel for {sizes.dtype} yet"
         return None
@@ -172,7 +177,7 @@ def _reference_obstacle(sizes: AttentionSizes) -> Callable[[int], str | None]:
     return obstacle
 
 
-def _flex_obstacle(sizes: AttentionSizes, backward: bool, wanted: bool) -> Callable[[int], str | None]:
+def flex_obstacle(sizes: AttentionSizes, backward: bool, wanted: bool) -> Callable[[int], str | None]:
     def obstacle(length: int) -> str | None:
         if not wanted:
             return "left out of the quick run: it compiles for longer than all else takes"

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-MAX_REPEATS = 15
 # Shorter calls are repeated inside one sample, so that the clock's and the launch's jitter stay small beside it.
 MIN_SAMPLE_SECONDS = 0.01
 
@@ -34,7 +33,8 @@ class Case:
         name: as the table shows it.
         prepare: makes the inputs of one length and returns the call to time; raises ``Unavailable``.
         cost: work at one length in any unit, to predict the time of the next length.
-        limit: the ratio to the baseline that the multiply-adds alone would allow; None for the baseline.
+        limit: the ratio of the baseline's multiply-adds to this case's, None for the baseline: the speed-up if both did theirs at
+            one rate. A baseline whose kernels run below the rate of matrix products can be beaten by more.
         calibrate: whether a short call may stand in for the first length (not where every length is compiled anew).
     """
 
@@ -58,7 +58,7 @@ class Row:
         fastest, slowest: the extremes of the same calls.
         seconds_per_token: seconds / (batch * length).
         ratio: the baseline's seconds divided by these.
-        flop_limit: the ratio that the multiply-adds alone would allow.
+        flop_limit: the ratio of multiply-adds, see ``Case.limit``.
         fraction_of_limit: ratio / flop_limit.
         not_measured: why there is no measurement.
         predicted_seconds: what one call was expected to take, if that is the reason.
@@ -96,23 +96,22 @@ class Samples:
 
 
 def measure(
-    task: str, cases: list[Case], lengths: list[int], *, batch: int, max_seconds: float, device: torch.device
+    task: str,
+    cases: list[Case],
+    lengths: list[int],
+    *,
+    batch: int,
+    max_seconds: float,
+    max_repeats: int,
+    device: torch.device,
 ) -> Iterator[list[Row]]:
     """Time ``cases``, the first of which is the baseline, length by length; yields the rows of one length at a time.
 
     Args:
         max_seconds: for all repeats of one case at one length; a case of which one call is predicted to exceed it is not run.
+        max_repeats: samples of one case at one length.
     """
-    last: dict[str, tuple[int, float]] = {}  # case -> (length, seconds) of its last measurement or calibration
-    short = max(32, lengths[0] // 8)
-    for case in cases:
-        if case.calibrate and short < lengths[0]:
-            try:
-                call = case.prepare(short)
-                call()
-                last[case.name] = short, _time(call, device)
-            except Unavailable:
-                pass  # the first length will say why
+    last = _calibrate(cases, max(1, lengths[0] // 4), max_seconds, device)  # case -> (length, seconds)
     for length in lengths:
         calls: dict[str, Callable[[], object]] = {}
         reasons: dict[str, tuple[str, float | None]] = {}
@@ -123,7 +122,7 @@ def measure(
                 known_length, known_seconds = last[case.name]
                 predicted = known_seconds * case.cost(length) / case.cost(known_length)
             if predicted is not None and predicted > max_seconds:
-                reasons[case.name] = f"predicted {predicted:.0f} s > {max_seconds:g} s, not run", predicted
+                reasons[case.name] = f"predicted {predicted:.3g} s > {max_seconds:g} s, not run", predicted
                 continue
             try:
                 call = case.prepare(length)
@@ -135,22 +134,39 @@ def measure(
                 reasons[case.name] = "out of device memory", None
                 continue
             calls[case.name] = call
-        samples = interleave(calls, first, max_seconds, device)
+        samples = interleave(calls, first, max_seconds, max_repeats, device)
         calls.clear()  # free the inputs of this length before those of the next are made
         for name, timed in samples.items():
             last[name] = length, timed.median
         yield [_row(task, case, cases[0], length, batch, samples, reasons) for case in cases]
 
 
+def _calibrate(cases: list[Case], length: int, max_seconds: float, device: torch.device) -> dict[str, tuple[int, float]]:
+    """The fastest of a few calls of each case at a short length, from which the first length of the table is predicted."""
+    known = {}
+    for case in cases:
+        if not case.calibrate:
+            continue
+        try:
+            call = case.prepare(length)
+        except Unavailable:
+            continue  # the first length will say why
+        seconds = _time(call, device)
+        for _ in range(3 if seconds < max_seconds / 4 else 0):
+            seconds = min(seconds, _time(call, device))
+        known[case.name] = length, seconds
+    return known
+
+
 def interleave(
-    calls: dict[str, Callable[[], object]], first: dict[str, float], max_seconds: float, device: torch.device
+    calls: dict[str, Callable[[], object]], first: dict[str, float], max_seconds: float, max_repeats: int, device: torch.device
 ) -> dict[str, Samples]:
-    """Run ``calls`` in turns. ``first`` holds the time of a first call of each: the warm-up, or the only sample of a slow one."""
+    """Run ``calls`` in turns; ``first`` holds the time of a first call of each: its warm-up, or a slow one's only sample."""
     samples = {name: Samples([]) for name in calls}
     plans = {}
     for name in calls:
         inner = max(1, math.ceil(MIN_SAMPLE_SECONDS / first[name]))
-        plans[name] = inner, min(MAX_REPEATS, int(max_seconds / (first[name] * inner)) - 1)
+        plans[name] = inner, min(max_repeats, int(max_seconds / (first[name] * inner)) - 1)
         if plans[name][1] < 1:
             samples[name].seconds.append(first[name])
     rounds = max((repeats for _, repeats in plans.values()), default=0)

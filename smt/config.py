@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from smt.fields import check_types, nearest
 from smt_kernels import WindowSpec
 
 CHOICES = {
@@ -93,8 +93,7 @@ class SMTConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), str(field.type))
+        check_types(self)
         at_least_one = [field.name for field in fields(self) if str(field.type).startswith("int") and field.name != "n_ssm_outputs"]
         for name in at_least_one:
             value = getattr(self, name)
@@ -154,8 +153,7 @@ class SMTConfig:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"SMTConfig has no field {name!r}; did you mean {near!r}?")
+                raise ValueError(f"SMTConfig has no field {name!r}; did you mean {nearest(name, known)!r}?")
         return cls(**values)
 
     @classmethod
@@ -238,12 +236,3 @@ class SMTConfig:
                 f"  vocabulary   {self.vocab_size}, embedding tied to the head",
             ]
         )
-
-
-def _check_type(name: str, value: Any, annotation: str) -> None:
-    if value is None and "None" in annotation:
-        return
-    kind = annotation.split(" ")[0]
-    expected = {"int": int, "float": (int, float), "str": str, "bool": bool}[kind]
-    if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
-        raise TypeError(f"{name} must be of type {annotation}, got {value!r}")

@@ -92,7 +92,8 @@ def _decide(operation: str, tensor: Tensor, requested: str | None) -> BackendCho
             raise error(f"backend 'triton' was asked for by {source}, but {obstacle}")
         return BackendChoice(operation, wanted, f"asked for by {source}")
     if tensor.device.type != "cuda":
-        return BackendChoice(operation, "blocked", f"the tensors are on {tensor.device.type}, and Triton kernels are for CUDA devices")
+        reason = f"the tensors are on {tensor.device.type}, and Triton kernels are for CUDA devices"
+        return BackendChoice(operation, "blocked", reason)
     if obstacle is not None:
         return BackendChoice(operation, "blocked", obstacle)
     return BackendChoice(operation, "triton", "CUDA tensors of a dtype that the kernel takes")
@@ -106,7 +107,8 @@ def _triton_obstacle(operation: str, tensor: Tensor) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {tensor.device.type}; set TRITON_INTERPRET=1 before the first import of triton to run its interpreter"
+        where = f"the tensors are on {tensor.device.type}"
+        return f"{where}; set TRITON_INTERPRET=1 before the first import of triton to run its interpreter"
     return None
 
 

@@ -2,8 +2,9 @@
 
 The shapes of this package are fixed by the window, so a committed table replaces autotuning: the first call is as fast as
 the second, and two machines of one architecture compute the same bits. The figures are chosen from ahead-of-time
-compilation (``smt_kernels.testing.aot``), by these rules in this order: no register spills, shared memory within what
-the smallest chip of the family has, then the most resident warps per multiprocessor, then fewer warps.
+compilation (``smt_kernels.testing.aot``) for bf16 and W = 65, by these rules in order: no register spills; shared memory
+within what the smallest chip of the family has; most programs resident per multiprocessor, so that one loads while another
+multiplies; most warps; the largest blocks. They have not been timed.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("ampere", "hopper", "blackwell", "cdna")
+FAMILIES = ("ampere", "hopper", "blackwell", "cdna", "interpreter")
 
 
 @dataclass(frozen=True)
 class LaunchSettings:
     """How one kernel is launched.
 
-    ``head_chunk`` is how many of the head dimensions one program writes. ``max_registers`` per thread make room for a second
-    program on a multiprocessor where the compiler, left alone, takes more than it needs; None leaves it alone.
+    ``head_chunk`` is how many of the head dimensions one program writes; the programs of one head each compute its scores, so
+    memory and registers do not grow with the head. ``query_block`` is the most queries that are multiplied at a time.
+    ``max_registers`` per thread make room for a second program on a multiprocessor where the compiler, left alone, takes
+    more than it needs; None leaves it alone.
     """
 
     num_warps: int
-    num_stages: int
     head_chunk: int
+    query_block: int = 64
+    num_stages: int = 1
     max_registers: int | None = None
 
     @property
@@ -39,12 +43,47 @@ class LaunchSettings:
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-# (kernel, family) -> {bytes of a padded head row: (warps, stages, bytes of a head chunk, max_registers)}. A row longer than its
-# chunk is spread over programs, each of which recomputes the scores: shared memory then does not grow with the head.
-_HEAD_ROWS = (32, 64, 128, 256, 512, 1024)
-_TABLE: dict[tuple[str, str], dict[int, tuple[int, int, int, int | None]]] = {
-    ("window_attention_forward", family): {row: (4, 1, min(row, 256), None) for row in _HEAD_ROWS} for family in FAMILIES
-} | {("window_attention_backward", family): {row: (8, 1, min(row, 256), None) for row in _HEAD_ROWS} for family in FAMILIES}
+# Settings by kernel, architecture family and bytes of an element, for heads padded to 16, 32, 64, 128 and 256. Products of fp32
+# run on the ordinary units of NVIDIA chips, which unroll them whole: hence their small chunks.
+_HEADS = (16, 32, 64, 128, 256)
+_FORWARD, _BACKWARD = "window_attention_forward", "window_attention_backward"
+_FORWARD_HALF = tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 128, 64))
+_FORWARD_SINGLE = (LaunchSettings(num_warps=8, head_chunk=16),) * 5
+_BACKWARD_SINGLE = (LaunchSettings(num_warps=8, head_chunk=16, query_block=16),) * 5
+_BACKWARD_32_QUERIES = tuple(LaunchSettings(num_warps=4, head_chunk=chunk, query_block=32) for chunk in (16, 32, 64, 64, 64))
+
+_INTERPRETER = tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 128, 128))
+
+_TABLE: dict[tuple[str, str, int], tuple[LaunchSettings, ...]] = {
+    (_FORWARD, "ampere", 2): (*_FORWARD_HALF[:4], LaunchSettings(num_warps=8, head_chunk=64)),
+    (_FORWARD, "hopper", 2): _FORWARD_HALF,
+    (_FORWARD, "blackwell", 2): _FORWARD_HALF,
+    (_FORWARD, "cdna", 2): _FORWARD_HALF,
+    (_FORWARD, "ampere", 4): _FORWARD_SINGLE,
+    (_FORWARD, "hopper", 4): _FORWARD_SINGLE,
+    (_FORWARD, "blackwell", 4): _FORWARD_SINGLE,
+    (_FORWARD, "cdna", 4): tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 64, 32)),
+    (_BACKWARD, "ampere", 2): (
+        LaunchSettings(num_warps=4, head_chunk=16),
+        LaunchSettings(num_warps=4, head_chunk=32),
+        LaunchSettings(num_warps=8, head_chunk=64, max_registers=128),
+        LaunchSettings(num_warps=8, head_chunk=64),
+        LaunchSettings(num_warps=8, head_chunk=64),
+    ),
+    (_BACKWARD, "hopper", 2): tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 64, 64)),
+    (_BACKWARD, "blackwell", 2): (*_BACKWARD_32_QUERIES[:4], LaunchSettings(num_warps=8, head_chunk=64)),
+    (_BACKWARD, "cdna", 2): _BACKWARD_32_QUERIES,
+    (_BACKWARD, "ampere", 4): _BACKWARD_SINGLE,
+    (_BACKWARD, "hopper", 4): _BACKWARD_SINGLE,
+    (_BACKWARD, "blackwell", 4): _BACKWARD_SINGLE,
+    (_BACKWARD, "cdna", 4): tuple(
+        LaunchSettings(num_warps=4, head_chunk=chunk, query_block=16) for chunk in (16, 32, 32, 32, 32)
+    ),
+    (_FORWARD, "interpreter", 2): _INTERPRETER,
+    (_FORWARD, "interpreter", 4): _INTERPRETER,
+    (_BACKWARD, "interpreter", 2): _INTERPRETER,
+    (_BACKWARD, "interpreter", 4): _INTERPRETER,
+}
 
 
 def padded_size(size: int) -> int:
@@ -53,9 +92,9 @@ def padded_size(size: int) -> int:
 
 
 def architecture_family(device: torch.device) -> str:
-    """The family of ``device``, one of ``FAMILIES``; a CPU, where kernels are interpreted, counts as the first."""
+    """The family of ``device``, one of ``FAMILIES``; on a CPU kernels are interpreted."""
     if device.type != "cuda":
-        return "ampere"
+        return "interpreter"
     if torch.version.hip is not None:
         return "cdna"
     # Compute capability 12 (consumer Blackwell) has the matrix instructions and the shared memory of capability 8.
@@ -68,13 +107,9 @@ def head_settings(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.
     Raises:
         ValueError: the head is longer than any in the table.
     """
-    rows = _TABLE[kernel, architecture_family(device)]
-    row = padded_size(head_dim) * dtype.itemsize
-    if row not in rows:
-        longest = max(rows) // dtype.itemsize
-        raise ValueError(f"head size must be at most {longest} for {kernel} in {dtype}, got {head_dim}")
-    num_warps, num_stages, chunk, max_registers = rows[row]
-    return LaunchSettings(num_warps, num_stages, chunk // dtype.itemsize, max_registers)
+    if head_dim > _HEADS[-1]:
+        raise ValueError(f"head size must be at most {_HEADS[-1]} for {kernel}, got {head_dim}")
+    return _TABLE[kernel, architecture_family(device), dtype.itemsize][_HEADS.index(padded_size(head_dim))]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **named: Any) -> None:

@@ -25,7 +25,8 @@ def build_gpt2(config: SMTConfig, n_positions: int) -> GPT2LMHeadModel:
     """
     if config.n_kv_heads != config.transformer_n_heads:
         raise ValueError(
-            f"transformer_n_kv_heads must be transformer_n_heads = {config.transformer_n_heads} for a GPT-2, got {config.n_kv_heads}"
+            f"transformer_n_kv_heads must be transformer_n_heads = {config.transformer_n_heads} for a GPT-2, "
+            f"got {config.n_kv_heads}"
         )
     if n_positions < 1:
         raise ValueError(f"n_positions must be at least 1, got {n_positions}")
@@ -33,7 +34,7 @@ def build_gpt2(config: SMTConfig, n_positions: int) -> GPT2LMHeadModel:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
         raise ImportError("the GPT-2 baseline needs transformers: pip install transformers") from error
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=n_positions,
@@ -50,3 +51,5 @@ def build_gpt2(config: SMTConfig, n_positions: int) -> GPT2LMHeadModel:
             attn_implementation="sdpa",
         )
     )
+    model.loss_type = "ForCausalLM"  # transformers cannot tell it from the class's name, and warns before it assumes it
+    return model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smt.loss import IGNORE_INDEX
 
-# Batches are drawn from this many batches' worth of documents of similar length: wide enough to mix, narrow enough to stay full.
+# A batch is drawn from this many batches' worth of documents of similar length: enough to mix, similar enough to stay full.
 BUCKET_BATCHES = 8
 
 
@@ -73,7 +73,8 @@ def draw_batches(documents: list[Tensor], batch_size: int, generator: torch.Gene
         bucket = by_length[start : start + bucket_size]
         mixed = [bucket[index] for index in torch.randperm(len(bucket), generator=generator).tolist()]
         batches += [mixed[first : first + batch_size] for first in range(0, len(mixed), batch_size)]
-    return [[documents[index] for index in batches[draw]] for draw in torch.randperm(len(batches), generator=generator).tolist()]
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [[documents[index] for index in batches[drawn]] for drawn in order]
 
 
 def training_chunks(documents: list[Tensor], *, batch_size: int, length: int, lanes: int, seed: int) -> Iterator[Chunk]:

@@ -61,7 +61,7 @@ def read_document(path: Path, name: str, skipped: Counter[str]) -> Document | No
 def read_text(path: str | Path) -> Corpus:
     """Read a local UTF-8 text file, or every file below a folder that is not hidden.
 
-    A folder's files are documents, and every twentieth in sorted order is held out. A single file is held out in its last twentieth.
+    A folder's files are documents, and every twentieth in sorted order is held out. Of a single file its end is held out.
 
     Raises:
         ValueError: the path does not exist, or too little of it is text.

@@ -86,7 +86,7 @@ class Tokenizer:
         return torch.tensor(self._tokenizer.encode(text).ids, dtype=torch.int64)
 
     def encode_documents(self, documents: list[Document]) -> list[Tensor]:
-        """Each document as (L + 2,) int64: its tokens between two ends of documents, so that its first token too is predicted."""
+        """Each document as (L + 2,) int64: its L tokens between two ends of documents, so that the first is predicted too."""
         encodings = self._tokenizer.encode_batch([document.text for document in documents])
         end = self.end_of_document
         return [torch.tensor([end, *encoding.ids, end], dtype=torch.int64) for encoding in encodings]

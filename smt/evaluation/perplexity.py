@@ -15,6 +15,7 @@ import torch
 
 from smt.data.batches import Chunk
 from smt.model import StrideMemoryTransformer
+from smt.precision import precision
 from smt.state import SMTState
 
 
@@ -71,7 +72,8 @@ def evaluate(model: StrideMemoryTransformer, chunks: Iterable[Chunk], n_bytes: i
     try:
         for chunk in chunks:
             state = carried_state(states, chunk)
-            loss, aux = model.loss(chunk.input_ids.to(device), chunk.targets.to(device), state)
+            with precision(device):
+                loss, aux = model.loss(chunk.input_ids.to(device), chunk.targets.to(device), state)
             states[chunk.lane] = aux.state
             n_targets = chunk.n_targets
             nats += float(loss) * n_targets

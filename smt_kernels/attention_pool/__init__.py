@@ -187,7 +187,7 @@ def _check_timeline(
     if not first_step <= first <= last < first_step + length:
         held = f"{first_step}..{first_step + length - 1}"
         raise ValueError(
-            f"tokens must hold the steps {first}..{last}, from the first write to the last, got {held} (first_step = {first_step})"
+            f"tokens must hold the steps {first}..{last} of the first to the last write, got {held} (first_step = {first_step})"
         )
 
 

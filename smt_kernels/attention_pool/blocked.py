@@ -111,16 +111,16 @@ def backward_sequence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens (B, T, d), slots (B, K, d; empty for None), w_q and w_k (d_k, d), each in the dtype of its input."""
     projections = _accumulation(w_q), _accumulation(w_k)
-    inputs = tokens, slots, w_q, w_k
-    sums = [None if t is None else t.new_zeros(t.shape, dtype=u.dtype) for t in inputs]
+    d_tokens, d_slots = (None if t is None else t.new_zeros(t.shape, dtype=u.dtype) for t in (tokens, slots))
+    d_projections = []
     for run in _runs(tokens, slots, window, timeline):
         grads = _accumulation(grad_pooled[:, run.writes]), run.dense(grad_weights), run.dense(dropout_mask)
         kept = Kept(run.dense(weights), *(part[:, run.writes] for part in (mean, query, u)))
         dx, dw_q, dw_k = _pool_backward(*grads, run.gather(tokens, slots), *projections, run.layout.average, kept, normalise)
-        run.add_back(dx, sums[0], sums[1])
-        sums[2].add_(dw_q)
-        sums[3].add_(dw_k)
-    return tuple(tokens.new_empty(0) if t is None else total.to(t.dtype) for t, total in zip(inputs, sums, strict=True))
+        run.add_back(dx, d_tokens, d_slots)
+        d_projections = [dw_q, dw_k] if not d_projections else [d_projections[0].add_(dw_q), d_projections[1].add_(dw_k)]
+    d_slots = tokens.new_empty(0) if slots is None else d_slots
+    return tuple(total.to(tokens.dtype) for total in (d_tokens, d_slots, *d_projections))
 
 
 def _pool(
@@ -259,10 +259,9 @@ def _runs(tokens: Tensor, slots: Tensor | None, window: WindowSpec, timeline: Se
             pieces = _pieces(1, start - first_slot, stop - first_slot, slots.shape[1]) + pieces
         exists = tuple((piece.source is not None, piece.size) for piece in pieces)
         # Layouts repeat from group to group, so that a long training run meets a handful of them.
-        make = _layout.__wrapped__ if _is_capturing(tokens) else _layout
-        yield _Run(
-            slice(begin, end), pieces, make(window, first % group, end - begin, group, slots is not None, exists, dtype, tokens.device)
-        )
+        layout = _layout.__wrapped__ if _is_capturing(tokens) else _layout
+        key = window, first % group, end - begin, group, slots is not None, exists, dtype, tokens.device
+        yield _Run(slice(begin, end), pieces, layout(*key))
 
 
 def _pieces(source: int, start: int, stop: int, length: int) -> list[_Piece]:
@@ -294,7 +293,7 @@ def _layout(
     dtype: torch.dtype,
     device: torch.device,
 ) -> _Layout:
-    """The layout of ``n_writes`` writes from ``first_write`` on over entries that ``exists`` describes as (whether, how many)."""
+    """The layout of ``n_writes`` writes from ``first_write`` on, over entries that ``exists`` tells as (whether, how many)."""
     write = torch.arange(first_write, first_write + n_writes, device=device)
     start, _ = window.visible_tokens(window.write_step(write))
     index = (start - start[0])[:, None] + torch.arange(window.n_tokens, device=device)
@@ -303,5 +302,6 @@ def _layout(
         in_slots = (start - start[0])[:, None] + torch.arange(window.n_memory, device=device)
         index = torch.cat([in_slots, index + (stop[-1] - start[0])], dim=1)
     held = torch.cat([torch.full((size,), whether, device=device) for whether, size in exists])
-    seen = held.expand(n_writes, -1) & torch.zeros(n_writes, len(held), dtype=torch.bool, device=device).scatter_(1, index, True)
+    inside = torch.zeros(n_writes, len(held), dtype=torch.bool, device=device).scatter_(1, index, True)
+    seen = held & inside
     return _Layout(*_visibility(seen[None], dtype), index[None])

@@ -17,7 +17,7 @@ def attention_pool(
     windows = windows.masked_fill(~exists[..., None], 0.0)  # what stands there may be anything, nan included
     if normalise:
         windows = windows * torch.rsqrt(windows.square().mean(dim=-1, keepdim=True) + EPS)
-    mean = torch.einsum("nwd,nw->nd", windows, exists.expand(windows.shape[:2]).to(windows.dtype)) / exists.sum(-1, keepdim=True)
+    mean = windows.sum(dim=1) / exists.sum(dim=-1, keepdim=True)
     query, keys = mean @ w_q.T, windows @ w_k.T
     scores = torch.einsum("nk,nwk->nw", query, keys) * w_q.shape[0] ** -0.5
     weights = torch.softmax(scores.masked_fill(~exists, float("-inf")), dim=-1)
@@ -46,7 +46,9 @@ def attention_pool_sequence(
     for write in range(first_write, first_write + n_writes):
         step_range = window.visible_tokens(window.write_step(write))
         slot_range = window.pooled_slots(write, write_group)
-        halves = [(tokens, first_step, step_range)] if slots is None else [(slots, first_slot, slot_range), (tokens, first_step, step_range)]
+        halves = [(tokens, first_step, step_range)]
+        if slots is not None:
+            halves = [(slots, first_slot, slot_range), *halves]
         entries, exists = [], []
         for held, first, (start, stop) in halves:
             for index in range(start, stop):

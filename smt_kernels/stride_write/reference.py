@@ -21,14 +21,16 @@ def stride_write(
     d: Tensor,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E) and both states after K writes."""
+    """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E) and both states."""
     rank, n_state = dt_proj_weight.shape[1], a.shape[1]
+    if gate is not None:  # what stands where the gate is off, nan included, must not reach the gradients either
+        x, z = (half.masked_fill(~gate[..., None], 0.0) for half in (x, z))
     outputs = []
     for step in range(x.shape[1]):
         inputs = torch.cat([conv_state, x[:, step, :, None].to(conv_state.dtype)], dim=-1)  # (B, E, C), oldest first
         u = F.silu((inputs * conv_weight).sum(dim=-1) + conv_bias).to(x.dtype)
-        low, b, c = (u @ x_proj_weight.T).split([rank, n_state, n_state], dim=-1)
-        dt = F.softplus(low @ dt_proj_weight.T + dt_proj_bias)[..., None]  # (B, E, 1)
+        low, b, c = (u @ x_proj_weight.to(x.dtype).T).split([rank, n_state, n_state], dim=-1)
+        dt = F.softplus(low @ dt_proj_weight.to(x.dtype).T + dt_proj_bias)[..., None]  # (B, E, 1)
         state = torch.exp(dt * a) * ssm_state + dt * b[:, None, :] * u[..., None]  # (B, E, N)
         y = ((state * c[:, None, :]).sum(dim=-1) + d * u) * F.silu(z[:, step])
         on = torch.ones_like(y[:, 0], dtype=torch.bool) if gate is None else gate[:, step]

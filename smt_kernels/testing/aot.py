@@ -49,9 +49,9 @@ class Call:
 class KernelReport:
     """One compiled kernel: its name, target and warps, and per thread or per program what it takes.
 
-    ``registers`` and ``spills`` (load and store instructions for registers that did not fit) are per thread, ``shared_bytes`` per
-    program with its ``shared_limit``; ``occupancy`` is the share of the resident warps that registers and shared memory leave
-    room for; ``matrix_instructions`` counts by name the instructions on tensor or matrix cores, ``instructions`` all.
+    ``registers`` and ``spills`` (loads and stores of registers that did not fit) are per thread, ``shared_bytes`` per program
+    with its ``shared_limit``; ``occupancy`` is the share of the resident warps that registers and shared memory leave room
+    for; ``matrix_instructions`` counts by name the instructions on tensor or matrix cores, ``instructions`` all.
     """
 
     function: str

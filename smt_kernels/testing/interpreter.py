@@ -97,9 +97,11 @@ def _cast_with_rounding(
     return original(self, source, target, rounding)
 
 
-@_replaces(InterpreterBuilder, "get_bf16")
-def _constant(original: Callable, self: InterpreterBuilder, value: float) -> TensorHandle:
+def _constant(self: InterpreterBuilder, value: float) -> TensorHandle:
     return _narrow(np.array([value], dtype=np.float32))
+
+
+InterpreterBuilder.get_bf16 = _constant  # missing before triton 3.7
 
 
 @_replaces(InterpreterBuilder, "create_dot")

@@ -99,7 +99,7 @@ def _forward_kernel(
     q, k, v, out, lse, valid_memory, valid_tokens, strides_q, strides_k, strides_v, strides_out,
     n_memory, window, n_queries, n_kv_heads, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
-    Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, KR: tl.constexpr,
+    Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, Q_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v and lse = log(rowsum(exp(scale q k^T))) of one window and key/value head."""
     i_window = (tl.program_id(0) // n_kv_heads).to(tl.int64)
@@ -120,11 +120,10 @@ def _forward_kernel(
         b_kr = _load(p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
         b_vr = _load(_rows(v, strides_v, i_window, i_kv_head, o_kr), m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
 
-    for i_group in range(GROUP):
-        i_head = i_kv_head * GROUP + i_group
+    for i_block in range(GROUP * Q_BLOCKS):
+        i_head = i_kv_head * GROUP + i_block // Q_BLOCKS
         p_lse = lse + (i_window * n_kv_heads * GROUP + i_head) * n_queries
-
-        o_q = n_queries - Q + tl.arange(0, Q)
+        o_q = n_queries - (i_block % Q_BLOCKS + 1) * Q + tl.arange(0, Q)
         m_q = o_q >= 0
         o_position = o_q[:, None] + (window - n_queries)
         p_q = _rows(q, strides_q, i_window, i_head, o_q)
@@ -147,8 +146,11 @@ def _forward_kernel(
         p_out = _rows(out, strides_out, i_window, i_head, o_q)
         _store_normalised(p_out, p_lse + o_q, m_q, b_out, b_max, b_sum, i_chunk, HEAD_DIM, CHUNK)
 
-        if QR > 0:
-            o_qr = n_queries - Q - QR + tl.arange(0, QR)
+    if QR > 0:
+        for i_group in range(GROUP):
+            i_head = i_kv_head * GROUP + i_group
+            p_lse = lse + (i_window * n_kv_heads * GROUP + i_head) * n_queries
+            o_qr = n_queries - Q_BLOCKS * Q - QR + tl.arange(0, QR)
             m_qr = o_qr >= 0
             p_qr = _rows(q, strides_q, i_window, i_head, o_qr)
             b_qr = _load(p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
@@ -179,7 +181,7 @@ def _backward_kernel(
     strides_grad_out, strides_q, strides_k, strides_v, strides_dq, strides_dk,
     n_memory, window, n_queries, n_kv_heads, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
-    Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, KR: tl.constexpr,
+    Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, Q_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of one window and key/value head. Scores are (keys, queries), the transpose that dK and dV need."""
     i_window = (tl.program_id(0) // n_kv_heads).to(tl.int64)
@@ -206,11 +208,10 @@ def _backward_kernel(
         b_dkr = tl.zeros([KR, CHUNK], dtype=tl.float32)
         b_dvr = tl.zeros([KR, CHUNK], dtype=tl.float32)
 
-    for i_group in range(GROUP):
-        i_head = i_kv_head * GROUP + i_group
+    for i_block in range(GROUP * Q_BLOCKS):
+        i_head = i_kv_head * GROUP + i_block // Q_BLOCKS
         p_lse = lse + (i_window * n_kv_heads * GROUP + i_head) * n_queries
-
-        o_q = n_queries - Q + tl.arange(0, Q)
+        o_q = n_queries - (i_block % Q_BLOCKS + 1) * Q + tl.arange(0, Q)
         m_q = o_q >= 0
         o_position = o_q[None, :] + (window - n_queries)
         p_q = _rows(q, strides_q, i_window, i_head, o_q)
@@ -238,8 +239,11 @@ def _backward_kernel(
             b_dq += _dot(tl.trans(b_dsr), b_kr)
         _store(_rows(dq, strides_dq, i_window, i_head, o_q), m_q, i_chunk, b_dq * scale, HEAD_DIM, CHUNK)
 
-        if QR > 0:
-            o_qr = n_queries - Q - QR + tl.arange(0, QR)
+    if QR > 0:
+        for i_group in range(GROUP):
+            i_head = i_kv_head * GROUP + i_group
+            p_lse = lse + (i_window * n_kv_heads * GROUP + i_head) * n_queries
+            o_qr = n_queries - Q_BLOCKS * Q - QR + tl.arange(0, QR)
             m_qr = o_qr >= 0
             o_position = o_qr[None, :] + (window - n_queries)
             p_qr = _rows(q, strides_q, i_window, i_head, o_qr)
@@ -309,6 +313,7 @@ def _launch(
     window, n_kv_heads = k.shape[1:3]
     settings = head_settings(name, head_dim, q.dtype, q.device)
     main_queries, remainder_queries = _blocks(n_queries)
+    query_block = min(main_queries, settings.query_block)
     main_keys, remainder_keys = _blocks(window)
     launch(
         kernel,
@@ -323,10 +328,11 @@ def _launch(
         GROUP=n_heads // n_kv_heads,
         HEAD_DIM=head_dim,
         CHUNK=settings.head_chunk,
-        Q=main_queries,
+        Q=query_block,
         QR=remainder_queries,
         K=main_keys,
         KR=remainder_keys,
+        Q_BLOCKS=main_queries // query_block,
         **settings.options,
     )
 

@@ -1,4 +1,4 @@
-"""Window attention: every backend computes the definition, forward and backward, whatever the shape, and says so when it cannot."""
+"""Window attention: every backend computes the definition, forward and backward, whatever the shape, or says why not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smt_kernels import window_attention
+from smt_kernels import launch, window_attention
 from smt_kernels.testing.budget import assert_equal_in_double, assert_within_budget, poisoned_memory
 
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
@@ -51,7 +51,7 @@ CASES = [
     Case(65, tail=16, heads=4),
     Case(65, tail=1, kv_heads=1),
     Case(65, kv_heads=1, head_dim=40),
-    Case(65, head_dim=128),
+    Case(65, head_dim=128, n_windows=1),
     Case(66, tail=65, head_dim=16),
     Case(66, tail=16, n_memory=0),
     Case(127, kv_heads=1, head_dim=40, n_windows=1),
@@ -123,17 +123,29 @@ def test_output_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backend
     assert_problem_within_budget(make_problem(case, dtype, device), backend)
 
 
+@pytest.mark.triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "case", [Case(65, kv_heads=1, head_dim=32, n_windows=1), Case(80, tail=66, heads=1, kv_heads=1, n_windows=1)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("family", launch.FAMILIES[:-1])
+def test_the_launch_settings_of_every_architecture_compute_the_same(family, dtype, case, monkeypatch):
+    monkeypatch.setattr(launch, "architecture_family", lambda device: family)
+    assert_problem_within_budget(make_problem(case, dtype, "cpu"), "triton")
+
+
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_windows_without_counts_are_full(backend, device):
     assert_problem_within_budget(make_problem(Case(), torch.float32, device, ragged=False), backend)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     window=st.integers(1, 128),
     tail=st.none() | st.integers(1, 128),
     kv_heads=st.integers(1, 2),
-    group=st.integers(1, 3),
+    group=st.integers(1, 2),
     head_dim=st.integers(1, 80),
     n_memory=st.integers(0, 128),
     dtype=st.sampled_from(DTYPES),
@@ -234,7 +246,7 @@ def test_blocked_equals_the_reference_in_double_precision(case, device):
 @pytest.mark.parametrize("tail", [None, 2], ids=["whole", "tail"])
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_gradients_match_finite_differences(backend, tail):
-    problem = make_problem(Case(6, tail, heads=2, kv_heads=1, head_dim=3, n_memory=2), torch.float64, "cpu")
+    problem = make_problem(Case(4, tail, heads=2, kv_heads=1, head_dim=2, n_memory=2), torch.float64, "cpu")
     inputs = tuple(x.requires_grad_() for x in (problem.q, problem.k, problem.v))
     assert torch.autograd.gradcheck(lambda q, k, v: window_attention(q, k, v, backend=backend, **problem.options()), inputs)
 
@@ -291,17 +303,19 @@ BAD_ARGUMENTS = {
     "q has three dimensions": ({"q": torch.zeros(6, 4, 8)}, ValueError, "q must have shape (N, W, H, D), got (6, 4, 8)"),
     "q is of integers": ({"q": torch.zeros(2, 6, 4, 8, dtype=torch.int32)}, TypeError, "q must be a floating-point tensor"),
     "q is empty": ({"q": torch.zeros(2, 6, 0, 8)}, ValueError, "q must not be empty in H"),
-    "q is neither whole nor a tail": ({"q": torch.zeros(2, 3, 4, 8)}, ValueError, "q must hold W = 6 entries per window, got 3"),
+    "q is neither whole nor a tail": ({"q": torch.zeros(2, 3, 4, 8)}, ValueError, "q must hold W = 6 entries per window, got"),
     "q is not the tail asked for": (
         {"q": torch.zeros(2, 3, 4, 8), "tail": 2}, ValueError, "q must hold W = 6 or tail = 2 entries per window, got 3",
     ),
-    "k has other windows": ({"k": torch.zeros(3, 6, 2, 8)}, ValueError, "k must have shape (N=2, W, H_kv, D=8), got (3, 6, 2, 8)"),
+    "k has other windows": ({"k": torch.zeros(3, 6, 2, 8)}, ValueError, "(N=2, W, H_kv, D=8), got (3, 6, 2, 8)"),
     "k has another head size": ({"k": torch.zeros(2, 6, 2, 4)}, ValueError, "k must have shape (N=2, W, H_kv, D=8)"),
     "k has another dtype": ({"k": torch.zeros(2, 6, 2, 8).half()}, TypeError, "k must have the dtype of q, torch.float32"),
     "v has another length": ({"v": torch.zeros(2, 5, 2, 8)}, ValueError, "v must have shape (N=2, W=6, H_kv=2, D=8)"),
-    "v is on another device": ({"v": torch.zeros(2, 6, 2, 8, device="meta")}, ValueError, "v must be on the device of q, cpu, got meta"),
+    "v is on another device": (
+        {"v": torch.zeros(2, 6, 2, 8, device="meta")}, ValueError, "v must be on the device of q, cpu, got meta",
+    ),
     "heads do not divide": (
-        {"k": torch.zeros(2, 6, 3, 8), "v": torch.zeros(2, 6, 3, 8)}, ValueError, "q has 4 heads, which is not a multiple of the 3",
+        {name: torch.zeros(2, 6, 3, 8) for name in "kv"}, ValueError, "q has 4 heads, which is not a multiple of the 3",
     ),
     "the window is too long": (
         {name: torch.zeros(2, 129, 2, 8) for name in "qkv"}, ValueError, "a window holds at most 128 entries, got W = 129",

@@ -1,0 +1,150 @@
+"""What the window is worth: attention alone and whole training steps, against full causal attention, measured side by side.
+
+    python benchmarks/bench_window.py --quick
+    python benchmarks/bench_window.py --json window.json --plot window.png
+
+Each ratio stands beside the ratio of multiply-adds (the limit, if both sides do theirs at one rate) and beside the published claim, which counts a whole
+sequence of full attention against one step of the window (``python benchmarks/claims.py``). Nothing is printed as measured that
+was not timed here; a case that would take longer than ``--max-seconds`` says so. No table is printed if an implementation that
+is timed disagrees with the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+from attention_cases import AttentionSizes, attention_cases, flex_obstacle, triton_obstacle
+from claims import PUBLISHED_SPEEDUP
+from correctness import LENGTH, WrongResult, check_attention, check_models
+from environment import environment
+from measure import Case, Row, Unavailable, measure
+from report import draw, print_header, print_rows, write_csv, write_json
+from training_cases import training_cases
+
+from smt import SMTConfig
+from smt_kernels import WindowSpec
+
+ATTENTION_LENGTHS = [512 * 2**i for i in range(8)]
+TRAINING_LENGTHS = [512 * 2**i for i in range(5)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lengths", type=_lengths, help="attention alone, comma-separated; default 512,1024,...,65536")
+    parser.add_argument("--training-lengths", type=_lengths, help="training steps; default 512,1024,...,8192")
+    parser.add_argument("--sections", choices=("attention", "training", "both"), default="both", help="what to measure")
+    parser.add_argument("--heads", type=_positive, default=12, help="heads of attention alone")
+    parser.add_argument("--head-dim", type=_positive, default=64, help="their size")
+    parser.add_argument("--batch", type=_positive, default=1, help="sequences")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of attention alone; training steps are fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=_positive, help="CPU threads; default: PyTorch's")
+    parser.add_argument("--max-seconds", type=float, help="for all calls of one measurement; default 120, quick 3")
+    parser.add_argument("--repeats", type=_positive, help="calls of one measurement at most; default 15, quick 3")
+    parser.add_argument("--quick", action="store_true", help="short lengths, no FlexAttention; under a minute on 2 cores")
+    parser.add_argument("--json", type=Path, help="write rows, settings and environment")
+    parser.add_argument("--csv", type=Path, help="the same as CSV")
+    parser.add_argument("--plot", type=Path, help="draw the rows (PNG, PDF or SVG)")
+    options = parser.parse_args(arguments)
+    options.lengths = options.lengths or (ATTENTION_LENGTHS[:4] if options.quick else ATTENTION_LENGTHS)
+    options.training_lengths = options.training_lengths or (TRAINING_LENGTHS[:2] if options.quick else TRAINING_LENGTHS)
+    options.max_seconds = options.max_seconds or (3.0 if options.quick else 120.0)
+    options.repeats = options.repeats or (3 if options.quick else 15)
+    for path in (options.json, options.csv, options.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"the folder of {path} does not exist")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write; 1 if an implementation disagrees with the reference."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    described = environment(device)
+    print("\n".join(f"{name:<13} {value}" for name, value in described.items()))
+    sizes = AttentionSizes(options.batch, options.heads, options.head_dim, DTYPES[options.dtype], device, WindowSpec())
+    config = SMTConfig(
+        vocab_size=4096, d_model=256, d_k=256, dropout=0.0, transformer_n_layers=4, transformer_n_heads=4, ssm_n_layers=4
+    )
+    attention, training = options.sections != "training", options.sections != "attention"
+    try:
+        _check(sizes, config, attention, training, with_flex=not options.quick)
+    except WrongResult as error:
+        print(f"\nNo speed-ups are printed, because a result differs from the reference:\n{error}", file=sys.stderr)
+        return 1
+
+    rows: list[Row] = []
+    if attention:
+        what = f"attention, {options.heads} heads of {options.head_dim}, batch {options.batch}, {options.dtype}"
+        for backward, task in ((False, f"Forward: {what}"), (True, f"Forward and backward: {what}")):
+            cases = attention_cases(sizes, backward=backward, with_flex=not options.quick)
+            rows += _table(task, cases, options.lengths, options, device)
+    if training:
+        task = (
+            f"Training step (forward, loss, backward): d {config.d_model}, {config.transformer_n_layers} layers "
+            f"+ {config.ssm_n_layers} Mamba, batch {options.batch}, fp32"
+        )
+        cases = training_cases(config, options.training_lengths, options.batch, device)
+        rows += _table(task, cases, options.training_lengths, options, device)
+    print("FLOP limit: the ratio of multiply-adds, which is the speed-up if both sides did theirs at one rate")
+    print(f"published: {PUBLISHED_SPEEDUP:,}x fewer FLOPs than full attention at 4,096; benchmarks/claims.py recounts it")
+
+    settings = {
+        name: getattr(options, name) for name in ("batch", "heads", "head_dim", "dtype", "max_seconds", "repeats", "quick")
+    }
+    settings["model"] = config.to_dict()
+    if options.json:
+        write_json(options.json, described, settings, rows)
+    if options.csv:
+        write_csv(options.csv, described, settings, rows)
+    if options.plot:
+        draw(options.plot, described, rows, (PUBLISHED_SPEEDUP, f"published claim, {PUBLISHED_SPEEDUP:,}x"))
+    return 0
+
+
+def _check(sizes: AttentionSizes, config: SMTConfig, attention: bool, training: bool, *, with_flex: bool) -> None:
+    if attention:
+        check_attention(sizes, "blocked")
+        if triton_obstacle(sizes)(LENGTH) is None:
+            check_attention(sizes, "triton")
+        for backward in (False, True):
+            if flex_obstacle(sizes, backward, with_flex)(LENGTH) is None:
+                with contextlib.suppress(Unavailable):  # its row will say why
+                    check_attention(sizes, "flex", backward=backward)
+    if training:
+        check_models(config, sizes.device)
+
+
+def _table(task: str, cases: list[Case], lengths: list[int], options: argparse.Namespace, device: torch.device) -> list[Row]:
+    width = max(len(case.name) for case in cases)
+    print_header(task, cases[0].name, width)
+    rows = []
+    limits = {"max_seconds": options.max_seconds, "max_repeats": options.repeats}
+    for of_length in measure(task, cases, lengths, batch=options.batch, device=device, **limits):
+        print_rows(of_length, width, f"{PUBLISHED_SPEEDUP:,}x")
+        rows += of_length
+    return rows
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _lengths(text: str) -> list[int]:
+    return sorted(_positive(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

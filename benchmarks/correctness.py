@@ -1,0 +1,91 @@
+"""What must hold before a speed-up is printed: each implementation that is timed computes what the reference computes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from attention_cases import AttentionSizes, flex_attention
+from torch import Tensor
+from training_cases import VARIANTS
+
+from smt import SMTConfig, StrideMemoryTransformer
+from smt_kernels import stream_attention, use_backend
+from smt_kernels.testing.budget import assert_within_budget
+
+
+class WrongResult(Exception):
+    """An implementation that is timed does not compute what the reference computes."""
+
+
+LENGTH = 200  # several times the window, so that both halves are full, partly empty and moving
+NAMES = ("grad_q", "grad_k", "grad_v", "grad_memory_k", "grad_memory_v")
+
+
+def check_attention(sizes: AttentionSizes, implementation: str, *, backward: bool = True) -> None:
+    """Compare one implementation (a backend, or ``flex``) of a small input with the reference in float64.
+
+    Raises:
+        WrongResult: an error larger than twice that of plain PyTorch in the same precision.
+    """
+    window = sizes.window
+    small = dataclasses.replace(sizes, batch=1, n_heads=min(sizes.n_heads, 2))
+    inputs = small.inputs(LENGTH, requires_grad=backward)
+    grad_out = torch.randn_like(inputs[0])
+
+    def results(backend: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+        if backend == "flex":
+            out = flex_attention(*tensors, window=window)
+        else:
+            out = stream_attention(*tensors, window=window, backend=backend)
+        if not backward:
+            return {"out": out}
+        return {"out": out, **dict(zip(NAMES, torch.autograd.grad(out, tensors, grad_out.to(out.dtype)), strict=True))}
+
+    exact = results("reference", [tensor.detach().double().requires_grad_(backward) for tensor in inputs])
+    _compare(f"stream_attention, {implementation}", results(implementation, inputs), exact, results("reference", inputs))
+
+
+def check_models(config: SMTConfig, device: torch.device) -> None:
+    """Compare loss and gradients of each variant on its fast backends with the reference in float64, on a small input.
+
+    Raises:
+        WrongResult: an error larger than twice that of plain PyTorch in the same precision.
+    """
+    generator = torch.Generator().manual_seed(2)
+    head_dim = 32
+    small = dataclasses.replace(
+        config,
+        vocab_size=128,
+        d_model=2 * head_dim,
+        d_k=2 * head_dim,
+        transformer_n_layers=2,
+        transformer_n_heads=2,
+        ssm_n_layers=1,
+        write_group=min(config.write_group, 2),
+    )
+    for changes in VARIANTS.values():
+        variant = dataclasses.replace(small, **changes)
+        length = 2 * variant.stride * variant.write_group + 5  # two groups of writes and a rest
+        input_ids = torch.randint(variant.vocab_size, (1, length), generator=generator).to(device)
+        model = StrideMemoryTransformer(variant).to(device)
+        fast = _loss_and_gradients(model, input_ids)
+        with use_backend("reference"):
+            plain = _loss_and_gradients(model, input_ids)
+            exact = _loss_and_gradients(model.double(), input_ids)
+        _compare(f"model with {changes}", fast, exact, plain)
+
+
+def _compare(what: str, actual: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    try:
+        assert_within_budget(actual, exact, plain)
+    except AssertionError as error:
+        raise WrongResult(f"{what}: {error}") from error
+
+
+def _loss_and_gradients(model: StrideMemoryTransformer, input_ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = model.loss(input_ids)[0]
+    loss.backward()
+    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return {"loss": loss.detach(), "gradients": torch.cat(gradients)}

@@ -1,0 +1,122 @@
+"""The command line: ``smt train``. Errors are one line on standard error, with a traceback only under ``--debug``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from smt.fields import kind_of, nearest
+from smt.training.settings import PARTS, RunConfig
+
+if TYPE_CHECKING:
+    from smt.training.run import Outcome
+
+EXAMPLES = """examples:
+  smt train                                    the standard library's source, in less than 5 minutes on 2 cores
+  smt train --minutes 30 --d_model 256         longer, and wider
+  smt train --steps 500                        bounded by steps, hence repeatable
+  smt train --stride 10 --encoding token       any field of the model, the data or the training
+  smt train --text my_novels/ --experiment novels
+  smt train --config my_run.yaml --out runs
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        the exit code: 0, 1 after an error, 2 without a command, 130 after Ctrl-C.
+    """
+    started = time.perf_counter()
+    parser, train_parser = _parsers()
+    options, unknown = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        if unknown:
+            raise ValueError(_unknown(unknown[0], train_parser))
+        return _train(options, started)
+    except KeyboardInterrupt:
+        print("smt: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        message = str(error) or type(error).__name__
+        print(f"smt: error: {message}", file=sys.stderr)
+        return 1
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "epilog": EXAMPLES}
+    parser = argparse.ArgumentParser(prog="smt", description="Train Stride Memory Transformers.", **style)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    train = commands.add_parser(
+        "train",
+        help="train a model on text, evaluate it on held-out documents, and leave the run in a folder",
+        description="Train a model on text, evaluate it on held-out documents, and leave the run in a folder.",
+        **style,
+    )
+    train.add_argument("--config", default="stdlib", help="YAML file, or the name of a packaged example (default: stdlib)")
+    train.add_argument("--out", default="results", help="folder for runs (default: results)")
+    train.add_argument("--experiment", help="name of the run's folder in it (default: that of the configuration)")
+    train.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for part, settings in PARTS.items():
+        group = train.add_argument_group(f"{part} (replaces the field of the configuration)")
+        for field in fields(settings):
+            names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+            metavar = kind_of(settings, field.name).replace(" | None", "").upper()
+            group.add_argument(*names, dest=f"field_{field.name}", metavar=metavar)
+    return parser, train
+
+
+def _train(options: argparse.Namespace, started: float) -> int:
+    given = {name.removeprefix("field_"): value for name, value in vars(options).items() if name.startswith("field_")}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if options.experiment is not None:
+        overrides["experiment"] = options.experiment
+    config = RunConfig.from_yaml(options.config, overrides)
+    from smt.training.run import run
+
+    _report(run(config, options.out, started=started))
+    return 0
+
+
+def _report(outcome: Outcome) -> None:
+    prompt, continuation = outcome.sample
+    if continuation:
+        print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")
+        print(_printable(_indented(f"{prompt}>>>{continuation}")))
+    evaluation, progress = outcome.evaluation, outcome.progress
+    print(
+        f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, documents whole, memory carried\n"
+        f"validation loss {evaluation.loss:.4f} nats per token\n"
+        f"perplexity      {evaluation.perplexity:.2f}\n"
+        f"bits per byte   {evaluation.bits_per_byte:.3f}\n"
+        f"training        {progress.n_targets:,} tokens in {progress.step:,} steps, {progress.padding:.1%} padding\n"
+        f"speed           {progress.tokens_per_second:,.0f} tokens/s\n"
+        f"total time      {outcome.results['seconds']:.0f} s\n"
+        f"files           {outcome.folder}"
+    )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.splitlines())
+
+
+def _printable(text: str) -> str:
+    """The text as standard output can show it: a sample may hold any character, a terminal need not."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, errors="replace").decode(encoding)
+
+
+def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
+    known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r}; settings are given as --name value"
+    return f"there is no option {argument!r}; did you mean {nearest(argument.split('=')[0], known)!r}?"

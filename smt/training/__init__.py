@@ -1,0 +1,1 @@
+"""A training run: its settings, its loop and the folder that it leaves."""

@@ -1,0 +1,87 @@
+"""The folder that a run leaves: ``<out>/<experiment>/YYYYMMDD_HHMMSS/``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smt.training.settings import RunConfig
+
+
+@dataclass
+class History:
+    """Losses over the run, by optimiser step."""
+
+    train_loss: list[float] = field(default_factory=list)
+    train_steps: list[int] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_ppl: list[float] = field(default_factory=list)
+    eval_steps: list[int] = field(default_factory=list)
+
+
+class RunFolder:
+    """Paths and writers of one run. Every file is written under a temporary name and renamed, so none is ever half there."""
+
+    def __init__(self, out: str | Path, config: RunConfig) -> None:
+        parent = Path(out) / config.experiment
+        self.path = _new_folder(parent)
+        self.weights = self.path / "model.safetensors"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.curves = self.path / "training_curves.png"
+        _write(self.path / "config.yaml", config.to_yaml)
+
+    def save_weights(self, model: torch.nn.Module) -> None:
+        """Write the parameters as safetensors."""
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+        _write(self.weights, lambda path: save_file(tensors, path))
+
+    def save_history(self, history: History) -> None:
+        """Write ``metrics_history.json``."""
+        self._save_json("metrics_history.json", asdict(history))
+
+    def save_results(self, config: RunConfig, results: dict[str, Any], device: torch.device) -> None:
+        """Write ``results.json``: the configuration, the results and where they were obtained."""
+        self._save_json("results.json", {**config.to_dict(), "results": results, "environment": environment(device)})
+
+    def _save_json(self, name: str, values: dict[str, Any]) -> None:
+        text = json.dumps(values, indent=2) + "\n"
+        _write(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides its code."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _new_folder(parent: Path) -> Path:
+    """A folder named by the time; runs of the same second wait for the next."""
+    while True:
+        path = parent / datetime.now().strftime("%Y%m%d_%H%M%S")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            time.sleep(0.2)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
+    write(temporary)
+    os.replace(temporary, path)

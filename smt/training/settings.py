@@ -1,0 +1,183 @@
+"""What a run is: the model, the data and the training, each a dataclass; one YAML file, every field overridable by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smt.config import SMTConfig
+from smt.fields import check_types, nearest, parse
+
+CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
+LR_SCHEDULES = ("cosine", "linear", "constant")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how documents become batches.
+
+    Args:
+        text: a local UTF-8 file or folder; None: the source of Python's standard library.
+        batch_size: documents read in lockstep.
+        chunk_length: steps of each document in one chunk; gradients stop at its start, memory does not.
+        lanes: batches that take turns, chunk by chunk.
+        eval_batch_size, eval_chunk_length: the same for evaluation.
+    """
+
+    text: str | None = None
+    batch_size: int = 8
+    chunk_length: int = 256
+    lanes: int = 8
+    eval_batch_size: int = 16
+    eval_chunk_length: int = 512
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _at_least(self, 1, "batch_size", "chunk_length", "lanes", "eval_batch_size", "eval_chunk_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The optimiser and its bounds.
+
+    Args:
+        minutes: wall-clock bound of the whole command, evaluation and sample included; the schedule follows the clock.
+        steps: bound in optimiser steps instead, which makes a run repeatable; None: the clock decides.
+        learning_rate: of AdamW at its peak.
+        beta_1, beta_2: of AdamW.
+        weight_decay: on matrices alone.
+        warmup: share of the run in which the learning rate rises.
+        lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
+        clip: largest norm of the gradient.
+        evaluations: how often the held-out documents are evaluated, evenly over the run; the last time is at its end.
+        seed: of the weights, the order of documents and the sample.
+        device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a GPU, then in bfloat16 autocast.
+        sample_tokens: length of the sample at the end.
+    """
+
+    minutes: float = 4.5
+    steps: int | None = None
+    learning_rate: float = 2e-3
+    beta_1: float = 0.9
+    beta_2: float = 0.95
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    lr_schedule: str = "cosine"
+    clip: float = 1.0
+    evaluations: int = 2
+    seed: int = 42
+    device: str = "auto"
+    sample_tokens: int = 160
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("minutes", "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("beta_1", "beta_2", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        _at_least(self, 1, "steps", "evaluations")
+        _at_least(self, 0, "seed", "sample_tokens")
+        for name, allowed in (("lr_schedule", LR_SCHEDULES), ("device", DEVICES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Field names are unique across its three parts, so that an override needs no prefix."""
+
+    experiment: str
+    model: SMTConfig
+    data: DataConfig
+    training: TrainingConfig
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], overrides: dict[str, Any] | None = None) -> RunConfig:
+        """Build from ``{experiment, model: {...}, data: {...}, training: {...}}`` with single fields overridden by name.
+
+        Raises:
+            ValueError: an unknown part or field, with the nearest name, or a value out of range.
+            TypeError: a value of the wrong type.
+        """
+        for name, value in values.items():
+            if name not in ("experiment", *PARTS):
+                raise ValueError(f"a run has no part {name!r}; did you mean {nearest(name, ('experiment', *PARTS))!r}?")
+            if name in PARTS and not isinstance(value, dict):
+                raise ValueError(f"{name} must be a mapping of fields, got {value!r}")
+        parts = {part: dict(values.get(part, {})) for part in PARTS}
+        experiment = values.get("experiment", "run")
+        for name, value in (overrides or {}).items():
+            if name == "experiment":
+                experiment = value
+            else:
+                parts[part_of(name)][name] = value
+        for part, settings in PARTS.items():
+            known = [field.name for field in fields(settings)]
+            for name in parts[part]:
+                if name not in known:
+                    raise ValueError(f"{part} has no field {name!r}; did you mean {nearest(name, known)!r}?")
+        if not isinstance(experiment, str) or not experiment or experiment != Path(experiment).name:
+            raise ValueError(f"experiment must be the name of a folder, got {experiment!r}")
+        built = {
+            part: settings(**{name: parse(settings, name, value) for name, value in parts[part].items()})
+            for part, settings in PARTS.items()
+        }
+        return cls(experiment=experiment, **built)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+        """Read a YAML file, or the packaged example of that name.
+
+        Raises:
+            ValueError: no such file, not a mapping, or as ``from_dict``.
+        """
+        packaged = CONFIG_FOLDER / f"{path}.yaml"
+        file = packaged if packaged.is_file() else Path(path)
+        if not file.is_file():
+            names = ", ".join(sorted(example.stem for example in CONFIG_FOLDER.glob("*.yaml")))
+            raise ValueError(f"config must be a YAML file or one of the examples ({names}), got {str(path)!r}")
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} must hold a mapping with {', '.join(PARTS)}, got {type(values).__name__}")
+        return cls.from_dict(values, overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as ``from_dict`` takes them."""
+        return {"experiment": self.experiment, **{part: asdict(getattr(self, part)) for part in PARTS}}
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write all fields as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+PARTS: dict[str, type] = {"model": SMTConfig, "data": DataConfig, "training": TrainingConfig}
+
+
+def part_of(name: str) -> str:
+    """The part of a run that has the field ``name``.
+
+    Raises:
+        ValueError: none has; the message gives the nearest name.
+    """
+    owners = {field.name: part for part, settings in PARTS.items() for field in fields(settings)}
+    if name not in owners:
+        raise ValueError(f"there is no setting {name!r}; did you mean {nearest(name, owners)!r}?")
+    return owners[name]
+
+
+def _at_least(settings: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,173 @@
+"""Attention over a stream: each query sees the last tokens and the last memory slots written before it, in one softmax.
+
+    out_t = sum_j softmax_j(scale * q_t . k_j) v_j    over slots [writes_before(t) - n, writes_before(t)) and tokens (t - m, t]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smt_kernels import backends, checks
+from smt_kernels.stream_attention.reference import stream_attention as reference
+from smt_kernels.window import WindowSpec
+
+
+def stream_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor | None = None,
+    memory_v: Tensor | None = None,
+    *,
+    window: WindowSpec,
+    scale: float | None = None,
+    first_step: int = 0,
+    first_slot: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of T consecutive steps to their last n = ``window.n_memory`` slots and last m = ``window.n_tokens`` tokens.
+
+    The query of step t sees, in one softmax, those of the slots [writes_before(t) - n, writes_before(t)) and of the tokens
+    (t - m, t] that are given. With ``window.stride=None`` the memory is static: every query sees all of it (meta tokens).
+
+    Args:
+        q: queries (B, T, H, D) of the last T of the S steps.
+        k, v: keys and values (B, S, H_kv, D) in the dtype of q, S >= T: the first S - T are history. H is a multiple of H_kv.
+        memory_k, memory_v: keys and values of K >= 0 consecutive slots (B, K, H_kv, D); None: a plain sliding window.
+        window: who sees whom; ``n_tokens`` is at least 1, so that every query sees itself.
+        scale: factor of the scores; None: 1 / sqrt(D).
+        first_step: the step of k[:, 0]; may be negative.
+        first_slot: the number of the slot memory_k[:, 0]; may be negative.
+        backend: ``triton``, ``blocked`` or ``reference``; None: see ``smt_kernels.backends``.
+
+    Returns:
+        (B, T, H, D) in the dtype of q.
+
+    Raises:
+        TypeError: a dtype or type that does not fit.
+        ValueError: a shape, device or size that does not fit, or one of memory_k and memory_v without the other.
+
+    Source: DESIGN 2.1 and 4.2; sliding windows with meta tokens as in Hymba (Dong et al., 2024), section 2.
+    """
+    _check(q, k, v, memory_k, memory_v, window, first_step, first_slot)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = backends.choose("stream_attention", q, backend)
+    if backend == "reference":
+        settings = {"window": window, "scale": scale, "first_step": first_step, "first_slot": first_slot}
+        return reference(q, k, v, memory_k, memory_v, **settings)
+    if memory_k is None:
+        memory_k = memory_v = k.new_empty((k.shape[0], 0, *k.shape[2:]))
+    tensors = checks.unit_stride(q, k, v, memory_k, memory_v)
+    out, _ = _forward(*tensors, window.n_memory, window.n_tokens, window.stride, scale, first_step, first_slot, backend)
+    return out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    window: WindowSpec,
+    first_step: int,
+    first_slot: int,
+) -> None:
+    checks.shape("q", q, {"B": None, "T": None, "H": None, "D": None})
+    checks.floating("q", q)
+    n_batch, n_queries, n_heads, head_dim = q.shape
+    checks.shape("k", k, {"B": n_batch, "S": None, "H_kv": None, "D": head_dim})
+    n_keys, n_kv_heads = k.shape[1:3]
+    checks.shape("v", v, {"B": n_batch, "S": n_keys, "H_kv": n_kv_heads, "D": head_dim})
+    given = [("k", k), ("v", v)]
+    if (memory_k is None) != (memory_v is None):
+        present, absent = ("memory_v", "memory_k") if memory_k is None else ("memory_k", "memory_v")
+        raise ValueError(f"{absent} must be given together with {present}, got None")
+    if memory_k is not None:
+        expected = {"B": n_batch, "K": None, "H_kv": n_kv_heads, "D": head_dim}
+        checks.shape("memory_k", memory_k, expected, may_be_empty=("K",))
+        checks.shape("memory_v", memory_v, expected | {"K": memory_k.shape[1]}, may_be_empty=("K",))
+        given += [("memory_k", memory_k), ("memory_v", memory_v)]
+    for name, tensor in given:
+        checks.like(name, tensor, "q", q)
+    checks.head_groups(n_heads, n_kv_heads)
+    if n_keys < n_queries:
+        raise ValueError(f"k must hold the keys of all T = {n_queries} queries, S >= T, got S = {n_keys} in {tuple(k.shape)}")
+    if not isinstance(window, WindowSpec):
+        raise TypeError(f"window must be a WindowSpec, got {type(window).__name__}")
+    if window.n_tokens < 1:
+        raise ValueError(f"window.n_tokens must be at least 1, so that every query sees itself, got {window.n_tokens}")
+    for name, value in (("first_step", first_step), ("first_slot", first_slot)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+@torch.library.custom_op("smt_kernels::stream_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    n_memory: int,
+    n_tokens: int,
+    stride: int | None,
+    scale: float,
+    first_step: int,
+    first_slot: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    forward = backends.implementation("stream_attention", backend).forward
+    return forward(q, k, v, memory_k, memory_v, WindowSpec(n_memory, n_tokens, stride), scale, first_step, first_slot)
+
+
+@_forward.register_fake
+def _(q, k, v, memory_k, memory_v, n_memory, n_tokens, stride, scale, first_step, first_slot, backend):
+    n_batch, n_queries, n_heads, _ = q.shape
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((n_batch, n_heads, n_queries), dtype=statistics)
+
+
+@torch.library.custom_op("smt_kernels::stream_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_memory: int,
+    n_tokens: int,
+    stride: int | None,
+    scale: float,
+    first_step: int,
+    first_slot: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward = backends.implementation("stream_attention", backend).backward
+    window = WindowSpec(n_memory, n_tokens, stride)
+    (grad_out,) = checks.unit_stride(grad_out)
+    return backward(grad_out, q, k, v, memory_k, memory_v, out, lse, window, scale, first_step, first_slot)
+
+
+@_backward.register_fake
+def _(grad_out, q, k, v, memory_k, memory_v, out, lse, n_memory, n_tokens, stride, scale, first_step, first_slot, backend):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, memory_k, memory_v))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, memory_k, memory_v, *settings = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, memory_k, memory_v, out, lse)
+    ctx.settings = tuple(settings)
+
+
+def _autograd(ctx, grad_out, _grad_lse):
+    gradients = _backward(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return (*gradients, *(None for _ in ctx.settings))
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

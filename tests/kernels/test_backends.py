@@ -1,0 +1,129 @@
+"""Which backend runs is what was asked for, never silently another; and importing needs neither triton nor a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from smt_kernels import BACKENDS, BackendChoice, last_choice, use_backend, window_attention
+
+TRITON = pytest.param("triton", marks=pytest.mark.triton)
+
+
+def run(device: str = "cpu", backend: str | None = None, dtype: torch.dtype = torch.float32) -> BackendChoice:
+    q, k, v = torch.randn(3, 1, 4, 1, 16, device=device).to(dtype)
+    window_attention(q, k, v, n_memory=1, backend=backend)
+    return last_choice("window_attention")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment)
+
+
+def test_cpu_tensors_run_blocked_and_the_reason_is_told():
+    choice = run()
+    assert choice.operation == "window_attention" and choice.backend == "blocked"
+    assert choice.reason == "the tensors are on cpu, and Triton kernels are for CUDA devices"
+
+
+@pytest.mark.parametrize("name", ["reference", "blocked", TRITON])
+def test_the_argument_decides_before_use_backend(name, device):
+    with use_backend("reference" if name != "reference" else "blocked"):
+        choice = run(device, backend=name)
+    assert (choice.backend, choice.reason) == (name, "asked for by the backend argument")
+
+
+@pytest.mark.parametrize("name", ["reference", "blocked", TRITON])
+def test_use_backend_holds_inside_its_block_only(name, device):
+    before = run(device)
+    with use_backend(name):
+        choice = run(device)
+        assert (choice.backend, choice.reason) == (name, "asked for by use_backend")
+        with use_backend(None):
+            assert run(device) == before
+        assert run(device).backend == name
+    assert run(device) == before
+
+
+def test_use_backend_is_undone_by_an_exception():
+    before = run()
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert run() == before
+
+
+def test_use_backend_works_without_a_block():
+    use_backend("reference")
+    try:
+        assert run().backend == "reference"
+    finally:
+        use_backend(None)
+    assert run().backend == "blocked"
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    message = "backend must be one of triton, blocked, reference, got 'cuda'"
+    with pytest.raises(ValueError, match=message):
+        use_backend("cuda")
+    with pytest.raises(ValueError, match=message):
+        run(backend="cuda")
+    assert BACKENDS == ("triton", "blocked", "reference")
+
+
+@pytest.mark.triton
+def test_triton_refuses_a_dtype_that_its_kernel_does_not_take(device):
+    with pytest.raises(TypeError, match=r"asked for by the backend argument, but dtype torch.float64 is not one"):
+        run(device, backend="triton", dtype=torch.float64)
+
+
+def test_no_choice_is_known_before_the_first_call():
+    assert last_choice("an operation that never ran") is None
+
+
+@pytest.mark.triton
+def test_triton_on_a_cpu_without_the_interpreter_says_how_to_get_it():
+    code = (
+        "import torch; from smt_kernels import window_attention\n"
+        "window_attention(*torch.randn(3, 1, 4, 1, 16), n_memory=1, backend='triton')"
+    )
+    done = run_python(code, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode != 0
+    assert "ValueError: backend 'triton' was asked for by the backend argument, but the tensors are on cpu" in done.stderr
+    assert "set TRITON_INTERPRET=1 before the first import of triton" in done.stderr
+
+
+@pytest.mark.triton
+def test_interpreted_kernels_are_right_without_importing_the_testing_kit():
+    code = (
+        "import torch; from smt_kernels import window_attention\n"
+        "q, k, v = torch.randn(3, 1, 20, 1, 16).bfloat16()\n"
+        "out, expected = (window_attention(q, k, v, n_memory=1, backend=b).float() for b in ('triton', 'blocked'))\n"
+        "assert (out - expected).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()"
+    )
+    done = run_python(code, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_and_running_need_neither_triton_nor_a_gpu():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, smt_kernels\n"
+        "from smt_kernels import last_choice, use_backend, window_attention\n"
+        "q, k, v = torch.randn(3, 1, 4, 1, 16, requires_grad=True).unbind(0)\n"
+        "window_attention(q, k, v, n_memory=1).sum().backward()\n"
+        "assert last_choice('window_attention').backend == 'blocked'\n"
+        "try:\n"
+        "    window_attention(q, k, v, n_memory=1, backend='triton')\n"
+        "except ValueError as error:\n"
+        "    assert 'triton is not installed' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('triton ran without triton')\n"
+    )
+    done = run_python(code, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,408 @@
+"""Stream attention: every backend computes the definition, forward and backward, whatever the shape, in work linear in T."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from smt_kernels import WindowSpec, last_choice, stream_attention
+from smt_kernels.stream_attention import blocked
+from smt_kernels.testing.budget import assert_equal_in_double, assert_within_budget, poisoned_memory
+
+BACKENDS = ["reference", "blocked"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one problem, written T100-h0-K6-n15m50S16-H4x2: queries, history, slots, window, query x key/value heads."""
+
+    n_queries: int
+    window: WindowSpec = field(default_factory=WindowSpec)
+    n_slots: int | None = 0  # None: no memory
+    history: int = 0
+    first_step: int = 0
+    first_slot: int = 0
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 16
+    n_batch: int = 2
+
+    def __str__(self) -> str:
+        spec = self.window
+        window = f"n{spec.n_memory}m{spec.n_tokens}S{spec.stride}"
+        start = f"-t{self.first_step}-w{self.first_slot}" if self.first_step or self.first_slot else ""
+        return f"T{self.n_queries}-h{self.history}-K{self.n_slots}-{window}-H{self.heads}x{self.kv_heads}{start}"
+
+
+def spec(n_memory: int, n_tokens: int, stride: int | None) -> WindowSpec:
+    return WindowSpec(n_memory, n_tokens, stride)
+
+
+CASES = [
+    Case(1),
+    Case(1, n_slots=None),
+    Case(1, n_slots=15, history=49, first_step=255, heads=4, head_dim=64),
+    Case(1, n_slots=20, history=60, first_step=-3, first_slot=-4),
+    Case(16, n_slots=0),
+    Case(17, n_slots=1),
+    Case(31, n_slots=1, kv_heads=1),
+    Case(49, n_slots=3),
+    Case(100, n_slots=6, heads=4, kv_heads=2),
+    Case(100, n_slots=None, heads=3, kv_heads=1),
+    Case(257, n_slots=16, head_dim=64, n_batch=1),
+    Case(300, n_slots=5),
+    Case(300, n_slots=5, first_slot=9),
+    Case(130, n_slots=18, history=60, first_step=96, first_slot=2),
+    Case(130, n_slots=30, history=7, first_step=33, first_slot=-5),
+    Case(90, n_slots=12, history=3, first_step=-50, first_slot=-9),
+    Case(40, n_slots=12, first_step=-60, first_slot=-20),
+    Case(70, spec(15, 50, 1), n_slots=69),
+    Case(70, spec(1, 3, 1), n_slots=80, history=2, first_step=4, first_slot=-3, kv_heads=1),
+    Case(90, spec(15, 20, 4), n_slots=22),
+    Case(90, spec(1, 4, 4), n_slots=10, first_step=7, history=2),
+    Case(90, spec(3, 13, 7), n_slots=12, heads=4, kv_heads=2),
+    Case(64, spec(0, 50, 16), n_slots=3),
+    Case(64, spec(2, 1, 1), n_slots=63),
+    Case(200, spec(3, 80, 40), n_slots=4, history=11, first_step=25),
+    Case(77, spec(15, 50, None), n_slots=5),
+    Case(77, spec(0, 50, None), n_slots=40, history=20, first_step=-7, first_slot=3, kv_heads=1),
+    Case(77, spec(0, 8, None), n_slots=None),
+    Case(5, spec(4, 100, None), n_slots=0, history=70),
+]
+
+
+@dataclass
+class Problem:
+    """Inputs of one call and the gradient of its output."""
+
+    inputs: dict[str, Tensor]  # q, k, v and, with memory, memory_k and memory_v
+    grad: Tensor
+    settings: dict[str, object]
+
+    def results(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Output and gradients of the public function, in ``dtype`` (None: that of the inputs)."""
+        inputs = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in self.inputs.items()}
+        out = stream_attention(**inputs, backend=backend, **self.settings)
+        grads = torch.autograd.grad(out, list(inputs.values()), self.grad.to(out.dtype), materialize_grads=True)
+        return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+
+    def magnitude(self, exact: dict[str, Tensor]) -> dict[str, float]:
+        """The largest result, rounded in its dtype, or what cancels in fp32: S - lse in P, dP - delta in dS = P (dP - delta)."""
+        norm = {name: float(x.double().norm(dim=-1).max()) if x.numel() else 0.0 for name, x in self.inputs.items()}
+        keys, values = (max(norm[name], norm.get(f"memory_{name}", 0.0)) for name in "kv")
+        scale, grad = self.grad.shape[-1] ** -0.5, float(self.grad.double().norm(dim=-1).max())
+        weights, scores = 2 * scale * norm["q"] * keys * grad, 2 * scale * grad * values
+        dk = scores * norm["q"]
+        cancelled = {"dq": scores * keys, "dk": dk, "dv": weights, "dmemory_k": dk, "dmemory_v": weights}
+        fp32 = torch.finfo(torch.float32).eps / torch.finfo(self.grad.dtype).eps
+        return {name: max([fp32 * x, *exact[name].abs().flatten().tolist()]) for name, x in cancelled.items() if name in exact}
+
+    def terms(self) -> int:
+        """The longest sum in a result: over keys, over queries that share a key, or over a head."""
+        return self.grad.shape[1] * self.grad.shape[2] + self.inputs["k"].shape[1] + self.grad.shape[3]
+
+
+def make_problem(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Problem:
+    def random(length: int, heads: int) -> Tensor:
+        return torch.randn(case.n_batch, length, heads, case.head_dim, device=device).to(dtype)
+
+    n_keys = case.n_queries + case.history
+    inputs = {"q": random(case.n_queries, case.heads)} | {name: random(n_keys, case.kv_heads) for name in "kv"}
+    if case.n_slots is not None:
+        inputs |= {name: random(case.n_slots, case.kv_heads) for name in ("memory_k", "memory_v")}
+    grad = random(case.n_queries, case.heads)
+    return Problem(inputs, grad, {"window": case.window, "first_step": case.first_step, "first_slot": case.first_slot})
+
+
+def by_hand(case: Case, problem: Problem) -> Tensor:
+    """The definition with Python numbers, one query at a time: no tensor operation and no WindowSpec."""
+    q, k, v = (problem.inputs[name].tolist() for name in "qkv")
+    memory_k, memory_v = (problem.inputs[name].tolist() if case.n_slots else None for name in ("memory_k", "memory_v"))
+    n, m, stride = case.window.n_memory, case.window.n_tokens, case.window.stride
+    out = torch.zeros(problem.grad.shape, dtype=torch.float64)
+    for b, i, h in torch.cartesian_prod(*(torch.arange(size) for size in out.shape[:3])).tolist():
+        kv_head = h // (case.heads // case.kv_heads)
+        step = case.first_step + case.history + i
+        keys, values = [], []
+        for slot in range(case.first_slot, case.first_slot + (case.n_slots or 0)):
+            written = 0 if step <= 0 else (step - 1) // (stride or 1)
+            if stride is None or written - n <= slot < written:
+                keys.append(memory_k[b][slot - case.first_slot][kv_head])
+                values.append(memory_v[b][slot - case.first_slot][kv_head])
+        for token in range(case.first_step, case.first_step + case.history + case.n_queries):
+            if step - m < token <= step:
+                keys.append(k[b][token - case.first_step][kv_head])
+                values.append(v[b][token - case.first_step][kv_head])
+        scores = [math.exp(sum(x * y for x, y in zip(q[b][i][h], key, strict=True)) / math.sqrt(case.head_dim)) for key in keys]
+        for score, value in zip(scores, values, strict=True):
+            out[b, i, h] += score / sum(scores) * torch.tensor(value, dtype=torch.float64)
+    return out
+
+
+@pytest.mark.parametrize("case", [replace(case, head_dim=3, n_batch=1) for case in CASES if case.n_queries <= 130], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_computes_the_definition(backend, case):
+    problem = make_problem(case)
+    out = stream_attention(**problem.inputs, **problem.settings, backend=backend)
+    assert_equal_in_double({"out": out}, {"out": by_hand(case, problem)}, terms=problem.terms())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(case, dtype, device):
+    problem = make_problem(case, dtype, device)
+    with poisoned_memory():
+        actual = problem.results("blocked")
+    exact, plain = problem.results("reference", torch.float64), problem.results("reference")
+    assert_within_budget(actual, exact, plain, magnitude=problem.magnitude(exact))
+
+
+@pytest.mark.parametrize("chunk_scores", [1, 20_000], ids=["one block at a time", "some blocks"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_equal_the_reference_in_double_precision_however_it_is_cut(case, chunk_scores, monkeypatch, device):
+    problem = make_problem(case, device=device)
+    monkeypatch.setattr(blocked, "CHUNK_SCORES", chunk_scores)
+    with poisoned_memory():
+        actual = problem.results("blocked")
+    assert_equal_in_double(actual, problem.results("reference"), terms=problem.terms())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), stride=st.none() | st.integers(1, 40), kv_heads=st.integers(1, 2), group=st.integers(1, 3))
+def test_any_geometry_equals_the_reference(data, stride, kv_heads, group):
+    number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    case = Case(
+        n_queries=number(1, 120),
+        window=spec(number(0, 16), number(stride or 1, 60), stride),
+        n_slots=number(0, 60),
+        history=number(0, 60),
+        first_step=number(-150, 150),
+        first_slot=number(-30, 30),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=number(1, 8),
+    )
+    problem = make_problem(case)
+    assert_equal_in_double(problem.results("blocked"), problem.results("reference"), terms=problem.terms())
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "fused projection":
+        return torch.cat([x.new_full(x.shape, float("nan")), x], dim=2)[:, :, x.shape[2] :]
+    if layout == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "steps first":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert layout == "strided head"
+    return torch.stack([x, torch.full_like(x, float("nan"))], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("layout", ["fused projection", "heads first", "steps first", "strided head"])
+def test_inputs_may_have_any_strides(layout, device):
+    problem = make_problem(Case(100, n_slots=6, heads=4), device=device)
+    inputs = {name: in_layout(x, layout) for name, x in problem.inputs.items()}
+    strided = replace(problem, inputs=inputs, grad=in_layout(problem.grad, layout))
+    assert not strided.inputs["k"].is_contiguous()
+    actual, expected = strided.results("blocked"), problem.results("blocked")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert actual["out"].is_contiguous()
+
+
+@pytest.mark.parametrize("sizes", [[1] * 100, [37, 1, 32, 30], [16, 84]], ids=["token by token", "ragged", "two"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces_with_carried_history_equal_one_call(backend, sizes):
+    problem = make_problem(Case(100, n_slots=6))
+    q, k, v, memory_k, memory_v = problem.inputs.values()
+    whole = stream_attention(**problem.inputs, **problem.settings, backend=backend)
+    window, outputs, start = problem.settings["window"], [], 0
+    for size in sizes:
+        stop = start + size
+        step, slot = max(0, start - 49), max(0, (start - 1) // 16 - 15)
+        tokens, slots = slice(step, stop), slice(slot, max(0, (stop - 2) // 16))
+        piece = q[:, start:stop], k[:, tokens], v[:, tokens], memory_k[:, slots], memory_v[:, slots]
+        outputs.append(stream_attention(*piece, window=window, first_step=step, first_slot=slot, backend=backend))
+        start = stop
+    assert_equal_in_double({"out": torch.cat(outputs, dim=1)}, {"out": whole}, terms=problem.terms())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_no_query_sees_changes_nothing_and_gets_no_gradient(backend):
+    problem = make_problem(Case(40, n_slots=30, history=100, first_step=200, first_slot=-6))
+    before = problem.results(backend)
+    # Queries are the steps 300..339: they see the tokens from 251 (row 51) on and the slots 3..20 (rows 9..26).
+    for name, unseen in {"k": [*range(51)], "memory_k": [*range(9), *range(27, 30)]}.items():
+        for key in (name, name.replace("k", "v") if name == "k" else "memory_v"):
+            problem.inputs[key][:, unseen] = 1e3
+            assert not before[f"d{key}"][:, unseen].any()
+    after = problem.results(backend)
+    assert torch.equal(before["out"], after["out"]) and torch.equal(before["dq"], after["dq"])
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+def test_scale_may_be_any_number(scale):
+    problem = make_problem(Case(70, n_slots=4))
+    problem.settings["scale"] = scale
+    assert_equal_in_double(problem.results("blocked"), problem.results("reference"), terms=problem.terms())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_do_not_overflow(backend):
+    problem = make_problem(Case(70, n_slots=4), torch.float32)
+    problem.settings["scale"] = 1e4
+    assert all(value.isfinite().all() for value in problem.results(backend).values())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(7, spec(2, 3, 2), n_slots=3, heads=2, kv_heads=1, head_dim=2, n_batch=1),
+        Case(9, spec(1, 2, 2), n_slots=4, history=1, first_step=-2, first_slot=-1, heads=1, kv_heads=1, head_dim=2, n_batch=1),
+        Case(3, spec(0, 3, None), n_slots=2, head_dim=2, n_batch=1),
+        Case(4, spec(0, 3, None), n_slots=None, head_dim=2, n_batch=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_match_finite_differences(backend, case, monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK_QUERIES", 2)
+    problem = make_problem(case)
+    inputs = tuple(x.requires_grad_() for x in problem.inputs.values())
+    assert torch.autograd.gradcheck(lambda *x: stream_attention(*x, backend=backend, **problem.settings), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend, device):
+    problem = make_problem(Case(300, n_slots=18, heads=4, kv_heads=2), torch.bfloat16, device)
+    first, second = problem.results(backend), problem.results(backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_log_sum_exp_is_that_of_the_visible_scores():
+    problem = make_problem(Case(70, spec(0, 50, None), n_slots=2, heads=1, kv_heads=1))
+    q, k, _, memory_k, _ = (x[:, :, 0] for x in problem.inputs.values())
+    _, lse = blocked.forward(*problem.inputs.values(), problem.settings["window"], 0.3, 0, 0)
+    scores = 0.3 * q @ torch.cat([memory_k, k], dim=1).mT
+    steps = torch.arange(70)
+    hidden = (steps[None] > steps[:, None]) | (steps[None] <= steps[:, None] - 50)
+    expected = scores.masked_fill(torch.cat([torch.zeros(70, 2, dtype=torch.bool), hidden], dim=1), float("-inf")).logsumexp(-1)
+    assert_equal_in_double({"lse": lse[:, 0]}, {"lse": expected}, terms=problem.terms())
+
+
+@pytest.mark.parametrize("window", [spec(15, 50, 16), spec(15, 50, None)], ids=["stride", "static"])
+def test_work_grows_linearly_with_the_length(window):
+    def flops(n_blocks: int) -> tuple[int, int]:
+        inputs = list(make_problem(Case(32 * n_blocks + 1, window, n_slots=20, n_batch=1)).inputs.values())
+        settings = window, 0.25, 0, 0
+        with FlopCounterMode(display=False) as forward:
+            out, lse = blocked.forward(*inputs, *settings)
+        with FlopCounterMode(display=False) as backward:
+            blocked.backward(out, *inputs, out, lse, *settings)
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    short, medium, long = flops(3), flops(6), flops(12)
+    for a, b, c in zip(short, medium, long, strict=True):
+        assert b > a and c - b == 2 * (b - a)
+
+
+@pytest.mark.parametrize("n_slots", [None, 0, 2], ids=["no memory", "no slots", "slots"])
+def test_the_operators_pass_opcheck(n_slots):
+    problem = make_problem(Case(40, spec(2, 6, 4), n_slots=n_slots, kv_heads=1, head_dim=4), torch.float32)
+    empty = problem.inputs["k"].new_empty(2, 0, 1, 4)
+    inputs = [problem.inputs.get(name, empty).requires_grad_() for name in ("q", "k", "v", "memory_k", "memory_v")]
+    settings = 2, 6, 4, 0.5, 0, 0, "blocked"
+    operators = torch.ops.smt_kernels
+    torch.library.opcheck(operators.stream_attention.default, (*inputs, *settings))
+    inputs = [x.detach() for x in inputs]
+    out, lse = operators.stream_attention(*inputs, *settings)
+    torch.library.opcheck(operators.stream_attention_backward.default, (problem.grad, *inputs, out, lse, *settings))
+
+
+@pytest.mark.parametrize("n_slots", [None, 3], ids=["no memory", "slots"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_compiles_without_graph_breaks(backend, n_slots):
+    problem = make_problem(Case(50, spec(3, 20, 16), n_slots=n_slots, kv_heads=1), torch.float32)
+
+    def call(q: Tensor, *rest: Tensor) -> Tensor:
+        return stream_attention(q * 1.0, *rest, backend=backend, **problem.settings).sin()
+
+    def results(function) -> list[Tensor]:
+        inputs = [x.detach().clone().requires_grad_() for x in problem.inputs.values()]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, problem.grad)]
+
+    torch._dynamo.reset()
+    compiled = results(torch.compile(call, fullgraph=True, backend="aot_eager"))
+    for actual, expected in zip(compiled, results(call), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_cpu_tensors_run_blocked():
+    problem = make_problem(Case(3))
+    stream_attention(**problem.inputs, **problem.settings)
+    assert last_choice("stream_attention").backend == "blocked"
+
+
+def good_arguments() -> dict[str, object]:
+    q, k = torch.zeros(2, 6, 4, 8), torch.zeros(2, 7, 2, 8)
+    memory = torch.zeros(2, 3, 2, 8)
+    return {"q": q, "k": k, "v": k, "memory_k": memory, "memory_v": memory, "window": WindowSpec()}
+
+
+BAD_ARGUMENTS = {
+    "q is no tensor": ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+    "q has three dimensions": ({"q": torch.zeros(6, 4, 8)}, ValueError, "q must have shape (B, T, H, D), got (6, 4, 8)"),
+    "q is of integers": ({"q": torch.zeros(2, 6, 4, 8).int()}, TypeError, "q must be a floating-point tensor"),
+    "the batch is empty": ({"q": torch.zeros(0, 6, 4, 8)}, ValueError, "q must not be empty in B"),
+    "there are no queries": ({"q": torch.zeros(2, 0, 4, 8)}, ValueError, "q must not be empty in T"),
+    "k has another batch": ({"k": torch.zeros(3, 7, 2, 8)}, ValueError, "k must have shape (B=2, S, H_kv, D=8), got (3, 7, 2"),
+    "k has another head size": ({"k": torch.zeros(2, 7, 2, 4)}, ValueError, "k must have shape (B=2, S, H_kv, D=8)"),
+    "k has another dtype": ({"k": torch.zeros(2, 7, 2, 8).half()}, TypeError, "k must have the dtype of q, torch.float32"),
+    "k is shorter than q": (
+        {name: torch.zeros(2, 5, 2, 8) for name in "kv"}, ValueError,
+        "k must hold the keys of all T = 6 queries, S >= T, got S = 5",
+    ),
+    "v has another length": ({"v": torch.zeros(2, 6, 2, 8)}, ValueError, "v must have shape (B=2, S=7, H_kv=2, D=8)"),
+    "v is on another device": (
+        {"v": torch.zeros(2, 7, 2, 8, device="meta")}, ValueError, "v must be on the device of q, cpu, got meta",
+    ),
+    "heads do not divide": (
+        {name: torch.zeros(2, n, 3, 8) for name, n in {"k": 7, "v": 7, "memory_k": 3, "memory_v": 3}.items()},
+        ValueError, "q has 4 heads, which is not a multiple of the 3",
+    ),
+    "memory_k without memory_v": ({"memory_v": None}, ValueError, "memory_v must be given together with memory_k, got None"),
+    "memory_v without memory_k": ({"memory_k": None}, ValueError, "memory_k must be given together with memory_v, got None"),
+    "memory_k has other heads": (
+        {"memory_k": torch.zeros(2, 3, 4, 8)}, ValueError, "memory_k must have shape (B=2, K, H_kv=2, D=8), got (2, 3, 4, 8)",
+    ),
+    "memory_v has another length": (
+        {"memory_v": torch.zeros(2, 4, 2, 8)}, ValueError, "memory_v must have shape (B=2, K=3, H_kv=2, D=8), got (2, 4, 2, 8)",
+    ),
+    "memory_v has another dtype": ({"memory_v": torch.zeros(2, 3, 2, 8).double()}, TypeError, "memory_v must have the dtype"),
+    "memory_k is on another device": (
+        {"memory_k": torch.zeros(2, 3, 2, 8, device="meta")}, ValueError, "memory_k must be on the device of q, cpu, got meta",
+    ),
+    "window is no WindowSpec": ({"window": (15, 50, 16)}, TypeError, "window must be a WindowSpec, got tuple"),
+    "window has no tokens": ({"window": WindowSpec(15, 0, None)}, ValueError, "window.n_tokens must be at least 1"),
+    "first_step is no int": ({"first_step": 1.0}, TypeError, "first_step must be an int, got 1.0"),
+    "first_slot is no int": ({"first_slot": True}, TypeError, "first_slot must be an int, got True"),
+    "backend has no kernel": ({"backend": "triton"}, ValueError, "stream_attention has no Triton kernel yet"),
+    "backend is unknown": ({"backend": "cuda"}, ValueError, "backend must be one of triton, blocked, reference, got 'cuda'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(bad):
+    changes, error, message = BAD_ARGUMENTS[bad]
+    with pytest.raises(error, match=re.escape(message)):
+        stream_attention(**good_arguments() | changes)
+    stream_attention(**good_arguments())

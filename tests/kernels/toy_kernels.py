@@ -1,0 +1,71 @@
+"""Small kernels, right and wrong, that the tests of the testing kit run. Import only where triton is installed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(x, y, out, N: tl.constexpr):
+    o = tl.arange(0, N)
+    o_tile = o[:, None] * N + o[None, :]
+    tl.store(out + o_tile, tl.dot(tl.load(x + o_tile), tl.load(y + o_tile), input_precision="ieee"))
+
+
+@triton.jit
+def cast(x, out, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(out + o, tl.load(x + o).to(out.dtype.element_ty))
+
+
+@triton.jit
+def arithmetic(x, y, sums, products, differences, smaller, N: tl.constexpr):
+    o = tl.arange(0, N)
+    b_x, b_y = tl.load(x + o), tl.load(y + o)
+    tl.store(sums + o, b_x + b_y)
+    tl.store(products + o, b_x * b_y)
+    tl.store(differences + o, b_x - 1.0)
+    tl.store(smaller + o, (b_x < b_y).to(tl.int32))
+
+
+@triton.jit
+def row_sum(x, out, N: tl.constexpr):
+    tl.store(out, tl.sum(tl.load(x + tl.arange(0, N)), axis=0))
+
+
+@triton.jit
+def _linear(a_left, b_left, a_right, b_right):
+    return a_left * a_right, b_left * a_right + b_right
+
+
+@triton.jit
+def linear_recurrence(a, b, out, last, T: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr):
+    """out_t = a_t out_(t-1) + b_t along the first of two dimensions, and the same by a reduction, which keeps the last only."""
+    o_tile = tl.arange(0, T)[:, None] * N + tl.arange(0, N)[None, :]
+    b_a, b_b = tl.load(a + o_tile), tl.load(b + o_tile)
+    _, b_out = tl.associative_scan((b_a, b_b), 0, _linear, reverse=REVERSE)
+    tl.store(out + o_tile, b_out)
+    _, b_last = tl.reduce((b_a, b_b), 0, _linear)
+    tl.store(last + tl.arange(0, N), b_last)
+
+
+@triton.jit
+def add_one(x, out, length, BLOCK: tl.constexpr, SHIFT: tl.constexpr = 0):
+    """out = x + 1; a SHIFT moves every access, out of bounds at one end."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + o, tl.load(x + o + SHIFT, mask=o < length) + 1, mask=o < length)
+
+
+@triton.jit
+def shifted_in_place(x, BLOCK: tl.constexpr):
+    """Each program writes the first element of the next program's block: a race."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + o + 1, tl.load(x + o))
+
+
+@triton.jit
+def total(x, out, BLOCK: tl.constexpr):
+    """The sum of all blocks by atomics, whose order nobody knows."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(out, tl.sum(tl.load(x + o), axis=0))

@@ -1,0 +1,286 @@
+"""A run: its settings, its clock, what its loop does with every target, and the folder that it leaves."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from smt import SMTConfig, StrideMemoryTransformer
+from smt.data.tokenizer import Tokenizer
+from smt.evaluation.perplexity import Evaluation
+from smt.loss import IGNORE_INDEX
+from smt.training import loop
+from smt.training.clock import Clock, learning_rate
+from smt.training.loop import train
+from smt.training.run import run
+from smt.training.settings import DataConfig, RunConfig, TrainingConfig
+
+MODEL = dict(
+    vocab_size=270, d_model=16, d_k=8, dropout=0.0, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,
+    transformer_n_layers=1, transformer_n_heads=2, ssm_n_layers=1, ssm_d_state=4, encoding="stream",
+)  # fmt: skip
+DATA = dict(batch_size=2, chunk_length=8, lanes=2, eval_batch_size=4, eval_chunk_length=16)
+
+
+def run_config(tmp_path, **training):
+    texts = tmp_path / "texts"
+    texts.mkdir(exist_ok=True)
+    for index in range(5):
+        (texts / f"{index}.txt").write_text(" ".join(f"word{(index + j) % 7}" for j in range(20 + 9 * index)))
+    values = {
+        "experiment": "tiny",
+        "model": MODEL,
+        "data": {"text": str(texts), **DATA},
+        "training": {"device": "cpu", "sample_tokens": 5, **training},
+    }
+    return RunConfig.from_dict(values)
+
+
+def documents():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, MODEL["vocab_size"], (length,), generator=generator) for length in (9, 30, 31, 50)]
+
+
+def train_tiny(steps, on_step=lambda done: None, evaluations=1):
+    torch.manual_seed(0)
+    model = StrideMemoryTransformer(SMTConfig(**MODEL))
+    training = TrainingConfig(steps=steps, evaluations=evaluations)
+    evaluated = []
+
+    def on_evaluation(done):
+        evaluated.append(done.step)
+        return Evaluation(nats=1.0, n_targets=1, n_bytes=1)
+
+    done = train(
+        model, documents(), DataConfig(**DATA), training, Clock(training, 0.0), on_step=on_step, on_evaluation=on_evaluation
+    )
+    return model, done, evaluated
+
+
+class TestSettings:
+    def test_written_and_read_they_are_the_same(self, tmp_path):
+        config = run_config(tmp_path)
+        config.to_yaml(tmp_path / "config.yaml")
+        assert RunConfig.from_yaml(tmp_path / "config.yaml") == config
+
+    def test_the_packaged_example_is_valid_and_bounded_to_five_minutes(self):
+        config = RunConfig.from_yaml("stdlib")
+        assert config.training.steps is None and config.training.minutes < 5
+        assert config.model.encoding == "stream" and config.model.pool_source == "window" and config.model.write_group == 8
+
+    def test_overrides_find_their_part_and_are_read_as_its_types(self):
+        overrides = {"stride": "10", "encoding": "token", "writes": "false", "steps": "none", "learning_rate": "1e-3"}
+        overrides["text"] = "x"
+        config = RunConfig.from_yaml("stdlib", overrides)
+        assert (config.model.stride, config.model.encoding, config.model.writes) == (10, "token", False)
+        assert (config.training.steps, config.training.learning_rate, config.data.text) == (None, 1e-3, "x")
+
+    @pytest.mark.parametrize(
+        ("overrides", "error", "message"),
+        [
+            ({"strid": "1"}, ValueError, "no setting 'strid'; did you mean 'stride'"),
+            ({"stride": "99"}, ValueError, "stride must lie in 1..m_input_tokens = 1..50, got 99"),
+            ({"d_model": "wide"}, TypeError, "d_model must be of type int, got 'wide'"),
+            ({"batch_size": "0"}, ValueError, "batch_size must be at least 1, got 0"),
+            ({"minutes": "-1"}, ValueError, "minutes must be above 0, got -1.0"),
+            ({"minutes": "nan"}, ValueError, "minutes must be above 0, got nan"),
+            ({"steps": "1.5"}, TypeError, "steps must be of type int | None, got '1.5'"),
+            ({"warmup": "1"}, ValueError, r"warmup must lie in \[0, 1\), got 1.0"),
+            ({"weight_decay": "-0.1"}, ValueError, "weight_decay must be at least 0, got -0.1"),
+            ({"lr_schedule": "cosin"}, ValueError, "lr_schedule must be one of cosine, linear, constant, got 'cosin'"),
+            ({"device": "tpu"}, ValueError, "device must be one of auto, cpu, cuda, got 'tpu'"),
+            ({"experiment": "../up"}, ValueError, "experiment must be the name of a folder"),
+        ],
+        ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+    )
+    def test_a_bad_override_is_refused(self, overrides, error, message):
+        with pytest.raises(error, match=message.replace("|", r"\|")):
+            RunConfig.from_yaml("stdlib", overrides)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[1, 2]", "must hold a mapping"),
+            ("a: [", "is not YAML"),
+            ("modle: {}", "no part 'modle'; did you mean 'model'"),
+            ("model: {strid: 1}", "model has no field 'strid'; did you mean 'stride'"),
+            ("data: 3", "data must be a mapping of fields, got 3"),
+        ],
+        ids=["list", "broken", "unknown-part", "unknown-field", "scalar-part"],
+    )
+    def test_a_bad_file_is_refused(self, tmp_path, content, message):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            RunConfig.from_yaml(tmp_path / "bad.yaml")
+
+    def test_a_missing_file_is_refused_with_the_examples(self):
+        with pytest.raises(ValueError, match=r"one of the examples \(.*stdlib.*\), got 'missing'"):
+            RunConfig.from_yaml("missing")
+
+
+class TestClock:
+    def test_by_steps_progress_is_the_share_of_steps(self):
+        clock = Clock(TrainingConfig(steps=8, minutes=1e-9), 0.0)
+        clock.steps = 2
+        assert clock.progress == 0.25
+
+    def test_by_time_the_reserve_is_kept_and_what_came_before_counts(self):
+        now = 30.0
+        clock = Clock(TrainingConfig(minutes=2), 0.0, now=lambda: now)  # 30 of 120 seconds are gone
+        clock.reserve = 20.0
+        assert clock.progress == 0.0
+        now = 65.0
+        assert clock.progress == 0.5
+        now = 100.0
+        assert clock.progress == 1.0
+
+    def test_without_time_left_a_run_is_over_at_once(self):
+        assert Clock(TrainingConfig(minutes=1), 0.0, now=lambda: 61.0).progress == 1.0
+
+    @pytest.mark.parametrize(
+        ("schedule", "progress", "share"),
+        [("cosine", 0.1, 1.0), ("cosine", 0.55, 0.5), ("linear", 0.55, 0.5), ("linear", 1.2, 0.0), ("constant", 0.9, 1.0)]
+        + [(schedule, 0.05, 0.5) for schedule in ("cosine", "linear", "constant")],
+    )
+    def test_learning_rate_rises_then_follows_its_schedule(self, schedule, progress, share):
+        config = TrainingConfig(learning_rate=0.01, warmup=0.1, lr_schedule=schedule)
+        assert learning_rate(config, progress) == pytest.approx(0.01 * share)
+
+
+class TestLoop:
+    def test_state_is_carried_over_the_chunks_of_a_document_and_carries_no_gradient(self, monkeypatch):
+        steps_before = []
+        loss_of = StrideMemoryTransformer.loss
+
+        def loss(self, input_ids, targets, state):
+            if state is not None:
+                assert not state.tokens.requires_grad and not any(kv.token_k.requires_grad for kv in state.layers)
+            steps_before.append(0 if state is None else state.step)
+            return loss_of(self, input_ids, targets, state)
+
+        monkeypatch.setattr(StrideMemoryTransformer, "loss", loss)
+        chunks = []
+        walk = loop.training_chunks
+        monkeypatch.setattr(loop, "training_chunks", lambda *a, **k: (chunks.append(c) or c for c in walk(*a, **k)))
+        train_tiny(20)
+        expected, position = [], {}
+        for chunk in chunks:
+            position[chunk.lane] = 0 if chunk.first else position[chunk.lane]
+            expected.append(position[chunk.lane])
+            position[chunk.lane] += chunk.input_ids.shape[1]
+        assert steps_before == expected and max(expected) >= 24
+
+    def test_every_target_counts_once_and_padding_does_not(self, monkeypatch):
+        seen = []
+        walk = loop.training_chunks
+        monkeypatch.setattr(loop, "training_chunks", lambda *a, **k: (seen.append(c) or c for c in walk(*a, **k)))
+        _, done, _ = train_tiny(12)
+        targets = sum((chunk.targets != IGNORE_INDEX).sum().item() for chunk in seen)
+        positions = sum(chunk.targets.numel() for chunk in seen)
+        assert (done.step, done.n_targets) == (12, targets)
+        assert done.padding == pytest.approx(1 - targets / positions) and done.padding > 0
+
+    def test_a_chunk_weighs_as_much_as_it_has_targets(self, monkeypatch):
+        gradients = []
+        record = lambda parameters, norm: gradients.append([parameter.grad for parameter in parameters])  # noqa: E731
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+        chunks = []
+        walk = loop.training_chunks
+        monkeypatch.setattr(loop, "training_chunks", lambda *a, **k: (chunks.append(c) or c for c in walk(*a, **k)))
+        train_tiny(1)
+        torch.manual_seed(0)
+        model = StrideMemoryTransformer(SMTConfig(**MODEL))
+        logits = model(chunks[0].input_ids)[0]
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chunks[0].targets.flatten(), reduction="sum")
+        (nats / (DATA["batch_size"] * DATA["chunk_length"])).backward()
+        for got, parameter in zip(gradients[0], model.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad)
+
+    def test_weight_decay_is_on_matrices_alone(self):
+        model = StrideMemoryTransformer(SMTConfig(**MODEL))
+        decayed, others = loop._optimiser(model, TrainingConfig(weight_decay=0.3)).param_groups
+        assert decayed["weight_decay"] == 0.3 and all(parameter.ndim >= 2 for parameter in decayed["params"])
+        assert others["weight_decay"] == 0.0 and all(parameter.ndim < 2 for parameter in others["params"])
+        assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+    def test_evaluations_are_spread_over_the_run_and_the_last_is_at_its_end(self):
+        _, done, evaluated = train_tiny(9, evaluations=3)
+        assert evaluated == done.history.eval_steps == [3, 6, 9]
+
+    def test_a_run_bounded_by_steps_is_repeatable(self):
+        losses = []
+        for _ in range(2):
+            run_losses: list[float] = []
+            train_tiny(6, on_step=lambda done, into=run_losses: into.append(done.loss))
+            losses.append(run_losses)
+        assert losses[0] == losses[1] and len(losses[0]) == 6
+
+    def test_the_loss_falls(self):
+        losses: list[float] = []
+        train_tiny(60, on_step=lambda done: losses.append(done.loss))
+        assert losses[0] == pytest.approx(math.log(MODEL["vocab_size"]), rel=0.05)
+        assert losses[-1] < losses[0] - 0.3
+
+
+class TestRun:
+    @pytest.fixture(scope="class")
+    def outcome(self, tmp_path_factory):
+        tmp_path = tmp_path_factory.mktemp("run")
+        return run(run_config(tmp_path, steps=4), tmp_path / "out")
+
+    def test_folder_holds_everything_and_nothing_half_written(self, outcome):
+        names = {path.name for path in outcome.folder.iterdir()}
+        assert names == {
+            "config.yaml", "results.json", "metrics_history.json", "model.safetensors", "tokenizer.json", "training_curves.png"
+        }  # fmt: skip
+        assert outcome.folder.parent.name == "tiny"
+
+    def test_results_and_history_have_their_keys(self, outcome):
+        results = json.loads((outcome.folder / "results.json").read_text())
+        assert set(results) == {"experiment", "model", "data", "training", "results", "environment"}
+        assert {
+            "best_val_loss", "best_val_ppl", "best_step", "final_val_loss", "final_val_ppl", "val_bits_per_byte",
+            "tokens_per_second",
+        } <= set(results["results"])  # fmt: skip
+        assert results["results"]["final_val_ppl"] == pytest.approx(math.exp(results["results"]["final_val_loss"]))
+        history = json.loads((outcome.folder / "metrics_history.json").read_text())
+        assert set(history) == {"train_loss", "train_steps", "val_loss", "val_ppl", "eval_steps"}
+        assert history["eval_steps"] == [2, 4] and len(history["train_loss"]) == len(history["train_steps"])
+
+    def test_saved_model_tokenizer_and_config_give_the_reported_loss(self, outcome):
+        config = RunConfig.from_dict(yaml.safe_load((outcome.folder / "config.yaml").read_text()))
+        assert config == outcome.config
+        model = StrideMemoryTransformer(config.model)
+        model.load_state_dict(load_file(outcome.folder / "model.safetensors"))
+        tokenizer = Tokenizer.load(outcome.folder / "tokenizer.json")
+        assert tokenizer.vocab_size == config.model.vocab_size
+        text = (outcome.folder.parent.parent.parent / "texts" / "4.txt").read_text()  # the last of five files is held out
+        tokens = torch.tensor([tokenizer.end_of_document, *tokenizer.encode(text), tokenizer.end_of_document])[None]
+        loss = model.eval().loss(tokens[:, :-1], tokens[:, 1:])[0].item()
+        assert loss == pytest.approx(outcome.results["best_val_loss"], rel=1e-4)
+        assert outcome.evaluation.n_bytes == len(text.encode())
+
+    def test_an_interrupted_save_leaves_the_old_weights(self, outcome, monkeypatch):
+        from smt.training.run_folder import RunFolder
+
+        folder = RunFolder.__new__(RunFolder)
+        folder.path, folder.weights = outcome.folder, outcome.folder / "model.safetensors"
+        before = folder.weights.read_bytes()
+
+        def fails(tensors, path):
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+
+        monkeypatch.setattr("safetensors.torch.save_file", fails)
+        with pytest.raises(OSError, match="disk full"):
+            folder.save_weights(StrideMemoryTransformer(outcome.config.model))
+        assert folder.weights.read_bytes() == before
+        (outcome.folder / "model.partial.safetensors").unlink()
+
+    def test_a_gpu_that_is_not_there_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="device 'cuda' was asked for, but PyTorch finds no GPU"):
+            run(run_config(tmp_path, device="cuda", steps=1), tmp_path / "out")

@@ -1,0 +1,182 @@
+"""The benchmark says only what it measured, beside the limit and the claim, and says nothing when a result is wrong."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of ``benchmarks``, as its scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One small run in a process of its own: its output, and what it wrote."""
+    folder = tmp_path_factory.mktemp("bench")
+    sizes = "--quick --lengths 64,96 --training-lengths 48 --heads 2 --head-dim 16 --repeats 2 --max-seconds 60 --threads 1"
+    files = {name: folder / f"rows.{name}" for name in ("json", "csv", "png")}
+    outputs = ["--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "bench_window.py"), *sizes.split(), *outputs],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(files["json"].read_text()), files
+
+
+def test_every_measured_row_has_its_ratio_limit_and_time_per_token(run):
+    _, document, _ = run
+    rows = document["rows"]
+    assert {row["case"] for row in rows} >= {"full causal (SDPA)", "stream_attention, blocked", "SMT stride", "SMT stream"}
+    for row in rows:
+        if row["not_measured"] is None:
+            assert row["seconds_per_token"] == pytest.approx(row["seconds"] / (row["batch"] * row["length"]))
+            assert row["fastest"] <= row["seconds"] <= row["slowest"] and row["repeats"] >= 1
+        else:
+            assert row["seconds"] is row["ratio"] is row["fraction_of_limit"] is None and row["repeats"] == 0
+    blocked = [row for row in rows if row["case"] == "stream_attention, blocked" and row["ratio"] is not None]
+    for row in blocked:
+        assert row["flop_limit"] == pytest.approx((row["length"] + 1) / 2 / 65)
+        assert row["fraction_of_limit"] == pytest.approx(row["ratio"] / row["flop_limit"])
+    assert blocked
+
+
+def test_a_row_that_is_left_out_says_why(run):
+    output, document, _ = run
+    reasons = {(row["case"], row["length"]): row for row in document["rows"] if row["not_measured"]}
+    assert "interpreter" in reasons["stream_attention, triton", 96]["not_measured"]
+    assert all(row["not_measured"] in output for row in reasons.values())
+
+
+def test_the_claim_stands_beside_the_ratios(run):
+    output, _, _ = run
+    measured = next(line for line in output.splitlines() if "stream_attention, blocked" in line and "2,300x" in line)
+    assert measured.rstrip().endswith("2,300x")
+
+
+def test_the_environment_is_recorded_without_host_name_or_path(run):
+    _, document, files = run
+    environment = document["environment"]
+    assert {"torch", "triton", "python", "processor", "cores", "threads", "device", "revision", "date"} <= environment.keys()
+    assert environment["torch"] == torch.__version__ and environment["threads"] == 1 and environment["device"] == "cpu"
+    text = files["json"].read_text()
+    assert str(ROOT) not in text and str(Path.home()) + "/" not in text and platform.node() not in text
+
+
+def test_csv_and_plot_hold_the_same_rows(run):
+    _, document, files = run
+    lines = files["csv"].read_text().splitlines()
+    assert f"# torch: {torch.__version__}" in lines
+    table = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert [(row["case"], int(row["length"])) for row in table] == [(row["case"], row["length"]) for row in document["rows"]]
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_speed_up_is_printed_when_blocked_is_wrong(load, monkeypatch, capsys):
+    bench = load("bench_window")
+    blocked = importlib.import_module("smt_kernels.stream_attention.blocked")
+    right = blocked.forward
+    monkeypatch.setattr(blocked, "forward", lambda *arguments: tuple(result * 1.001 for result in right(*arguments)))
+    assert bench.main(["--quick", "--sections", "attention", "--lengths", "64", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "stream_attention, blocked" in captured.err and "over budget" in captured.err
+    assert "ratio" not in captured.out
+
+
+@pytest.mark.parametrize("length", [64, 300, 1000], ids=lambda length: f"T{length}")
+def test_the_window_of_flex_attention_covers_what_a_full_scan_finds(load, length):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from smt_kernels import WindowSpec
+
+    cases, window = load("attention_cases"), WindowSpec()
+    n_slots = window.writes_before(length - 1)
+    ours = cases.flex_block_mask(window, n_slots, length, CPU)
+    scanned = create_block_mask(ours.mask_mod, None, None, length, n_slots + length, device="cpu")
+    assert torch.equal(ours.to_dense(), scanned.to_dense())
+    query = torch.arange(length)
+    visible = ours.mask_mod(0, 0, query[:, None], torch.arange(n_slots + length)[None])
+    tokens, slots = window.token_visible(query, query), window.slot_visible(query, torch.arange(n_slots))
+    assert torch.equal(visible, torch.cat([slots, tokens], dim=1))
+
+
+def test_calls_are_timed_in_turns_and_slow_ones_less_often(load):
+    measure, order = load("measure"), []
+    calls = {name: (lambda name=name: order.append(name)) for name in ("slow", "fast")}
+    first = {"slow": 4.0, "fast": 1.0}  # seconds of a first call: the budget allows the slow one 2 more
+    samples = measure.interleave(calls, first, 12.0, 6, CPU)
+    assert len(samples["slow"].seconds) == 2 and len(samples["fast"].seconds) == 6
+    assert order == ["fast", "fast", "slow", "fast"] * 2
+
+
+def test_a_call_that_fills_its_budget_is_timed_once(load):
+    measure = load("measure")
+    samples = measure.interleave({"slow": lambda: None}, {"slow": 9.0}, 12.0, 6, CPU)
+    assert samples["slow"].seconds == [9.0]
+
+
+def test_a_prediction_is_never_a_measurement(load):
+    measure = load("measure")
+    ran = []
+
+    def prepare(length):
+        return lambda: ran.append(length)
+
+    def missing(length):
+        raise measure.Unavailable("not here")
+
+    cases = [
+        measure.Case("baseline", prepare, cost=lambda length: 10.0 ** (9 * length)),
+        measure.Case("missing", missing, cost=lambda length: 1.0, limit=lambda length: 2.0),
+    ]
+    tables = list(measure.measure("task", cases, [4, 8], batch=1, max_seconds=1e6, max_repeats=2, device=CPU))
+    rows = [row for rows in tables for row in rows]
+    assert all(row.not_measured is not None for row in rows) and not {4, 8} & set(ran)
+    assert rows[0].predicted_seconds > 1e6 and rows[0].seconds is None
+    assert rows[1].not_measured == "not here" and rows[1].flop_limit == 2.0
+
+
+def test_every_claim_is_recounted_from_the_cost_model(load):
+    claims = load("claims")
+    table = claims.as_markdown()
+    assert len(table.splitlines()) == 2 + len(claims.claims())
+    figures = [figure for claim in claims.claims() for figure in claim.figures.values()]
+    assert all(math.isfinite(figure) for figure in figures)
+    for text in (
+        "3,244,800",
+        "91,570,176",
+        "5,645,405,280",
+        "0.97x",
+        "39.6x",
+        "35.0x",
+        "737,280",
+        "18,432",
+        "43 tokens",
+        "504x",
+    ):
+        assert text in table
+
+
+def test_a_folder_that_does_not_exist_is_refused_before_anything_runs(load, capsys):
+    with pytest.raises(SystemExit):
+        load("bench_window").main(["--json", "no_such_folder/rows.json"])
+    assert "does not exist" in capsys.readouterr().err
