@@ -3,10 +3,10 @@
     python benchmarks/bench_window.py --quick
     python benchmarks/bench_window.py --json window.json --plot window.png
 
-Each ratio stands beside the ratio of multiply-adds (the limit, if both sides do theirs at one rate) and beside the published claim, which counts a whole
-sequence of full attention against one step of the window (``python benchmarks/claims.py``). Nothing is printed as measured that
-was not timed here; a case that would take longer than ``--max-seconds`` says so. No table is printed if an implementation that
-is timed disagrees with the reference.
+Each ratio stands beside the ratio of multiply-adds (the limit, if both sides do theirs at one rate) and beside the published
+claim, which counts a whole sequence of full attention against one step of the window (``python benchmarks/claims.py``). Nothing
+is printed as measured that was not timed here; a case that would take longer than ``--max-seconds`` says so. No table is
+printed if an implementation that is timed disagrees with the reference.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Case:
         name: as the table shows it.
         prepare: makes the inputs of one length and returns the call to time; raises ``Unavailable``.
         cost: work at one length in any unit, to predict the time of the next length.
-        limit: the ratio of the baseline's multiply-adds to this case's, None for the baseline: the speed-up if both did theirs at
-            one rate. A baseline whose kernels run below the rate of matrix products can be beaten by more.
+        limit: the ratio of the baseline's multiply-adds to this case's, None for the baseline: the speed-up if both did theirs
+            at one rate. A baseline whose kernels run below the rate of matrix products can be beaten by more.
         calibrate: whether a short call may stand in for the first length (not where every length is compiled anew).
     """
 

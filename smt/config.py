@@ -94,7 +94,8 @@ class SMTConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least_one = [field.name for field in fields(self) if str(field.type).startswith("int") and field.name != "n_ssm_outputs"]
+        integers = [field.name for field in fields(self) if str(field.type).startswith("int")]
+        at_least_one = [name for name in integers if name != "n_ssm_outputs"]
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -122,7 +123,9 @@ class SMTConfig:
                 f"transformer_n_kv_heads must divide transformer_n_heads = {self.transformer_n_heads}, got {self.n_kv_heads}"
             )
         if self.encoding == "stream" and self.head_dim % 2:
-            raise ValueError(f"encoding 'stream' rotates pairs, so d_model / transformer_n_heads must be even, got {self.head_dim}")
+            raise ValueError(
+                f"encoding 'stream' rotates pairs, so d_model / transformer_n_heads must be even, got {self.head_dim}"
+            )
         usual = max(1, self.m_input_tokens // 3)
         if not usual <= 2 * self.stride <= 4 * usual:
             warnings.warn(
@@ -226,13 +229,15 @@ class SMTConfig:
         return "\n".join(
             [
                 f"Stride Memory Transformer, encoding {self.encoding!r}",
-                f"  window       {self.window_size} = {self.n_ssm_outputs} slots + {self.m_input_tokens} tokens, empty slots {self.empty_slots!r}",
+                f"  window       {self.window_size} = {self.n_ssm_outputs} slots + {self.m_input_tokens} tokens, "
+                f"empty slots {self.empty_slots!r}",
                 f"  writes       one every {self.stride} steps ({self.write_frequency:.2%}), in groups of {self.write_group}, "
                 f"pooling the {self.pool_source!r}; each token is pooled {self.coverage:.1f} times"
                 + ("" if self.writes else " (switched off)"),
                 f"  transformer  {self.transformer_n_layers} layers, width {self.d_model}, {self.transformer_n_heads} heads of "
                 f"{self.head_dim} ({self.n_kv_heads} for keys and values)",
-                f"  memory       {self.ssm_n_layers} Mamba layers, state {self.ssm_d_state}, conv {self.ssm_d_conv}, expand {self.ssm_expand_factor}",
+                f"  memory       {self.ssm_n_layers} Mamba layers, state {self.ssm_d_state}, conv {self.ssm_d_conv}, "
+                f"expand {self.ssm_expand_factor}",
                 f"  vocabulary   {self.vocab_size}, embedding tied to the head",
             ]
         )

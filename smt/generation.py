@@ -58,7 +58,9 @@ def generate(
         model.train(was_training)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
     """One token per row, (B, 1) int64, from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)

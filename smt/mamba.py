@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from smt.config import SMTConfig
 from smt_kernels import stride_write
 
+Parameters = dict[str, Tensor]
+
 NORM_EPS = 1e-5
 # Mamba (Gu & Dao, 2023), section 3.6: time steps start log-uniform in this range.
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -32,10 +34,9 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, K, d), conv_state (B, E, C - 1), ssm_state (B, E, N) -> (B, K, d) and both states after K steps."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        weights = {
+    def prepare(self) -> Parameters:
+        """The arguments of ``stride_write``, once for all groups of writes of a pass."""
+        return {
             "conv_weight": self.conv1d.weight[:, 0],
             "conv_bias": self.conv1d.bias,
             "x_proj_weight": self.x_proj.weight,
@@ -44,9 +45,15 @@ class MambaMixer(nn.Module):
             "a": -torch.exp(self.A_log.float()),
             "d": self.D,
         }
+
+    def forward(
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, K, d), conv_state (B, E, C - 1), ssm_state (B, E, N) -> (B, K, d) and both states after K steps."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
         # Under autocast the projections are in low precision and the weights are not.
-        weights = {name: weight.to(u.dtype) for name, weight in weights.items()}
-        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights)
+        parameters = {name: parameter.to(u.dtype) for name, parameter in parameters.items()}
+        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **parameters)
         return self.out_proj(y), conv_state, ssm_state
 
 
@@ -58,9 +65,11 @@ class MambaLayer(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.mixer = MambaMixer(config)
 
-    def forward(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``MambaMixer.forward``."""
-        update, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state)
+        update, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, parameters)
         return x + update, conv_state, ssm_state
 
 
@@ -72,13 +81,17 @@ class MambaStack(nn.Module):
         self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.ssm_n_layers))
         self.norm_f = nn.RMSNorm(config.d_model, eps=NORM_EPS)
 
+    def prepare(self) -> list[Parameters]:
+        """What ``forward`` needs of each layer, once for all groups of writes of a pass."""
+        return [layer.mixer.prepare() for layer in self.layers]
+
     def forward(
-        self, x: Tensor, conv: tuple[Tensor, ...], ssm: tuple[Tensor, ...]
+        self, x: Tensor, conv: tuple[Tensor, ...], ssm: tuple[Tensor, ...], parameters: list[Parameters]
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """x (B, K, d) and one conv and SSM state per layer -> slots (B, K, d) and the states after K steps."""
         new_conv, new_ssm = [], []
-        for layer, conv_state, ssm_state in zip(self.layers, conv, ssm, strict=True):
-            x, conv_state, ssm_state = layer(x, conv_state, ssm_state)
+        for layer, conv_state, ssm_state, prepared in zip(self.layers, conv, ssm, parameters, strict=True):
+            x, conv_state, ssm_state = layer(x, conv_state, ssm_state, prepared)
             new_conv.append(conv_state)
             new_ssm.append(ssm_state)
         return self.norm_f(x), tuple(new_conv), tuple(new_ssm)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,17 @@ class AttentionPooling(nn.Module):
         self.normalise = config.pooling_norm
 
     def forward(
-        self, tokens: Tensor, slots: Tensor | None, *, window: WindowSpec, first_step: int, first_slot: int, writes: range, group: int
+        self,
+        tokens: Tensor,
+        slots: Tensor | None,
+        *,
+        window: WindowSpec,
+        first_step: int,
+        first_slot: int,
+        writes: range,
+        group: int,
     ) -> tuple[Tensor, Tensor]:
-        """tokens (B, T, d) from ``first_step`` on, slots (B, K, d) from ``first_slot`` on -> pooled (B, len(writes), d), weights."""
+        """tokens (B, T, d) from ``first_step``, slots (B, K, d) from ``first_slot`` -> pooled (B, len(writes), d), weights."""
         dropout_mask = None
         if self.training and self.dropout > 0:
             size = window.n_tokens + (0 if slots is None else window.n_memory)
@@ -82,7 +90,7 @@ class StrideMemory(nn.Module):
 
     @torch.no_grad()
     def match_scale(self, embedding: Tensor) -> None:
-        """Give slots the root mean square of ``embedding`` (V, d): memory and tokens must be of one scale to be pooled together."""
+        """Give slots the root mean square of ``embedding`` (V, d): what is pooled together must be of one scale."""
         self.ssm.norm_f.weight.fill_(embedding.float().square().mean().sqrt().item())
 
     def forward(
@@ -106,18 +114,21 @@ class StrideMemory(nn.Module):
             writes: indices of the writes to make.
         """
         pools_slots = self.config.pool_source == "window" and self.config.n_ssm_outputs > 0
+        groups = self._groups(writes) if pools_slots else [writes] if writes else []
+        ranges = [self._pooled_tokens(group, first_step) for group in groups]
+        parameters = self.ssm.prepare()
         new_slots, all_weights = [], []
-        for group, span, span_step in self._spans(tokens, first_step, writes, pools_slots):
+        for group, (start, _), span in zip(groups, ranges, _Spans.apply(tokens, ranges), strict=True):
             pooled, weights = self.pooling(
                 span,
                 slots if pools_slots and slots.shape[1] else None,
                 window=self.config.window,
-                first_step=span_step,
+                first_step=first_step + start,
                 first_slot=first_slot,
                 writes=group,
                 group=self.config.write_group,
             )
-            written, conv, ssm = self.ssm(pooled, conv, ssm)
+            written, conv, ssm = self.ssm(pooled, conv, ssm, parameters)
             new_slots.append(written)
             if return_weights:
                 all_weights.append(F.pad(weights, (self.config.window_size - weights.shape[-1], 0)))
@@ -135,25 +146,33 @@ class StrideMemory(nn.Module):
             weights=(torch.cat(all_weights, dim=1) if all_weights else empty_weights) if return_weights else None,
         )
 
-    def _spans(self, tokens: Tensor, first_step: int, writes: range, pools_slots: bool) -> Iterator[tuple[range, Tensor, int]]:
-        """Per group of writes: the writes, the tokens (B, L, d) that they pool, and the step of the first of these."""
-        if not writes:
-            return
-        if not pools_slots:
-            yield writes, tokens, first_step
-            return
-        window, size = self.config.window, self.config.write_group
-        first_group, last_group = writes.start // size, (writes.stop - 1) // size
-        # One overlapping view of all groups, so that the backward pass adds the groups' token gradients in one pass;
-        # slicing per group would build a gradient of the whole sequence for every group.
-        length = (size - 1) * self.config.stride + window.n_tokens
-        start = window.visible_tokens(window.write_step(first_group * size))[0]
-        stop = window.write_step(last_group * size + size - 1) + 1
-        padded = F.pad(tokens, (0, 0, first_step - start, stop - first_step - tokens.shape[1]))
-        spans = padded.unfold(1, length, size * self.config.stride).unbind(1)  # each (B, d, length)
-        for index, span in zip(range(first_group, last_group + 1), spans, strict=True):
-            group = range(max(writes.start, index * size), min(writes.stop, (index + 1) * size))
-            span_step = start + (index - first_group) * size * self.config.stride
-            skip = max(0, first_step - span_step)  # steps before the first that exists
-            end = window.write_step(group.stop - 1) + 1 - span_step
-            yield group, span[..., skip:end].transpose(1, 2), span_step + skip
+    def _groups(self, writes: range) -> list[range]:
+        """``writes`` cut where a group ends."""
+        size = self.config.write_group
+        cuts = [writes.start, *range(writes.start // size * size + size, writes.stop, size), writes.stop]
+        return [range(start, stop) for start, stop in pairwise(cuts) if start < stop]
+
+    def _pooled_tokens(self, writes: range, first_step: int) -> tuple[int, int]:
+        """The tokens [start, stop) that ``writes`` pool, counted from ``first_step``, of those that exist."""
+        window = self.config.window
+        start, _ = window.visible_tokens(window.write_step(writes.start))
+        return max(start - first_step, 0), window.write_step(writes[-1]) + 1 - first_step
+
+
+class _Spans(torch.autograd.Function):
+    """Overlapping slices of a sequence, whose gradients are added into one buffer.
+
+    Plain slices would each build a gradient of the whole sequence: quadratic in its length.
+    """
+
+    @staticmethod
+    def forward(ctx, sequence: Tensor, ranges: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.ranges = sequence.shape, ranges
+        return tuple(sequence[:, start:stop].clone() for start, stop in ranges)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        for (start, stop), grad in zip(ctx.ranges, grads, strict=True):
+            total[:, start:stop] += grad
+        return total, None

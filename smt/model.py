@@ -46,7 +46,7 @@ class Aux:
 class StrideMemoryTransformer(nn.Module):
     """A decoder language model with a constant-size view of an unbounded past.
 
-    Source: DESIGN 2. ``model.embedding`` is tied to the output head; ``model.memory`` pools and writes; ``model.decoder`` attends.
+    ``model.embedding`` is tied to the output head; ``model.memory`` pools and writes; ``model.decoder`` attends.
     """
 
     def __init__(self, config: SMTConfig) -> None:
@@ -77,7 +77,8 @@ class StrideMemoryTransformer(nn.Module):
 
         Raises:
             TypeError: input_ids is not an integer tensor.
-            ValueError: wrong rank, an empty batch, another device, a token out of range, or a state of another config or batch size.
+            ValueError: wrong rank, an empty batch, another device, a token out of range, or a state of another config or
+                batch size.
         """
         hidden, aux = self.encode(input_ids, state, return_weights=return_weights)
         return F.linear(hidden[:, -1:] if last_only else hidden, self.embedding.weight), aux
@@ -154,9 +155,7 @@ class StrideMemoryTransformer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue ``input_ids`` (B, T): see ``smt.generation.generate``."""
-        return generate(
-            self, input_ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
+        return generate(self, input_ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""
@@ -206,7 +205,8 @@ class StrideMemoryTransformer(nn.Module):
         if device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"input_ids must lie in 0..vocab_size - 1 = 0..{self.config.vocab_size - 1}, got {low}..{high}")
+                valid = f"0..vocab_size - 1 = 0..{self.config.vocab_size - 1}"
+                raise ValueError(f"input_ids must lie in {valid}, got {low}..{high}")
         if state is not None:
             state.check(self.config, input_ids.shape[0])
 

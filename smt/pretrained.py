@@ -68,7 +68,7 @@ def load_gpt2(model: StrideMemoryTransformer, source: Any, *, embedding: bool | 
         prefix = f"decoder.blocks.{index}."
         into.copy_module(prefix + "norm_1", block.ln_1)
         into.copy_module(prefix + "norm_2", block.ln_2)
-        for name, conv in (("attention.qkv", block.attn.c_attn), ("attention.proj", block.attn.c_proj), ("up", block.mlp.c_fc), ("down", block.mlp.c_proj)):  # fmt: skip
+        for name, conv in _projections(block).items():
             into.copy(f"{prefix}{name}.weight", conv.weight.T)  # GPT-2's Conv1D stores (in, out)
             into.copy(f"{prefix}{name}.bias", conv.bias)
     into.copy_module("decoder.norm", gpt2.ln_f)
@@ -77,7 +77,9 @@ def load_gpt2(model: StrideMemoryTransformer, source: Any, *, embedding: bool | 
         if not model.memory.ssm_is_loaded:
             model.memory.match_scale(model.embedding.weight)
     else:
-        reason = "embedding=False" if same_vocabulary else f"its vocabulary has {gpt2.config.vocab_size} tokens, the model {config.vocab_size}"
+        reason = "embedding=False"
+        if not same_vocabulary:
+            reason = f"its vocabulary has {gpt2.config.vocab_size} tokens, the model {config.vocab_size}"
         report.skipped["wte.weight"] = reason
         if embedding is None:
             warnings.warn(f"GPT-2's token embedding was not loaded: {reason}", stacklevel=3)
@@ -87,7 +89,9 @@ def load_gpt2(model: StrideMemoryTransformer, source: Any, *, embedding: bool | 
 
 
 @torch.no_grad()
-def load_mamba(model: StrideMemoryTransformer, source: Any, *, embedding: bool = False, match_scale: bool = False) -> LoadReport:
+def load_mamba(
+    model: StrideMemoryTransformer, source: Any, *, embedding: bool = False, match_scale: bool = False
+) -> LoadReport:
     """Load a Mamba's layers and final norm into the memory.
 
     Args:
@@ -115,7 +119,8 @@ def load_mamba(model: StrideMemoryTransformer, source: Any, *, embedding: bool =
     _check_sizes("Mamba", theirs)
     if mamba.config.use_bias or not mamba.config.use_conv_bias:
         raise ValueError(
-            f"Mamba must have use_bias=False and use_conv_bias=True, got {mamba.config.use_bias} and {mamba.config.use_conv_bias}"
+            "Mamba must have use_bias=False and use_conv_bias=True, "
+            f"got {mamba.config.use_bias} and {mamba.config.use_conv_bias}"
         )
 
     report = LoadReport()
@@ -157,6 +162,12 @@ class _Into:
         return self.report
 
 
+def _projections(block: nn.Module) -> dict[str, nn.Module]:
+    """Our names of a GPT-2 block's projections."""
+    attention, mlp = block.attn, block.mlp
+    return {"attention.qkv": attention.c_attn, "attention.proj": attention.c_proj, "up": mlp.c_fc, "down": mlp.c_proj}
+
+
 def _transformer(source: Any, class_name: str, head_attribute: str) -> nn.Module:
     """The bare Hugging Face model inside ``source``, loaded first if it is a folder or a hub name."""
     if isinstance(source, str | Path):
@@ -165,7 +176,8 @@ def _transformer(source: Any, class_name: str, head_attribute: str) -> nn.Module
         return getattr(transformers, class_name).from_pretrained(source)
     bare = getattr(source, head_attribute, source)
     if type(bare).__name__ != class_name:
-        raise TypeError(f"source must be a {class_name}, one with a language-model head, a folder or a hub name, got {type(source).__name__}")
+        kinds = f"a {class_name}, one with a language-model head, a folder or a hub name"
+        raise TypeError(f"source must be {kinds}, got {type(source).__name__}")
     return bare
 
 

@@ -12,9 +12,10 @@ from smt.config import SMTConfig
 
 # The fields of a configuration that give the state its shape or its meaning.
 _BINDING = (
-    "d_model", "n_ssm_outputs", "m_input_tokens", "stride", "transformer_n_layers", "transformer_n_heads", "transformer_n_kv_heads",
-    "ssm_n_layers", "ssm_d_state", "ssm_d_conv", "ssm_expand_factor", "encoding", "empty_slots", "pool_source", "write_group", "writes",
-)  # fmt: skip
+    *("d_model", "transformer_n_layers", "transformer_n_heads", "transformer_n_kv_heads"),
+    *("n_ssm_outputs", "m_input_tokens", "stride", "encoding", "empty_slots", "pool_source", "write_group", "writes"),
+    *("ssm_n_layers", "ssm_d_state", "ssm_d_conv", "ssm_expand_factor"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ class SMTState:
         if config.encoding == "stream":
             tokens = (config.m_input_tokens, config.n_kv_heads, config.head_dim)
             slots = (config.n_ssm_outputs, config.n_kv_heads, config.head_dim)
-            layers = tuple(
-                KeyValues(zeros(*tokens), zeros(*tokens), zeros(*slots), zeros(*slots)) for _ in range(config.transformer_n_layers)
-            )
+            shapes = tokens, tokens, slots, slots
+            layers = tuple(KeyValues(*(zeros(*shape) for shape in shapes)) for _ in range(config.transformer_n_layers))
         return cls(
             config=config,
             steps=(0,) * batch_size,

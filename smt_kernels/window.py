@@ -74,7 +74,7 @@ class WindowSpec:
         return written - self.n_memory, written
 
     def pooled_slots(self, write: Index, group: int) -> tuple[Index, Index]:
-        """Slots [start, stop) that the pooling of ``write`` sees: the last ``n_memory`` of earlier groups of ``group`` writes."""
+        """Slots [start, stop) that the pooling of ``write`` sees: the last ``n_memory`` of earlier groups of writes."""
         group_start = write // group * group
         return group_start - self.n_memory, group_start
 
@@ -113,7 +113,7 @@ class WindowSpec:
     def window_visible(
         self, n_queries: int, valid_memory: Tensor | None, valid_tokens: Tensor | None, device: torch.device
     ) -> Tensor:
-        """Which entries the last ``n_queries`` entries of a window see (existing and not later), as bool (N or 1, n_queries, W)."""
+        """Which entries the last T = ``n_queries`` ones of a window see (existing, not later), as bool (N or 1, T, W)."""
         position = torch.arange(self.size, device=device)
         causal = position[None, :] <= position[self.size - n_queries :, None]
         return causal[None] & self.entry_exists(valid_memory, valid_tokens, device)[:, None, :]

@@ -1,6 +1,6 @@
 """Attention over a stream: each query sees the last tokens and the last memory slots written before it, in one softmax.
 
-    out_t = sum_j softmax_j(scale * q_t . k_j) v_j    over slots [writes_before(t) - n, writes_before(t)) and tokens (t - m, t]
+out_t = sum_j softmax_j(scale * q_t . k_j) v_j    over slots [writes_before(t) - n, writes_before(t)) and tokens (t - m, t]
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ blocks are one overlapping view, and a chunk of blocks is a handful of batched m
     S = scale Q K^T + bias;  P = softmax(S);  O = P V                           bias is 0 where a query sees a key, else -inf
     P = exp(S - lse);  dS = scale P * (dO V^T - rowsum(dO * O));  dQ = dS K;  dK = dS^T Q;  dV = P^T dO
 
-Blocks begin just after a write and hold whole strides, so that all have the same bias, but for rows that do not exist at the
-ends of the sequence: those are gathered as zeros and masked. A chunk is small enough that its keys and scores stay in cache.
+Blocks hold whole strides, so that all have the same bias, but for rows that do not exist at the ends of the sequence: those are
+gathered as zeros and masked. A chunk is small enough that its keys and scores stay in cache; memory is linear in T.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ CHUNK_SCORES = 2**18
 
 @dataclass(frozen=True)
 class Strip:
-    """Rows [start + advance * i, start + advance * i + length) of a tensor, for block i. Only the rows low..high - 1 exist."""
+    """Rows [start + advance * i, start + advance * i + length) of a tensor, for block i. Only the rows 0..size - 1 exist."""
 
     start: int
     length: int
     advance: int
-    low: int
-    high: int
+    size: int
 
     def covered(self, blocks: range) -> tuple[int, int]:
         """The rows [start, stop) of these blocks together, existing or not."""
@@ -45,7 +44,7 @@ class Strip:
 
     def existing(self, blocks: range) -> tuple[int, int]:
         """The rows [start, stop) of these blocks that exist."""
-        return _clip(self.covered(blocks), self.low, self.high)
+        return _clip(self.covered(blocks), 0, self.size)
 
     def complete(self, blocks: range) -> bool:
         """Whether all rows of these blocks exist."""
@@ -55,15 +54,15 @@ class Strip:
         """Which rows exist, as bool (blocks, length)."""
         first = self.start + self.advance * torch.arange(blocks.start, blocks.stop, device=device)
         row = first[:, None] + torch.arange(self.length, device=device)
-        return (row >= self.low) & (row < self.high)
+        return (row >= 0) & (row < self.size)
 
-    def gather(self, x: Tensor, blocks: range, missing: float = 0.0) -> Tensor:
+    def gather(self, x: Tensor, blocks: range) -> Tensor:
         """The strips of x (B, rows, H, D), (B, H, blocks, length, D): a view where all rows exist, else a padded copy."""
         (start, stop), (first, last) = self.covered(blocks), self.existing(blocks)
         x = x[:, first:last]
         if not self.complete(blocks):
             before = min(max(first - start, 0), stop - start)
-            x = pad(x, (0, 0, 0, 0, before, stop - start - before - (last - first)), value=missing)
+            x = pad(x, (0, 0, 0, 0, before, stop - start - before - (last - first)))
         if self.advance == 0:
             return x.transpose(1, 2)[:, :, None].expand(-1, -1, len(blocks), -1, -1)
         return x.unfold(1, self.length, self.advance).permute(0, 2, 1, 4, 3)
@@ -116,9 +115,9 @@ class Chunk:
     group: int  # query heads per key/value head
     bias: Tensor  # (1 or blocks, group * queries, keys)
 
-    def queries(self, x: Tensor, missing: float = 0.0) -> Tensor:
+    def queries(self, x: Tensor) -> Tensor:
         """The query rows of x (B, T, H, D): (batch * kv heads * blocks, group * queries, D) in the accumulation dtype."""
-        x = self.run.queries.gather(x[self.batch], self.blocks, missing)
+        x = self.run.queries.gather(x[self.batch], self.blocks)
         x = x.unflatten(1, (-1, self.group)).transpose(2, 3)
         return torch.empty(x.shape, dtype=_accumulation(x.dtype), device=x.device).copy_(x).flatten(3, 4).flatten(0, 2)
 
@@ -195,8 +194,8 @@ def backward(
     for chunk in _chunks(q, k, memory_k, window, first_step, first_slot):
         queries, grad = chunk.queries(q), chunk.queries(grad_out)
         keys, values = chunk.keys(memory_k, k), chunk.keys(memory_v, v)
-        # A query row that does not exist gets lse = inf: its weights are 0 and it adds nothing to any gradient.
-        statistics = chunk.queries(_as_rows(lse), missing=float("inf")).unflatten(0, (-1, len(chunk.blocks)))
+        # A query row that does not exist is zero in q, dO and lse: its weights are finite and it adds nothing to any gradient.
+        statistics = chunk.queries(_as_rows(lse)).unflatten(0, (-1, len(chunk.blocks)))
         weights = (chunk.bias - statistics).flatten(0, 1).baddbmm_(queries, keys.mT, alpha=scale).exp_()
         delta = (grad * chunk.queries(out)).sum(-1, keepdim=True)
         grad_scores = torch.baddbmm(delta, grad, values.mT, beta=-scale, alpha=scale).mul_(weights)
@@ -231,17 +230,13 @@ def _runs(q: Tensor, k: Tensor, memory: Tensor, window: WindowSpec, first_step: 
     first_query = end - q.shape[1]
     n_slots = 0 if window.n_memory == 0 and window.stride is not None else memory.shape[1]
     for first, stop, advancing in _pieces(first_query, end, window, n_slots > 0):
-        if advancing:
-            first_of_block = window.block_end(window.block_of(first) - 1) + 1
-            length = -(-BLOCK_QUERIES // window.stride) * window.stride
-        else:
-            first_of_block, length = first, min(BLOCK_QUERIES, stop - first)
-        n_blocks = -(-(stop - first_of_block) // length)
-        last_of_block = first_of_block + length - 1
-        tokens = window.visible_tokens(first_of_block)[0], last_of_block + 1
+        length = -(-BLOCK_QUERIES // window.stride) * window.stride if advancing else min(BLOCK_QUERIES, stop - first)
+        n_blocks = -(-(stop - first) // length)
+        last = first + length - 1  # of the first block
+        tokens = window.visible_tokens(first)[0], last + 1
         slots = first_slot, first_slot + n_slots
         if n_slots and window.stride is not None:
-            slots = window.visible_slots(first_of_block)[0], window.visible_slots(last_of_block)[1]
+            slots = window.visible_slots(first)[0], window.visible_slots(last)[1]
         if n_blocks == 1:
             # A single block gathers only what exists, and a single query then needs no mask: the case of decoding.
             tokens = _clip(tokens, first_step, end)
@@ -249,15 +244,15 @@ def _runs(q: Tensor, k: Tensor, memory: Tensor, window: WindowSpec, first_step: 
         if length == 1:
             visible = torch.ones(1, slots[1] - slots[0] + tokens[1] - tokens[0], dtype=torch.bool, device=q.device)
         else:
-            query_step = torch.arange(first_of_block, last_of_block + 1, device=q.device)
+            query_step = torch.arange(first, last + 1, device=q.device)
             slot_visible = window.slot_visible(query_step, torch.arange(*slots, device=q.device))
             token_visible = window.token_visible(query_step, torch.arange(*tokens, device=q.device))
             visible = torch.cat([slot_visible, token_visible], dim=1)
         yield Run(
             n_blocks,
-            queries=Strip(first_of_block - first_query, length, length, first - first_query, stop - first_query),
-            slots=Strip(slots[0] - first_slot, slots[1] - slots[0], length // window.stride if advancing else 0, 0, n_slots),
-            tokens=Strip(tokens[0] - first_step, tokens[1] - tokens[0], length, 0, k.shape[1]),
+            queries=Strip(first - first_query, length, length, stop - first_query),
+            slots=Strip(slots[0] - first_slot, slots[1] - slots[0], length // window.stride if advancing else 0, n_slots),
+            tokens=Strip(tokens[0] - first_step, tokens[1] - tokens[0], length, k.shape[1]),
             visible=visible,
         )
 

@@ -171,7 +171,7 @@ def _run(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Parameters, 
 
 def _recur(run: _Run, part: slice, states: Tensor, decay: Tensor) -> None:
     """Fill states[1:] and decay for the writes ``part``, from the state before them in states[0]."""
-    torch.mul(run.dt[part][:, :, None], run.a, out=decay).exp_()
+    torch.mul(run.dt[part][:, :, None], run.rate, out=decay).exp2_()
     torch.mul(run.b[part][..., None], run.written[part][:, :, None], out=states[1:])
     previous, *following = states.unbind(0)
     for state, factor in zip(following, decay.unbind(0), strict=True):

@@ -101,7 +101,7 @@ def _constant(self: InterpreterBuilder, value: float) -> TensorHandle:
     return _narrow(np.array([value], dtype=np.float32))
 
 
-InterpreterBuilder.get_bf16 = _constant  # missing before triton 3.7
+InterpreterBuilder.get_bf16 = _constant  # triton 3.6 has none
 
 
 @_replaces(InterpreterBuilder, "create_dot")

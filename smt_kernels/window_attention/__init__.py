@@ -1,6 +1,6 @@
 """Attention inside fixed windows of at most 128 entries: memory slots first, then tokens, causal.
 
-    out_i = sum_j softmax_j(scale * q_i . k_j) v_j    over the existing entries j <= i of the same window
+out_i = sum_j softmax_j(scale * q_i . k_j) v_j    over the existing entries j <= i of the same window
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Problem:
         return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
     def magnitude(self, exact: dict[str, Tensor]) -> dict[str, float]:
-        """The largest result, rounded in its dtype, or what cancels in fp32: S - lse in P, dP - delta in dS = P (dP - delta)."""
+        """The largest result, rounded in its dtype, or what cancels in fp32: S - lse in P and dP - delta in dS."""
         norm = {name: float(x.double().norm(dim=-1).max()) if x.numel() else 0.0 for name, x in self.inputs.items()}
         keys, values = (max(norm[name], norm.get(f"memory_{name}", 0.0)) for name in "kv")
         scale, grad = self.grad.shape[-1] ** -0.5, float(self.grad.double().norm(dim=-1).max())
@@ -104,7 +104,8 @@ class Problem:
         dk = scores * norm["q"]
         cancelled = {"dq": scores * keys, "dk": dk, "dv": weights, "dmemory_k": dk, "dmemory_v": weights}
         fp32 = torch.finfo(torch.float32).eps / torch.finfo(self.grad.dtype).eps
-        return {name: max([fp32 * x, *exact[name].abs().flatten().tolist()]) for name, x in cancelled.items() if name in exact}
+        results = {name: float(x.abs().max()) for name, x in exact.items() if name in cancelled and x.numel()}
+        return {name: max(largest, fp32 * cancelled[name]) for name, largest in results.items()}
 
     def terms(self) -> int:
         """The longest sum in a result: over keys, over queries that share a key, or over a head."""

@@ -175,9 +175,7 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     return stream.unfold(0, window, 16).permute(0, 3, 1, 2)[:n_windows]
 
 
-@pytest.mark.parametrize(
-    "layout", ["fused projection", "heads first", "windows second", "strided head", "overlapping windows"]
-)
+@pytest.mark.parametrize("layout", ["fused projection", "heads first", "windows second", "strided head", "overlapping windows"])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_inputs_may_have_any_strides(backend, layout, device):
     problem = make_problem(Case(head_dim=16), torch.float32, device)

@@ -138,9 +138,7 @@ def test_bad_sizes_are_named(arguments, error, message):
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize(
-    "function", ["writes_before", "write_step", "writes_made", "visible_slots", "block_of", "block_end"]
-)
+@pytest.mark.parametrize("function", ["writes_before", "write_step", "writes_made", "visible_slots", "block_of", "block_end"])
 def test_static_memory_has_no_write_steps(function):
     with pytest.raises(ValueError, match="static memory"):
         getattr(WindowSpec(15, 50, None), function)(3)

@@ -20,7 +20,7 @@ def pool(entries, w_q, w_k, norm):
 
 
 def naive_forward(ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encoding, empty, source, norm, group):
-    """Logits (B, T, V), write steps, and weights per write; one GPT-2 call per step, on the entries of its window that exist."""
+    """Logits (B, T, V), write steps, and weights per write; one GPT-2 call per step, on the existing entries of its window."""
     x = embedding[ids]
     batch, length, width = x.shape
     nothing = torch.zeros(batch, width, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""The memory learns: a key shown once is named 140 to 255 tokens later, where only slots can tell; without writes, by nobody."""
+"""The memory learns: a key shown once is named 140 to 255 tokens later, where only slots can tell."""
 
 import torch
 
@@ -10,7 +10,7 @@ STEPS = 300
 
 
 def recall_batch(rows, generator):
-    """Random filler; in the first 60 tokens a marker and a key, in the last 56 a question. Returns ids, and targets at the question."""
+    """Ids of random filler with a marker and a key in the first 60 tokens and a question in the last 56; targets there."""
     ids = torch.randint(N_FILLERS, (rows, LENGTH), generator=generator)
     shown = torch.randint(59, (rows,), generator=generator)
     asked = torch.randint(200, LENGTH, (rows,), generator=generator)

@@ -10,9 +10,16 @@ from smt import SMTConfig, StrideMemoryTransformer
 from smt.loss import linear_cross_entropy
 
 ENCODINGS = ["token", "stride", "stream"]
-SIZES = dict(
-    vocab_size=211, d_model=64, d_k=32, transformer_n_layers=2, transformer_n_heads=4, ssm_n_layers=2, ssm_d_state=8, dropout=0.0
-)
+SIZES = {
+    "vocab_size": 211,
+    "d_model": 64,
+    "d_k": 32,
+    "transformer_n_layers": 2,
+    "transformer_n_heads": 4,
+    "ssm_n_layers": 2,
+    "ssm_d_state": 8,
+    "dropout": 0.0,
+}
 
 
 def build(**switches):

@@ -8,9 +8,15 @@ from smt import SMTConfig, StrideMemoryTransformer
 
 
 def smt(**switches):
-    sizes = dict(
-        vocab_size=61, d_model=32, d_k=16, transformer_n_layers=2, transformer_n_heads=4, ssm_n_layers=2, ssm_d_state=8, encoding="stride"
-    )
+    sizes = {
+        "vocab_size": 61,
+        "d_model": 32,
+        "d_k": 16,
+        "transformer_n_layers": 2,
+        "transformer_n_heads": 4,
+        "ssm_n_layers": 2,
+        "ssm_d_state": 8,
+    }
     return StrideMemoryTransformer(SMTConfig(**{**sizes, **switches}))
 
 
@@ -19,7 +25,8 @@ def gpt2(**changes):
 
 
 def mamba(**changes):
-    return MambaForCausalLM(MambaConfig(**{"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 61, **changes}))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 61}
+    return MambaForCausalLM(MambaConfig(**{**sizes, **changes}))
 
 
 def test_the_reports_name_every_parameter():
