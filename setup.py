@@ -9,7 +9,7 @@ TRAIN = ["matplotlib>=3.8", "numpy>=1.26", "tokenizers>=0.20", "tqdm>=4.66"]
 setup(
     name="stride-memory-transformer",
     version="0.1.0",
-    description="A transformer with one fixed 65-entry window and a Mamba memory: model, fused Triton kernels, honest benchmarks",
+    description="A transformer with one fixed 65-entry window and a Mamba memory: model, Triton kernels, honest benchmarks",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

@@ -17,15 +17,18 @@ def shape(name: str, tensor: Tensor, expected: dict[str, int | None], *, may_be_
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    described = "(" + ", ".join(dim if size is None else f"{dim}={size}" for dim, size in expected.items()) + ")"
-    fits = tensor.ndim == len(expected) and all(
-        size is None or actual == size for actual, size in zip(tensor.shape, expected.values(), strict=True)
-    )
+    sizes = tensor.shape
+    fits = len(sizes) == len(expected) and all(want in (None, got) for got, want in zip(sizes, expected.values(), strict=True))
     if not fits:
-        raise ValueError(f"{name} must have shape {described}, got {tuple(tensor.shape)}")
-    for dim, actual in zip(expected, tensor.shape, strict=True):
-        if actual == 0 and dim not in may_be_empty:
-            raise ValueError(f"{name} must not be empty in {dim}: expected {described}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {_described(expected)}, got {tuple(sizes)}")
+    if 0 in sizes:
+        for dim, size in zip(expected, sizes, strict=True):
+            if size == 0 and dim not in may_be_empty:
+                raise ValueError(f"{name} must not be empty in {dim}: expected {_described(expected)}, got {tuple(sizes)}")
+
+
+def _described(expected: dict[str, int | None]) -> str:
+    return "(" + ", ".join(dim if size is None else f"{dim}={size}" for dim, size in expected.items()) + ")"
 
 
 def floating(name: str, tensor: Tensor) -> None:

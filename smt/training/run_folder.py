@@ -44,7 +44,7 @@ class RunFolder:
         from safetensors.torch import save_file
 
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-        _write(self.weights, lambda path: save_file(tensors, path))
+        _write(self.weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
     def save_history(self, history: History) -> None:
         """Write ``metrics_history.json``."""

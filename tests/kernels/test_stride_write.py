@@ -59,7 +59,7 @@ WIDE_CASES = [
     Case(2, 8, 64, 16, 4, 4),
     Case(1, 1, 256, 16, 4, 16),
     Case(4, 1, 128, 8, 1, 8),
-    Case(3, 5, 96, 3, 2, 6),
+    Case(3, 5, 96, 12, 2, 6),
     Case(2, 24, 64, 16, 4, 4),
 ]
 
@@ -88,7 +88,7 @@ class Problem:
     def plain_results(self) -> dict[str, Tensor]:
         """What plain PyTorch of the same precision computes, with matrix products of as many rows as those over all writes.
 
-        PyTorch sums products of few rows in another order, with about half the error. So zero rows are appended, without effect.
+        PyTorch sums products of few rows in another order, with about half the error: zero rows are appended, without effect.
         """
         batch, writes, _ = self.inputs["x"].shape
         more = batch * (writes - 1)
@@ -362,10 +362,10 @@ def test_inputs_may_have_any_strides(device):
 
 
 def test_x_and_z_may_be_halves_of_one_projection(device):
-    problem = make_problem(Case(), torch.float32, device)
+    problem = make_problem(WIDE_CASES[0], torch.float32, device, "random")
     x, z = torch.cat([problem.inputs["x"], problem.inputs["z"]], dim=-1).chunk(2, dim=-1)
-    halves = stride_write(**problem.inputs | {"x": x, "z": z})
-    assert all(torch.equal(half, whole) for half, whole in zip(halves, stride_write(**problem.inputs), strict=True))
+    problem.inputs |= {"x": x, "z": z}
+    assert_problem_within_budget(problem)
 
 
 @pytest.mark.parametrize("gate", ["none", "random"])

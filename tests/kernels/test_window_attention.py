@@ -88,11 +88,13 @@ class Problem:
     def options(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in ("n_memory", "valid_memory", "valid_tokens", "tail")}
 
-    def magnitude(self) -> dict[str, float]:
-        """What dS = P (dP - delta) cancels: sums over the head of |dO| |v|, carried to dq by k and to dk by q."""
+    def magnitude(self, exact: dict[str, Tensor]) -> dict[str, float]:
+        """One rounding of the result, and of what dS = P (dP - delta) cancels in fp32: |dO| |v|, carried to dq by k, to dk by q."""
         rows, values = (x.double().abs().amax(dim=(0, 1, 2)) for x in (self.grad, self.v))
-        cancelled = 2 * float(rows @ values) * self.q.shape[-1] ** -0.5
-        return {"dq": cancelled * float(self.k.abs().max()), "dk": cancelled * float(self.q.abs().max())}
+        fp32 = torch.finfo(torch.float32).eps / torch.finfo(self.grad.dtype).eps
+        cancelled = fp32 * 2 * float(rows @ values) * self.q.shape[-1] ** -0.5
+        by = {"dq": float(self.k.abs().max()), "dk": float(self.q.abs().max())}
+        return {name: float(exact[name].abs().max()) + cancelled * factor for name, factor in by.items()}
 
 
 def make_problem(case: Case, dtype: torch.dtype, device: str, *, ragged: bool = True) -> Problem:
@@ -113,7 +115,7 @@ def assert_problem_within_budget(problem: Problem, backend: str) -> None:
     with poisoned_memory():
         actual = problem.results(backend)
     exact = problem.results("reference", torch.float64)
-    assert_within_budget(actual, exact, problem.results("reference"), magnitude=problem.magnitude())
+    assert_within_budget(actual, exact, problem.results("reference"), magnitude=problem.magnitude(exact))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -22,7 +22,7 @@ def model(request):
     return model.double()
 
 
-def documents(lengths=(5, 40, 33, 12)):
+def documents(lengths=(5, 30, 23, 12)):
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator) for length in lengths]
 
@@ -40,7 +40,7 @@ def test_perplexity_of_a_hopeless_model_is_infinite():
     assert Evaluation(nats=1e6, n_targets=1, n_bytes=1).perplexity == math.inf
 
 
-@pytest.mark.parametrize("length", [4, 7, 100], ids="T{}".format)
+@pytest.mark.parametrize("length", [7, 100], ids="T{}".format)
 @pytest.mark.parametrize("batch_size", [1, 3], ids="B{}".format)
 def test_chunks_with_carried_state_cost_what_whole_documents_cost(model, batch_size, length):
     whole = 0.0

@@ -273,7 +273,7 @@ class TestRun:
         folder.path, folder.weights = outcome.folder, outcome.folder / "model.safetensors"
         before = folder.weights.read_bytes()
 
-        def fails(tensors, path):
+        def fails(tensors, path, metadata):
             path.write_bytes(b"half")
             raise OSError("disk full")
 
