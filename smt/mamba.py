@@ -6,6 +6,7 @@ Parameter names and shapes are those of Hugging Face's ``MambaModel``, so its we
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,22 @@ from torch import Tensor, nn
 from smt.config import SMTConfig
 from smt_kernels import stride_write
 
-Parameters = dict[str, Tensor]
-
 NORM_EPS = 1e-5
 # Mamba (Gu & Dao, 2023), section 3.6: time steps start log-uniform in this range.
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The weights that ``stride_write`` takes, by its names, formed once for all groups of writes of a pass."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj_weight: Tensor
+    dt_proj_weight: Tensor
+    dt_proj_bias: Tensor
+    a: Tensor
+    d: Tensor
 
 
 class MambaMixer(nn.Module):
@@ -35,16 +47,16 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
     def prepare(self) -> Parameters:
-        """The arguments of ``stride_write``, once for all groups of writes of a pass."""
-        return {
-            "conv_weight": self.conv1d.weight[:, 0],
-            "conv_bias": self.conv1d.bias,
-            "x_proj_weight": self.x_proj.weight,
-            "dt_proj_weight": self.dt_proj.weight,
-            "dt_proj_bias": self.dt_proj.bias,
-            "a": -torch.exp(self.A_log.float()),
-            "d": self.D,
-        }
+        """The arguments of ``stride_write``."""
+        return Parameters(
+            conv_weight=self.conv1d.weight[:, 0],
+            conv_bias=self.conv1d.bias,
+            x_proj_weight=self.x_proj.weight,
+            dt_proj_weight=self.dt_proj.weight,
+            dt_proj_bias=self.dt_proj.bias,
+            a=-torch.exp(self.A_log.float()),
+            d=self.D,
+        )
 
     def forward(
         self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters
@@ -52,8 +64,8 @@ class MambaMixer(nn.Module):
         """x (B, K, d), conv_state (B, E, C - 1), ssm_state (B, E, N) -> (B, K, d) and both states after K steps."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         # Under autocast the projections are in low precision and the weights are not.
-        parameters = {name: parameter.to(u.dtype) for name, parameter in parameters.items()}
-        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **parameters)
+        weights = {name: weight.to(u.dtype) for name, weight in vars(parameters).items()}
+        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights)
         return self.out_proj(y), conv_state, ssm_state
 
 
@@ -82,7 +94,7 @@ class MambaStack(nn.Module):
         self.norm_f = nn.RMSNorm(config.d_model, eps=NORM_EPS)
 
     def prepare(self) -> list[Parameters]:
-        """What ``forward`` needs of each layer, once for all groups of writes of a pass."""
+        """What ``forward`` needs of each layer."""
         return [layer.mixer.prepare() for layer in self.layers]
 
     def forward(

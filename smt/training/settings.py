@@ -30,8 +30,8 @@ class DataConfig:
 
     text: str | None = None
     batch_size: int = 8
-    chunk_length: int = 256
-    lanes: int = 8
+    chunk_length: int = 128
+    lanes: int = 32
     eval_batch_size: int = 16
     eval_chunk_length: int = 512
 

@@ -41,7 +41,7 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
     [
         (["--strid", "3"], "there is no option '--strid'; did you mean '--stride'?"),
         (["--stride", "99"], "stride must lie in 1..m_input_tokens = 1..50, got 99"),
-        (["--d_model", "190"], "transformer_n_heads must divide d_model = 190, got 3"),
+        (["--d_model", "191"], "transformer_n_heads must divide d_model = 191, got 2"),
         (["--vocab_size", "many"], "vocab_size must be of type int, got 'many'"),
         (["--encoding", "tokens"], "encoding must be one of token, stride, stream, got 'tokens'"),
         (["--config", "missing.yaml"], "config must be a YAML file or one of the examples (stdlib"),
