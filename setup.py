@@ -25,7 +25,15 @@ setup(
     extras_require={
         "train": TRAIN,
         "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
-        "test": [*TRAIN, "hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.6", "transformers>=5"],
+        "test": [
+            *TRAIN,
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "transformers>=5",
+        ],
     },
     entry_points={"console_scripts": ["smt=smt.cli:main"]},
 )

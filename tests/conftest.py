@@ -1,4 +1,4 @@
-"""What every test runs under: the device, the interpreter where there is no GPU, two threads, one seed per test.
+"""What every test runs under: the device, the interpreter where there is no GPU, threads, one seed per test.
 
 Without a CUDA device, Triton kernels run in their interpreter, mended by ``smt_kernels.testing.interpreter``; with one,
 they run natively, and ``TRITON_INTERPRET=1 pytest`` asks for the interpreter all the same. Two markers name needs:
@@ -31,7 +31,9 @@ INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import smt_kernels.testing.interpreter  # noqa: F401  (bfloat16 is wrong without it)
 
-torch.set_num_threads(2)
+# Two workers run the tests side by side: a thread each is faster than two threads in turns.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of the processes that tests start
 
 _NEEDS = {
     "triton": (TRITON_INSTALLED, "triton is not installed"),
@@ -51,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     triton = "interpreted" if INTERPRETED else "native" if TRITON_INSTALLED else "not installed"
-    return f"torch {torch.__version__}, CUDA {'yes' if torch.cuda.is_available() else 'no'}, triton {triton}, 2 threads"
+    return f"torch {torch.__version__}, CUDA {'yes' if torch.cuda.is_available() else 'no'}, triton {triton}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,7 +12,8 @@ from smt.training.settings import TrainingConfig
 class Clock:
     """Progress of a run that is bounded by steps, or by wall-clock time from ``started`` on.
 
-    In a run bounded by time ``reserve`` seconds are kept for what comes after the last step.
+    In a run bounded by time ``reserve`` seconds are kept for what comes after the last step, but never more than half of
+    the time: an estimate made after a few slow steps must not end the run.
     """
 
     def __init__(self, config: TrainingConfig, started: float, *, now: Callable[[], float] = time.perf_counter) -> None:
@@ -26,7 +27,8 @@ class Clock:
         """Share of the run that is done; 1 or more: it is over."""
         if self._limit is not None:
             return self.steps / self._limit
-        available = self._deadline - self.reserve - self._began
+        available = self._deadline - self._began
+        available -= min(self.reserve, available / 2)
         return (self._now() - self._began) / available if available > 0 else 1.0
 
 

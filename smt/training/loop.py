@@ -30,6 +30,7 @@ class Progress:
         n_targets: targets trained on, each once per epoch.
         n_positions: those and the padding.
         seconds: time spent in steps, evaluations left out.
+        seconds_per_token: of all steps but the first, which pays for allocations and caches; 0 before the second.
         loss: mean loss of the latest steps, in nats per target.
     """
 
@@ -38,6 +39,7 @@ class Progress:
     n_targets: int = 0
     n_positions: int = 0
     seconds: float = 0.0
+    seconds_per_token: float = 0.0
     loss: float = float("nan")
 
     @property
@@ -77,6 +79,7 @@ def train(
     done = Progress()
     recent: list[tuple[float, int]] = []
     n_evaluations = 0
+    first_seconds, first_targets = 0.0, 0
     while (progress := clock.progress) < 1:
         started = time.perf_counter()
         for group in optimiser.param_groups:
@@ -90,6 +93,10 @@ def train(
         recent = [*recent[1 - LOSS_STEPS :], (loss * n_targets, n_targets)]
         done.loss = sum(nats for nats, _ in recent) / sum(count for _, count in recent)
         done.seconds += time.perf_counter() - started
+        if done.step == 1:
+            first_seconds, first_targets = done.seconds, done.n_targets
+        else:
+            done.seconds_per_token = (done.seconds - first_seconds) / (done.n_targets - first_targets)
         if done.step % LOSS_STEPS == 0 or done.step == 1:
             done.history.train_loss.append(done.loss)
             done.history.train_steps.append(done.step)

@@ -130,7 +130,7 @@ def _train(
     bar = tqdm(total=100, file=sys.stderr, bar_format="{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}")
 
     def on_step(done: Progress) -> None:
-        per_token = done.seconds / done.n_targets
+        per_token = done.seconds_per_token
         measured = evaluation_seconds
         expected = EVALUATION_COST * per_token * text.n_validation_targets if measured is None else measured
         clock.reserve = 1.1 * expected + SAMPLE_COST * per_token * config.training.sample_tokens + CLOSING_SECONDS

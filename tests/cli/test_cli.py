@@ -1,6 +1,7 @@
 """The command line does what it says, and says what went wrong in one line."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -99,3 +100,8 @@ def test_an_unknown_command_is_refused(capsys):
         main(["tran"])
     assert exit_.value.code == 2
     assert "tran" in capsys.readouterr().err
+
+
+def test_the_command_line_starts_before_torch_so_that_its_threads_can_be_told_to_sleep():
+    program = "import sys, smt.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

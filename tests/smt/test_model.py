@@ -96,10 +96,10 @@ def test_greedy_generation_takes_the_most_likely_token_of_each_forward_pass(enco
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_sampling_equals_sampling_from_full_forward_passes(encoding):
     model = build(encoding=encoding, initializer_range=0.2).eval()
-    ids = torch.randint(211, (2, 20))
-    output = model.generate(ids, 30, temperature=0.7, top_k=20, top_p=0.9, generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(211, (2, 27))
+    output = model.generate(ids, 10, temperature=0.7, top_k=20, top_p=0.9, generator=torch.Generator().manual_seed(4))
     generator, expected = torch.Generator().manual_seed(4), ids
-    for _ in range(30):
+    for _ in range(10):  # the writes at steps 16 and 32 lie on both sides
         with torch.no_grad():
             logits = model(expected)[0][:, -1] / 0.7
         for row in logits:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -138,6 +139,12 @@ class TestClock:
         now = 100.0
         assert clock.progress == 1.0
 
+    def test_an_estimate_of_the_end_never_takes_more_than_half_of_the_time(self):
+        now = 0.0
+        clock = Clock(TrainingConfig(minutes=2), 0.0, now=lambda: now)
+        clock.reserve, now = 1000.0, 30.0
+        assert clock.progress == 0.5
+
     def test_without_time_left_a_run_is_over_at_once(self):
         assert Clock(TrainingConfig(minutes=1), 0.0, now=lambda: 61.0).progress == 1.0
 
@@ -234,6 +241,19 @@ def outcome(tmp_path_factory):
 
 
 class TestRun:
+    def test_a_slow_first_step_does_not_end_a_run_bounded_by_time(self, tmp_path, monkeypatch):
+        step, calls = loop._step, []
+
+        def slow_at_first(*arguments):
+            calls.append(None)
+            time.sleep(2.0 if len(calls) == 1 else 0.0)
+            return step(*arguments)
+
+        monkeypatch.setattr(loop, "_step", slow_at_first)
+        outcome = run(run_config(tmp_path, minutes=0.2, sample_tokens=0), tmp_path / "out")
+        assert outcome.progress.step > 10
+        assert outcome.results["seconds"] < 12
+
     def test_folder_holds_everything_and_nothing_half_written(self, outcome):
         names = {path.name for path in outcome.folder.iterdir()}
         assert names == {
