@@ -89,7 +89,7 @@ class Problem:
         return {name: getattr(self, name) for name in ("n_memory", "valid_memory", "valid_tokens", "tail")}
 
     def magnitude(self, exact: dict[str, Tensor]) -> dict[str, float]:
-        """One rounding of the result, and of what dS = P (dP - delta) cancels in fp32: |dO| |v|, carried to dq by k, to dk by q."""
+        """One rounding of the result, and in fp32 of what dS = P (dP - delta) cancels: |dO| |v|, with k for dq and q for dk."""
         rows, values = (x.double().abs().amax(dim=(0, 1, 2)) for x in (self.grad, self.v))
         fp32 = torch.finfo(torch.float32).eps / torch.finfo(self.grad.dtype).eps
         cancelled = fp32 * 2 * float(rows @ values) * self.q.shape[-1] ** -0.5
