@@ -11,13 +11,13 @@ import yaml
 
 from smt.fields import check_types, nearest
 from smt_kernels import WindowSpec
+from smt_kernels.window_attention import MAX_WINDOW
 
 CHOICES = {
     "encoding": ("token", "stride", "stream"),
     "empty_slots": ("mask", "zero"),
     "pool_source": ("window", "tokens"),
 }
-MAX_WINDOW = 128
 
 # Sizes of the source documents, by the name that they use.
 PRESETS: dict[str, dict[str, Any]] = {

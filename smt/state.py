@@ -105,9 +105,8 @@ class SMTState:
 
     def n_bytes(self) -> int:
         """Bytes that the tensors hold."""
-        sizes: list[int] = []
-        self._map(lambda tensor: sizes.append(tensor.numel() * tensor.element_size()) or tensor)
-        return sum(sizes)
+        kept = [tensor for kv in self.layers for tensor in (kv.token_k, kv.token_v, kv.slot_k, kv.slot_v)]
+        return sum(tensor.nbytes for tensor in (self.tokens, self.slots, *self.conv, *self.ssm, *kept))
 
     def check(self, config: SMTConfig, batch_size: int) -> None:
         """Raise ValueError unless this is a state of ``batch_size`` rows of a model with ``config``."""

@@ -88,7 +88,7 @@ def _decide(operation: str, tensor: Tensor, requested: str | None) -> BackendCho
     if wanted is not None:
         _check_name(wanted)
         if wanted == "triton" and obstacle is not None:
-            error = TypeError if "dtype" in obstacle else ValueError
+            error = TypeError if tensor.dtype not in TRITON_DTYPES.get(operation, (tensor.dtype,)) else ValueError
             raise error(f"backend 'triton' was asked for by {source}, but {obstacle}")
         return BackendChoice(operation, wanted, f"asked for by {source}")
     if tensor.device.type != "cuda":
