@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smt_kernels import WindowSpec, attention_pool, attention_pool_sequence, stream_attention, stride_write, window_attention
-from smt_kernels.backends import TRITON_DTYPES
+from smt_kernels.backends import TRITON_LIMITS
 
 WINDOW = WindowSpec()
 LENGTH, HEADS, HEAD_DIM, WIDTH = 512, 4, 64, 256
@@ -81,7 +81,7 @@ CASES = {
 def native_backends(operation: str) -> list[str]:
     """Never the interpreter: its times say nothing."""
     kernel = operation.removesuffix("_sequence")
-    on_gpu = DEVICE.type == "cuda" and kernel in TRITON_DTYPES and os.environ.get("TRITON_INTERPRET") != "1"
+    on_gpu = DEVICE.type == "cuda" and kernel in TRITON_LIMITS and os.environ.get("TRITON_INTERPRET") != "1"
     return ["blocked", "reference", *(["triton"] if on_gpu else [])]
 
 

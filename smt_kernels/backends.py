@@ -20,8 +20,9 @@ from torch import Tensor
 
 BACKENDS = ("triton", "blocked", "reference")
 
-# Operations with a Triton kernel today, and the dtypes it takes. The other operations run blocked on every device.
-TRITON_DTYPES = {"window_attention": (torch.float32, torch.float16, torch.bfloat16)}
+# Operations with a Triton kernel, and the longest last dimension of its tensors (None: any). Others run blocked everywhere.
+TRITON_LIMITS: dict[str, int | None] = {"window_attention": 256}
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _decide(operation: str, tensor: Tensor, requested: str | None) -> BackendCho
     if wanted is not None:
         _check_name(wanted)
         if wanted == "triton" and obstacle is not None:
-            error = TypeError if tensor.dtype not in TRITON_DTYPES.get(operation, (tensor.dtype,)) else ValueError
+            error = TypeError if operation in TRITON_LIMITS and tensor.dtype not in TRITON_DTYPES else ValueError
             raise error(f"backend 'triton' was asked for by {source}, but {obstacle}")
         return BackendChoice(operation, wanted, f"asked for by {source}")
     if tensor.device.type != "cuda":
@@ -96,14 +97,17 @@ def _decide(operation: str, tensor: Tensor, requested: str | None) -> BackendCho
         return BackendChoice(operation, "blocked", reason)
     if obstacle is not None:
         return BackendChoice(operation, "blocked", obstacle)
-    return BackendChoice(operation, "triton", "CUDA tensors of a dtype that the kernel takes")
+    return BackendChoice(operation, "triton", "CUDA tensors that the kernel takes")
 
 
 def _triton_obstacle(operation: str, tensor: Tensor) -> str | None:
-    if operation not in TRITON_DTYPES:
+    if operation not in TRITON_LIMITS:
         return f"{operation} has no Triton kernel yet"
-    if tensor.dtype not in TRITON_DTYPES[operation]:
-        return f"dtype {tensor.dtype} is not one that its kernel takes: {', '.join(map(str, TRITON_DTYPES[operation]))}"
+    if tensor.dtype not in TRITON_DTYPES:
+        return f"dtype {tensor.dtype} is not one that its kernel takes: {', '.join(map(str, TRITON_DTYPES))}"
+    longest = TRITON_LIMITS[operation]
+    if longest is not None and tensor.shape[-1] > longest:
+        return f"its kernel takes a last dimension of at most {longest}, got {tensor.shape[-1]}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,11 +1,11 @@
-"""Launch settings of the Triton kernels, as data: warps, stages and head chunks per kernel, architecture and head size.
+"""How Triton kernels are launched: settings as data, one table per operation, chosen by architecture and head size.
 
-The shapes of this package are fixed by the window, so a committed table replaces autotuning: the first call is as fast as
-the second, and two machines of one architecture compute the same bits. The figures are chosen from ahead-of-time
-compilation (``smt_kernels.testing.aot``) for bf16 and W = 65, by these rules in order: no register spills; shared memory
-within what the smallest chip of the family has; most programs resident per multiprocessor, so that one loads while another
-multiplies; most warps; the largest blocks. They hold for the compiler of triton 3.9; that of 3.6 spills in some backward
-kernels. fp32 heads of 256 spill in the backward pass on NVIDIA chips. Nothing here has been timed on a GPU.
+The shapes of this package are fixed by the window, so committed tables replace autotuning: the first call is as fast as the
+second, and two machines of one architecture compute the same bits. Each operation keeps its table in ``settings.py``. The
+figures are chosen from ahead-of-time compilation (``smt_kernels.testing.aot``) for bf16, by these rules in order: no
+register spills; shared memory within what the smallest chip of the family has; most programs resident per multiprocessor, so
+that one loads while another multiplies; most warps; the largest blocks. They hold for the compiler of triton 3.9. Nothing
+here has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -44,53 +44,11 @@ class LaunchSettings:
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-# Settings by kernel, architecture family and bytes of an element, for heads padded to 16, 32, 64, 128 and 256. Products of fp32
-# run on the ordinary units of NVIDIA chips, which unroll them whole: hence their small chunks.
-_HEADS = (16, 32, 64, 128, 256)
-_FORWARD, _BACKWARD = "window_attention_forward", "window_attention_backward"
-_FORWARD_HALF = tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 128, 64))
-_FORWARD_SINGLE = (LaunchSettings(num_warps=8, head_chunk=16),) * 5
-_BACKWARD_SINGLE = (LaunchSettings(num_warps=8, head_chunk=16, query_block=16),) * 5
-_BACKWARD_32_QUERIES = tuple(LaunchSettings(num_warps=4, head_chunk=chunk, query_block=32) for chunk in (16, 32, 64, 64, 64))
+# Head sizes, padded to a power of two, that tables have settings for.
+HEADS = (16, 32, 64, 128, 256)
 
-_INTERPRETER = tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 128, 128))
-
-_TABLE: dict[tuple[str, str, int], tuple[LaunchSettings, ...]] = {
-    (_FORWARD, "ampere", 2): (*_FORWARD_HALF[:4], LaunchSettings(num_warps=4, head_chunk=64, query_block=32)),
-    (_FORWARD, "hopper", 2): _FORWARD_HALF,
-    (_FORWARD, "blackwell", 2): _FORWARD_HALF,
-    (_FORWARD, "cdna", 2): _FORWARD_HALF,
-    (_FORWARD, "ampere", 4): _FORWARD_SINGLE,
-    (_FORWARD, "hopper", 4): _FORWARD_SINGLE,
-    (_FORWARD, "blackwell", 4): _FORWARD_SINGLE,
-    (_FORWARD, "cdna", 4): (
-        *(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 64)),
-        LaunchSettings(num_warps=4, head_chunk=16, query_block=16),
-    ),
-    (_BACKWARD, "ampere", 2): (
-        LaunchSettings(num_warps=4, head_chunk=16),
-        LaunchSettings(num_warps=4, head_chunk=32),
-        LaunchSettings(num_warps=8, head_chunk=64, max_registers=128),
-        LaunchSettings(num_warps=8, head_chunk=64),
-        LaunchSettings(num_warps=8, head_chunk=64),
-    ),
-    (_BACKWARD, "hopper", 2): (
-        *(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 64)),
-        LaunchSettings(num_warps=8, head_chunk=64),
-    ),
-    (_BACKWARD, "blackwell", 2): (*_BACKWARD_32_QUERIES[:4], LaunchSettings(num_warps=8, head_chunk=64)),
-    (_BACKWARD, "cdna", 2): _BACKWARD_32_QUERIES,
-    (_BACKWARD, "ampere", 4): _BACKWARD_SINGLE,
-    (_BACKWARD, "hopper", 4): _BACKWARD_SINGLE,
-    (_BACKWARD, "blackwell", 4): _BACKWARD_SINGLE,
-    (_BACKWARD, "cdna", 4): tuple(
-        LaunchSettings(num_warps=4, head_chunk=chunk, query_block=16) for chunk in (16, 32, 32, 32, 32)
-    ),
-    (_FORWARD, "interpreter", 2): _INTERPRETER,
-    (_FORWARD, "interpreter", 4): _INTERPRETER,
-    (_BACKWARD, "interpreter", 2): _INTERPRETER,
-    (_BACKWARD, "interpreter", 4): _INTERPRETER,
-}
+# Settings per (kernel, family, bytes of an element): one for each of HEADS.
+Table = dict[tuple[str, str, int], tuple[LaunchSettings, ...]]
 
 
 def padded_size(size: int) -> int:
@@ -108,15 +66,15 @@ def architecture_family(device: torch.device) -> str:
     return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
 
 
-def head_settings(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> LaunchSettings:
-    """Settings of ``kernel`` for heads of ``head_dim`` in ``dtype`` on ``device``.
+def head_settings(table: Table, kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> LaunchSettings:
+    """Settings of ``kernel`` in ``table`` for heads of ``head_dim`` in ``dtype`` on ``device``.
 
     Raises:
         ValueError: the head is longer than any in the table.
     """
-    if head_dim > _HEADS[-1]:
-        raise ValueError(f"head size must be at most {_HEADS[-1]} for {kernel}, got {head_dim}")
-    return _TABLE[kernel, architecture_family(device), dtype.itemsize][_HEADS.index(padded_size(head_dim))]
+    if head_dim > HEADS[-1]:
+        raise ValueError(f"head size must be at most {HEADS[-1]} for {kernel}, got {head_dim}")
+    return table[kernel, architecture_family(device), dtype.itemsize][HEADS.index(padded_size(head_dim))]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **named: Any) -> None:

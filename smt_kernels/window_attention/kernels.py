@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels.launch import head_settings, launch, padded_size
+from smt_kernels.window_attention.settings import TABLE
 
 MAIN_BLOCK = 64
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -311,7 +312,7 @@ def _launch(
 ) -> None:
     n_windows, n_queries, n_heads, head_dim = q.shape
     window, n_kv_heads = k.shape[1:3]
-    settings = head_settings(name, head_dim, q.dtype, q.device)
+    settings = head_settings(TABLE, name, head_dim, q.dtype, q.device)
     main_queries, remainder_queries = _blocks(n_queries)
     query_block = min(main_queries, settings.query_block)
     main_keys, remainder_keys = _blocks(window)

@@ -82,6 +82,15 @@ def test_triton_refuses_a_dtype_that_its_kernel_does_not_take(device):
         run(device, backend="triton", dtype=torch.float64)
 
 
+@pytest.mark.triton
+def test_triton_refuses_a_head_that_its_kernel_does_not_take(device):
+    q, k, v = torch.randn(3, 1, 4, 1, 257, device=device)
+    with pytest.raises(ValueError, match="its kernel takes a last dimension of at most 256, got 257"):
+        window_attention(q, k, v, n_memory=1, backend="triton")
+    window_attention(q, k, v, n_memory=1)
+    assert last_choice("window_attention").backend == "blocked"
+
+
 def test_no_choice_is_known_before_the_first_call():
     assert last_choice("an operation that never ran") is None
 

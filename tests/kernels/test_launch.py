@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from smt_kernels import launch
+from smt_kernels.window_attention.settings import TABLE
 
 KERNELS = ("window_attention_forward", "window_attention_backward")
 
@@ -21,14 +22,14 @@ def test_blocks_are_the_next_power_of_two_that_a_dot_takes(size, padded):
 def test_every_head_size_has_settings_whose_chunks_fit_it(kernel, family, dtype, monkeypatch):
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
     for head_dim in range(1, 257):
-        settings = launch.head_settings(kernel, head_dim, dtype, torch.device("cpu"))
+        settings = launch.head_settings(TABLE, kernel, head_dim, dtype, torch.device("cpu"))
         assert launch.padded_size(head_dim) % settings.head_chunk == 0
         assert settings.query_block in (16, 32, 64) and settings.num_warps in (4, 8)
 
 
 def test_a_longer_head_is_refused():
     with pytest.raises(ValueError, match="head size must be at most 256 for window_attention_forward, got 257"):
-        launch.head_settings("window_attention_forward", 257, torch.bfloat16, torch.device("cpu"))
+        launch.head_settings(TABLE, "window_attention_forward", 257, torch.bfloat16, torch.device("cpu"))
 
 
 def test_registers_are_limited_only_where_the_table_says_so():
