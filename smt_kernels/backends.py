@@ -21,7 +21,7 @@ from torch import Tensor
 BACKENDS = ("triton", "blocked", "reference")
 
 # Operations with a Triton kernel, and the longest last dimension of its tensors (None: any). Others run blocked everywhere.
-TRITON_LIMITS: dict[str, int | None] = {"window_attention": 256}
+TRITON_LIMITS: dict[str, int | None] = {"window_attention": 256, "attention_pool": None, "attention_pool_sequence": None}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -65,14 +65,16 @@ def last_choice(operation: str) -> BackendChoice | None:
     return _last.get(operation)
 
 
-def choose(operation: str, tensor: Tensor, requested: str | None) -> str:
+def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: str | None = None) -> str:
     """Decide the backend for one call of ``operation`` on inputs like ``tensor``, and remember why.
+
+    ``obstacle`` says why this call, unlike others of the operation, cannot run its kernel; None: nothing stands against it.
 
     Raises:
         ValueError: an unknown backend was asked for, or ``triton`` where the operation has no kernel or nothing can run it.
         TypeError: ``triton`` was asked for with a dtype that the kernel does not take.
     """
-    choice = _decide(operation, tensor, requested)
+    choice = _decide(operation, tensor, requested, obstacle)
     _last[operation] = choice
     return choice.backend
 
@@ -83,9 +85,9 @@ def implementation(operation: str, backend: str) -> ModuleType:
     return importlib.import_module(f"smt_kernels.{operation}.{room}")
 
 
-def _decide(operation: str, tensor: Tensor, requested: str | None) -> BackendChoice:
+def _decide(operation: str, tensor: Tensor, requested: str | None, obstacle: str | None) -> BackendChoice:
     wanted, source = (requested, "the backend argument") if requested is not None else (_override, "use_backend")
-    obstacle = _triton_obstacle(operation, tensor)
+    obstacle = _triton_obstacle(operation, tensor) or obstacle
     if wanted is not None:
         _check_name(wanted)
         if wanted == "triton" and obstacle is not None:
