@@ -54,7 +54,7 @@ class MambaMixer(nn.Module):
             x_proj_weight=self.x_proj.weight,
             dt_proj_weight=self.dt_proj.weight,
             dt_proj_bias=self.dt_proj.bias,
-            a=-torch.exp(self.A_log.float()),
+            a=-torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             d=self.D,
         )
 

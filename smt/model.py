@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from smt.batch import encode_batch, token_counts
 from smt.chunk import initial_state
 from smt.config import SMTConfig
 from smt.decoder import Decoder
-from smt.generation import generate
+from smt.generation import generate, stream
 from smt.loss import IGNORE_INDEX, linear_cross_entropy
 from smt.memory import StrideMemory
 from smt.pretrained import LoadReport, load_gpt2, load_mamba
@@ -161,18 +162,13 @@ class StrideMemoryTransformer(nn.Module):
         writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
         return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
 
-    def generate(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue ``input_ids`` (B, T): see ``smt.generation.generate``."""
-        return generate(self, input_ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Prompts (B, T) and their continuations, (B, T + new): see ``smt.generation.generate``."""
+        return generate(self, input_ids, max_new_tokens, **options)
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """The next tokens (B,) of prompts (B, T), one step at a time: see ``smt.generation.stream``."""
+        return stream(self, input_ids, max_new_tokens, **options)
 
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""

@@ -90,7 +90,8 @@ def window_cache(config: SMTConfig, k: Tensor, v: Tensor, steps: Sequence[int]) 
     """
     n_slots = config.n_ssm_outputs
     if config.encoding == "token":
-        return KeyValues(k[:, :0], v[:, :0], k[:, :n_slots], v[:, :n_slots])
+        # Copies, since a view would keep the whole window alive.
+        return KeyValues(*(part[:, :size].clone() for size in (0, n_slots) for part in (k, v)))
     absent = [absent_in_block(config, step) for step in steps]
     if len(set(absent)) == 1:
         absent = absent[:1]
