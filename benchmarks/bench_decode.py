@@ -20,7 +20,7 @@ import torch
 from correctness import WrongResult, check_decoding
 from decode_cases import ENCODINGS, DecodeCases
 from environment import environment
-from measure import Case, Row, measure
+from measure import Case, Row, measure, time_in_turns
 from report import draw_decoding, write_json
 
 from smt import SMTConfig
@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows += _table(f"Prefill: {sizes}", cases.prefill(), cases, batch, None, options, device)
         if options.sections != "prefill":
             rows += _table(f"Decoding: {sizes}", cases.decoding(), cases, batch, config.stride, options, device)
+            rows += _constancy(f"Constancy: {sizes}", cases, batch, options, device)
     if options.json:
         names = ("contexts", "batches", "max_prefill", "max_gib", "max_seconds", "repeats", "quick")
         settings = {name: getattr(options, name) for name in names} | {"model": config.to_dict()}
@@ -148,6 +149,39 @@ def _table(
             rows.append(DecodeRow(**fields))
             print(_line(rows[-1]))
         print(flush=True)
+    return rows
+
+
+def _constancy(task: str, made: DecodeCases, batch: int, options: argparse.Namespace, device: torch.device) -> list[DecodeRow]:
+    """Time our encodings at all contexts in turns: calls that follow each other see the machine in one state."""
+    print(f"\n{task}; all contexts in turns, change = time / time at {options.contexts[0]:,}")
+    print(f"{'':>9}  {'case':<22}" + "".join(f"{context:>19,}" for context in options.contexts))
+    rows, tokens = [], made.config.stride
+    for case in made.ours():
+        calls = {str(context): case.prepare(context) for context in options.contexts}
+        samples = time_in_turns(calls, options.max_seconds, options.repeats, device)
+        shortest, cells = samples[str(options.contexts[0])].median, []
+        for context in options.contexts:
+            timed, known = samples[str(context)], made.made[case.name, context]
+            rows.append(
+                DecodeRow(
+                    task,
+                    case.name,
+                    context,
+                    batch,
+                    seconds=timed.median,
+                    fastest=min(timed.seconds),
+                    slowest=max(timed.seconds),
+                    repeats=len(timed.seconds),
+                    seconds_per_token=timed.median / tokens,
+                    ratio=shortest / timed.median,
+                    tokens=tokens,
+                    state_bytes=known.state_bytes,
+                    remark=known.remark,
+                )
+            )
+            cells.append(f"{timed.median / tokens * 1e3:.3f} ms {timed.median / shortest - 1:+.0%}")
+        print(f"{'':>9}  {case.name:<22}" + "".join(f"{cell:>19}" for cell in cells), flush=True)
     return rows
 
 

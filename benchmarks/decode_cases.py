@@ -55,17 +55,20 @@ class DecodeCases:
     def decoding(self) -> list[Case]:
         """``stride`` tokens per call, at a context; the first case is the baseline."""
         gpt2 = lambda context: 1e4 + context  # noqa: E731  (only to predict the next context's time)
-        ours = [
-            Case(
-                f"SMT {encoding}", lambda context, encoding=encoding: self._ours(encoding, context), _constant, calibrate=False
-            )
-            for encoding in ENCODINGS
-        ]
         return [
             Case(DYNAMIC, self._dynamic, gpt2, calibrate=False),
             Case(STATIC, self._static, gpt2, calibrate=False),
             Case(MAMBA, self._mamba, _constant, calibrate=False),
-            *ours,
+            *self.ours(),
+        ]
+
+    def ours(self) -> list[Case]:
+        """Our part of ``decoding``."""
+        return [
+            Case(
+                f"SMT {encoding}", lambda context, encoding=encoding: self._ours(encoding, context), _constant, calibrate=False
+            )
+            for encoding in ENCODINGS
         ]
 
     def prefill(self) -> list[Case]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smt.chunk import Encoded, encode_chunk
@@ -105,5 +106,5 @@ def _scatter(parts: list[tuple[list[int], Tensor]], batch: int, shape: tuple[int
 
 def _scatter_weights(results: list[tuple[list[int], Encoded]], batch: int, window: int, like: Tensor) -> Tensor:
     most = max((part.weights.shape[1] for _, part in results), default=0)
-    padded = [(rows, torch.nn.functional.pad(part.weights, (0, 0, 0, most - part.weights.shape[1]))) for rows, part in results]
+    padded = [(rows, F.pad(part.weights, (0, 0, 0, most - part.weights.shape[1]))) for rows, part in results]
     return _scatter(padded, batch, (most, window), like)

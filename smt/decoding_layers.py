@@ -128,19 +128,22 @@ def _enter_blocks(decoder: Decoder, state: SMTState, entering: Sequence[int], n_
 def _append(
     block: Block, x: Tensor, ring_k: Tensor, ring_v: Tensor, rows: Tensor, index: Tensor, turn: Rotation | None = None
 ) -> Tensor:
-    """Keep the keys and values of x (1, R, d) at ``index`` of the ``rows`` of the rings; returns the queries (1, R, H, D)."""
-    q, k, v = block.attention.heads(block.norm_1(x))
+    """Keep the keys and values of x (1, R, d) at ``index`` of the ``rows`` of the rings; returns the queries (R, H, D)."""
+    attention = block.attention
+    heads = attention.qkv(block.norm_1(x))[0].unflatten(-1, (-1, attention.head_dim))
+    n_kv_heads = ring_k.shape[2]
+    q_and_k, v = heads[:, :-n_kv_heads], heads[:, -n_kv_heads:]
     if turn is not None:
-        q, k = rotate(q, turn), rotate(k, turn)
-    ring_k[rows, index] = k[0].to(ring_k.dtype)
-    ring_v[rows, index] = v[0].to(ring_v.dtype)
-    return q
+        q_and_k = rotate(q_and_k, turn)
+    ring_k[rows, index] = q_and_k[:, -n_kv_heads:].to(ring_k.dtype)
+    ring_v[rows, index] = v.to(ring_v.dtype)
+    return q_and_k[:, :-n_kv_heads]
 
 
 def _attend(block: Block, x: Tensor, q: Tensor, kept: KeyValues, n_tokens: Tensor, n_slots: Tensor) -> Tensor:
-    """The block's output (1, R, d) for x (1, R, d) whose queries q (1, R, H, D) see the first entries of what the rows keep."""
+    """The block's output (1, R, d) for x (1, R, d) whose queries q (R, H, D) see the first entries of what the rows keep."""
     tensors = (tensor.to(q.dtype) for tensor in (kept.token_k, kept.token_v, kept.slot_k, kept.slot_v))
-    attended = stream_attention_decode(q[0], *tensors, n_tokens=n_tokens, n_slots=n_slots)
+    attended = stream_attention_decode(q, *tensors, n_tokens=n_tokens, n_slots=n_slots)
     return block.finish(x, attended[None])
 
 
