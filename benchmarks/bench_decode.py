@@ -25,6 +25,7 @@ from report import draw_decoding, write_json
 
 from smt import SMTConfig
 
+SECTIONS = ("prefill", "decode", "constancy", "all")
 CONTEXTS = [256 * 8**i for i in range(4)]
 
 
@@ -48,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--contexts", type=_numbers, help="comma-separated; default 256,2048,16384,131072")
     parser.add_argument("--batches", type=_numbers, help="sequences, comma-separated; default 1,8, quick 1")
-    parser.add_argument("--sections", choices=("prefill", "decode", "both"), default="both", help="what to measure")
+    parser.add_argument("--sections", choices=SECTIONS, default="all", help="what to measure")
     parser.add_argument("--max-prefill", type=_number, help="tokens read to come to a context; default 2048, quick 512")
     parser.add_argument("--max-gib", type=float, default=4.0, help="largest KV cache that is built")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
@@ -110,10 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
             device=device,
         )
         sizes = f"d {config.d_model}, {options.layers} + {options.layers} layers, batch {batch}, fp32"
-        if options.sections != "decode":
+        if options.sections in ("prefill", "all"):
             rows += _table(f"Prefill: {sizes}", cases.prefill(), cases, batch, None, options, device)
-        if options.sections != "prefill":
+        if options.sections in ("decode", "all"):
             rows += _table(f"Decoding: {sizes}", cases.decoding(), cases, batch, config.stride, options, device)
+        if options.sections in ("constancy", "all"):
             rows += _constancy(f"Constancy: {sizes}", cases, batch, options, device)
     if options.json:
         names = ("contexts", "batches", "max_prefill", "max_gib", "max_seconds", "repeats", "quick")
