@@ -32,7 +32,8 @@ def decode_step(model: StrideMemoryTransformer, input_ids: Tensor, state: SMTSta
     rows, index = torch.tensor([range(len(steps)), newest], device=embedded.device)
     state.tokens[rows, index] = embedded
     hidden = _ENCODE[config.encoding](model.decoder, embedded, state)
-    writers = [row for row, step in enumerate(steps) if config.writes and step % config.stride == 0]
+    made = config.window.writes_made
+    writers = [row for row, step in enumerate(steps) if config.writes and made(step + 1) > made(step)]
     weights = None
     if return_weights:
         weights = hidden.new_zeros(len(steps), 1 if writers else 0, config.window_size)
