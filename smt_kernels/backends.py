@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -21,7 +22,14 @@ from torch import Tensor
 BACKENDS = ("triton", "blocked", "reference")
 
 # Operations with a Triton kernel, and the longest last dimension of its tensors (None: any). Others run blocked everywhere.
-TRITON_LIMITS: dict[str, int | None] = {"window_attention": 256}
+TRITON_LIMITS: dict[str, int | None] = {
+    "attention_pool": None,
+    "attention_pool_sequence": None,
+    "stream_attention": 256,
+    "stream_attention_decode": 256,
+    "stride_write": None,
+    "window_attention": 256,
+}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -65,14 +73,16 @@ def last_choice(operation: str) -> BackendChoice | None:
     return _last.get(operation)
 
 
-def choose(operation: str, tensor: Tensor, requested: str | None) -> str:
+def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: str | None = None) -> str:
     """Decide the backend for one call of ``operation`` on inputs like ``tensor``, and remember why.
+
+    ``obstacle`` says why this call, unlike others of the operation, cannot run its kernel; None: nothing stands against it.
 
     Raises:
         ValueError: an unknown backend was asked for, or ``triton`` where the operation has no kernel or nothing can run it.
         TypeError: ``triton`` was asked for with a dtype that the kernel does not take.
     """
-    choice = _decide(operation, tensor, requested)
+    choice = _decide(operation, tensor, requested, obstacle)
     _last[operation] = choice
     return choice.backend
 
@@ -83,9 +93,9 @@ def implementation(operation: str, backend: str) -> ModuleType:
     return importlib.import_module(f"smt_kernels.{operation}.{room}")
 
 
-def _decide(operation: str, tensor: Tensor, requested: str | None) -> BackendChoice:
+def _decide(operation: str, tensor: Tensor, requested: str | None, obstacle: str | None) -> BackendChoice:
     wanted, source = (requested, "the backend argument") if requested is not None else (_override, "use_backend")
-    obstacle = _triton_obstacle(operation, tensor)
+    obstacle = _triton_obstacle(operation, tensor) or obstacle
     if wanted is not None:
         _check_name(wanted)
         if wanted == "triton" and obstacle is not None:
@@ -108,12 +118,17 @@ def _triton_obstacle(operation: str, tensor: Tensor) -> str | None:
     longest = TRITON_LIMITS[operation]
     if longest is not None and tensor.shape[-1] > longest:
         return f"its kernel takes a last dimension of at most {longest}, got {tensor.shape[-1]}"
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "triton is not installed"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         where = f"the tensors are on {tensor.device.type}"
         return f"{where}; set TRITON_INTERPRET=1 before the first import of triton to run its interpreter"
     return None
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _check_name(name: str) -> None:

@@ -56,19 +56,21 @@ def head_groups(n_query_heads: int, n_kv_heads: int) -> None:
         raise ValueError(f"q has {n_query_heads} heads, which is not a multiple of the {n_kv_heads} heads of k and v")
 
 
-def counts(name: str, tensor: Tensor, rows: int, upper: int, model: Tensor) -> None:
-    """Check a per-row count: int32 of shape (rows,) on the device of ``model``; on CPU also that it lies in 0..upper.
+def counts(name: str, tensor: Tensor, rows: int, upper: int, model: Tensor, *, dim: str = "N") -> None:
+    """Check a per-row count: int32 of shape (``dim``=rows,) on the device of ``model``; on CPU also that it lies in 0..upper.
 
     On other devices the range is not read, since that would wait for the device.
     """
-    shape(name, tensor, {"N": rows})
+    shape(name, tensor, {dim: rows})
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {tensor.dtype}")
     if tensor.device != model.device:
         raise ValueError(f"{name} must be on {model.device}, got {tensor.device}")
     readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not bool(((tensor >= 0) & (tensor <= upper)).all()):
-        raise ValueError(f"{name} must lie in 0..{upper}, got {tensor.tolist()}")
+    if readable:
+        fewest, most = tensor.aminmax()
+        if int(fewest) < 0 or int(most) > upper:
+            raise ValueError(f"{name} must lie in 0..{upper}, got {tensor.tolist()}")
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
