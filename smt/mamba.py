@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
+from smt.shared_linear import SharedLinear
 from smt_kernels import stride_write
 
 NORM_EPS = 1e-5
@@ -21,15 +22,11 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 @dataclass(frozen=True)
 class Parameters:
-    """The weights that ``stride_write`` takes, by its names, formed once for all groups of writes of a pass."""
+    """What a mixer works with, formed once for all groups of writes of a pass: projections and ``stride_write``'s weights."""
 
-    conv_weight: Tensor
-    conv_bias: Tensor
-    x_proj_weight: Tensor
-    dt_proj_weight: Tensor
-    dt_proj_bias: Tensor
-    a: Tensor
-    d: Tensor
+    in_proj: SharedLinear
+    out_proj: SharedLinear
+    write: dict[str, Tensor]
 
 
 class MambaMixer(nn.Module):
@@ -47,26 +44,27 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
     def prepare(self) -> Parameters:
-        """The arguments of ``stride_write``."""
-        return Parameters(
-            conv_weight=self.conv1d.weight[:, 0],
-            conv_bias=self.conv1d.bias,
-            x_proj_weight=self.x_proj.weight,
-            dt_proj_weight=self.dt_proj.weight,
-            dt_proj_bias=self.dt_proj.bias,
-            a=-torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            d=self.D,
-        )
+        """What ``forward`` needs of the weights."""
+        write = {
+            "conv_weight": self.conv1d.weight[:, 0],
+            "conv_bias": self.conv1d.bias,
+            "x_proj_weight": self.x_proj.weight,
+            "dt_proj_weight": self.dt_proj.weight,
+            "dt_proj_bias": self.dt_proj.bias,
+            "a": -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            "d": self.D,
+        }
+        return Parameters(SharedLinear(self.in_proj), SharedLinear(self.out_proj), write)
 
     def forward(
         self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters, gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, K, d), states (B, E, C - 1) and (B, E, N), gate (B, K) -> (B, K, d) and both states after K steps."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = parameters.in_proj(x).chunk(2, dim=-1)
         # Under autocast the projections are in low precision and the weights are not.
-        weights = {name: weight.to(u.dtype) for name, weight in vars(parameters).items()}
+        weights = {name: weight.to(u.dtype) for name, weight in parameters.write.items()}
         y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights, gate=gate)
-        return self.out_proj(y), conv_state, ssm_state
+        return parameters.out_proj(y), conv_state, ssm_state
 
 
 class MambaLayer(nn.Module):

@@ -21,8 +21,16 @@ from torch import Tensor
 BACKENDS = ("triton", "blocked", "reference")
 
 # Operations with a Triton kernel, and the longest last dimension of its tensors (None: any). Others run blocked everywhere.
-TRITON_LIMITS: dict[str, int | None] = {"window_attention": 256, "attention_pool": None, "attention_pool_sequence": None}
+TRITON_LIMITS: dict[str, int | None] = {
+    "attention_pool": None,
+    "attention_pool_sequence": None,
+    "stream_attention": 256,
+    "stream_attention_decode": 256,
+    "stride_write": None,
+    "window_attention": 256,
+}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def _triton_obstacle(operation: str, tensor: Tensor) -> str | None:
     longest = TRITON_LIMITS[operation]
     if longest is not None and tensor.shape[-1] > longest:
         return f"its kernel takes a last dimension of at most {longest}, got {tensor.shape[-1]}"
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         where = f"the tensors are on {tensor.device.type}"

@@ -25,14 +25,15 @@ class LaunchSettings:
     """How one kernel is launched.
 
     ``head_chunk`` is how many of the head dimensions one program writes; the programs of one head each compute its scores, so
-    memory and registers do not grow with the head. ``query_block`` is the most queries that are multiplied at a time.
-    ``max_registers`` per thread make room for a second program on a multiprocessor where the compiler, left alone, takes
-    more than it needs; None leaves it alone.
+    memory and registers do not grow with the head. ``query_block`` is the most queries that are multiplied at a time and
+    ``key_block`` the most keys. ``max_registers`` per thread make room for a second program on a multiprocessor where the
+    compiler, left alone, takes more than it needs; None leaves it alone.
     """
 
     num_warps: int
     head_chunk: int
     query_block: int = 64
+    key_block: int = 64
     num_stages: int = 1
     max_registers: int | None = None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
-from smt_kernels.attention_pool import reference
+from smt_kernels.attention_pool import arguments, reference
 from smt_kernels.window import WindowSpec
 
 # Where the writes, tokens and slots of a sequence lie, in the order in which the operation takes it.
@@ -42,7 +42,7 @@ def attention_pool(
             have at least one (checked on CPU; elsewhere a window without entries gives nan).
         normalise: divide every entry by its root mean square first (eps 1e-5), for mean, scores and sum alike.
         dropout_mask: (N, W) in the dtype of windows, factors of the weights (0 or 1 / (1 - p)), not differentiated; None: 1.
-        backend: ``blocked`` or ``reference``; None: see ``smt_kernels.backends``.
+        backend: ``triton``, ``blocked`` or ``reference``; None: see ``smt_kernels.backends``.
 
     Returns:
         pooled (N, d) and the weights before dropout (N, W), 0 where an entry does not exist, in the dtype of windows.
@@ -53,10 +53,10 @@ def attention_pool(
 
     Source: DESIGN 2.1 and 4.3; Bahdanau et al. (2015) pooling with the scores of Vaswani et al. (2017), section 3.2.1.
     """
-    _check_windows(windows, n_memory, valid_memory, valid_tokens)
+    arguments.check_windows(windows, n_memory, valid_memory, valid_tokens)
     n_windows, size, _ = windows.shape
-    _check_projections("windows", windows, w_q, w_k)
-    _check_dropout("windows", windows, dropout_mask, {"N": n_windows, "W": size})
+    arguments.check_projections("windows", windows, w_q, w_k)
+    arguments.check_dropout("windows", windows, dropout_mask, {"N": n_windows, "W": size})
     exists = None
     if valid_memory is not None or valid_tokens is not None:
         window = WindowSpec(n_memory, size - n_memory, stride=None)
@@ -105,7 +105,7 @@ def attention_pool_sequence(
         first_step, first_slot: what the first token and slot are called; negative where they precede the sequence.
         normalise: divide every entry by its root mean square first (eps 1e-5), for mean, scores and sum alike.
         dropout_mask: (B, n_writes, W) in the dtype of tokens, factors of the weights (0 or 1 / (1 - p)), not differentiated.
-        backend: ``blocked`` or ``reference``; None: see ``smt_kernels.backends``.
+        backend: ``triton``, ``blocked`` or ``reference``; None: see ``smt_kernels.backends``.
 
     Returns:
         pooled (B, n_writes, d) and the weights before dropout (B, n_writes, W), 0 where an entry does not exist, in the dtype
@@ -123,10 +123,10 @@ def attention_pool_sequence(
     if slots is not None:
         checks.shape("slots", slots, {"B": batch, "K": None, "d": width}, may_be_empty=("K",))
         checks.like("slots", slots, "tokens", tokens)
-    _check_projections("tokens", tokens, w_q, w_k)
-    _check_timeline(window, first_write, n_writes, write_group, first_step, first_slot, length)
+    arguments.check_projections("tokens", tokens, w_q, w_k)
+    arguments.check_timeline(window, first_write, n_writes, write_group, first_step, first_slot, length)
     size = window.n_tokens if slots is None else window.size
-    _check_dropout("tokens", tokens, dropout_mask, {"B": batch, "n_writes": n_writes, "W": size})
+    arguments.check_dropout("tokens", tokens, dropout_mask, {"B": batch, "n_writes": n_writes, "W": size})
     backend = backends.choose("attention_pool_sequence", tokens, backend)
     timeline = (first_write, n_writes, write_group, first_step, first_slot)
     if backend == "reference":
@@ -139,65 +139,11 @@ def attention_pool_sequence(
     return pooled, weights.to(tokens.dtype)
 
 
-def _check_windows(windows: Tensor, n_memory: int, valid_memory: Tensor | None, valid_tokens: Tensor | None) -> None:
-    checks.shape("windows", windows, {"N": None, "W": None, "d": None})
-    checks.floating("windows", windows)
-    n_windows, size, _ = windows.shape
-    _check_int("n_memory", n_memory)
-    if not 0 <= n_memory <= size:
-        raise ValueError(f"n_memory must lie in 0..W = 0..{size}, got {n_memory}")
-    total = 0
-    for name, valid, upper in (("valid_memory", valid_memory, n_memory), ("valid_tokens", valid_tokens, size - n_memory)):
-        if valid is not None:
-            checks.counts(name, valid, n_windows, upper, windows)
-        total = total + (upper if valid is None else valid)
-    readable = isinstance(total, Tensor) and total.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and bool((total == 0).any()):
-        empty = (total == 0).nonzero().flatten().tolist()
-        raise ValueError(f"valid_memory + valid_tokens must be at least 1 in every window, got 0 in windows {empty}")
-
-
-def _check_projections(model_name: str, model: Tensor, w_q: Tensor, w_k: Tensor) -> None:
-    checks.shape("w_q", w_q, {"d_k": None, "d": model.shape[-1]})
-    checks.shape("w_k", w_k, {"d_k": w_q.shape[0], "d": model.shape[-1]})
-    checks.like("w_q", w_q, model_name, model)
-    checks.like("w_k", w_k, model_name, model)
-
-
-def _check_dropout(model_name: str, model: Tensor, dropout_mask: Tensor | None, expected: dict[str, int]) -> None:
-    if dropout_mask is not None:
-        checks.shape("dropout_mask", dropout_mask, expected)
-        checks.like("dropout_mask", dropout_mask, model_name, model)
-
-
-def _check_timeline(
-    window: WindowSpec, first_write: int, n_writes: int, write_group: int, first_step: int, first_slot: int, length: int
-) -> None:
-    if not isinstance(window, WindowSpec):
-        raise TypeError(f"window must be a WindowSpec, got {type(window).__name__}")
-    if window.stride is None:
-        raise ValueError(f"window must have a stride, for writes to happen, got {window}")
-    for name, value, least in (("first_write", first_write, 0), ("n_writes", n_writes, 1), ("write_group", write_group, 1)):
-        _check_int(name, value)
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    _check_int("first_step", first_step)
-    _check_int("first_slot", first_slot)
-    first, last = window.write_step(first_write), window.write_step(first_write + n_writes - 1)
-    if not first_step <= first <= last < first_step + length:
-        held = f"{first_step}..{first_step + length - 1}"
-        raise ValueError(
-            f"tokens must hold the steps {first}..{last} of the first to the last write, got {held} (first_step = {first_step})"
-        )
-
-
-def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _kept(x: Tensor, rows: tuple[int, ...], sizes: Sequence[int], backend: str) -> list[Tensor]:
+    """Empty weights, mean, query and u as ``backend`` keeps them: Triton multiplies the last three in the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dtypes = (wide, *[x.dtype if backend == "triton" else wide] * 3)
+    return [x.new_empty((*rows, size), dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
 
 
 @torch.library.custom_op("smt_kernels::attention_pool", mutates_args=())
@@ -217,8 +163,7 @@ def _forward(
 @_forward.register_fake
 def _(windows, w_q, w_k, exists, dropout_mask, normalise, backend):
     (n_windows, size, width), rank = windows.shape, w_q.shape[0]
-    kept = (windows.new_empty((n_windows, last), dtype=_accumulation_dtype(windows)) for last in (size, width, rank, width))
-    return windows.new_empty((n_windows, width)), *kept
+    return windows.new_empty((n_windows, width)), *_kept(windows, (n_windows,), (size, width, rank, width), backend)
 
 
 @torch.library.custom_op("smt_kernels::attention_pool_backward", mutates_args=())
@@ -266,8 +211,7 @@ def _forward_sequence(
 def _(tokens, slots, w_q, w_k, dropout_mask, window, timeline, normalise, backend):
     (batch, _, width), rank, n_writes = tokens.shape, w_q.shape[0], timeline[1]
     size = window[1] if slots is None else window[0] + window[1]
-    kept = (tokens.new_empty((batch, n_writes, n), dtype=_accumulation_dtype(tokens)) for n in (size, width, rank, width))
-    return tokens.new_empty((batch, n_writes, width)), *kept
+    return tokens.new_empty((batch, n_writes, width)), *_kept(tokens, (batch, n_writes), (size, width, rank, width), backend)
 
 
 @torch.library.custom_op("smt_kernels::attention_pool_sequence_backward", mutates_args=())

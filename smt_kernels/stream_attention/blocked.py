@@ -228,7 +228,11 @@ def _runs(q: Tensor, k: Tensor, memory: Tensor, window: WindowSpec, first_step: 
     """The geometry of each run of blocks; every query is in exactly one."""
     end = first_step + k.shape[1]
     first_query = end - q.shape[1]
-    n_slots = 0 if window.n_memory == 0 and window.stride is not None else memory.shape[1]
+    n_slots = memory.shape[1]
+    if window.stride is not None:
+        # Slots that no query sees are left out like those that do not exist: a weight of 0 times what they hold may be nan.
+        seen = window.visible_slots(end - 1)[1] - first_slot if window.n_memory else 0
+        n_slots = min(max(seen, 0), n_slots)
     for first, stop, advancing in _pieces(first_query, end, window, n_slots > 0):
         length = -(-BLOCK_QUERIES // window.stride) * window.stride if advancing else min(BLOCK_QUERIES, stop - first)
         n_blocks = -(-(stop - first) // length)

@@ -29,8 +29,10 @@ def stream_attention(
         slot = first_slot + torch.arange(memory_k.shape[1], device=q.device)
         visible = torch.cat([window.slot_visible(query_step, slot), visible], dim=1)
         k, v = torch.cat([memory_k, k], dim=1), torch.cat([memory_v, v], dim=1)
+    # Zeros instead of what no query sees: a weight of 0 times nan is nan.
+    unseen = ~visible.any(dim=0)[:, None, None]
     group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    k, v = (x.masked_fill(unseen, 0.0).repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)  # a query always sees itself
     return torch.einsum("bhij,bjhd->bihd", weights, v)

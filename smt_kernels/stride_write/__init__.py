@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
+from smt_kernels.stride_write import blocked
 from smt_kernels.stride_write.reference import stride_write as reference
 
 
@@ -64,7 +65,8 @@ def stride_write(
     backend = backends.choose("stride_write", x, backend)
     if backend == "reference":
         return reference(x, z, conv_state, ssm_state, *weights, gate)
-    return _forward(*checks.unit_stride(x, z), conv_state, ssm_state, *weights, gate, backend)
+    y, conv_state, ssm_state, _ = _forward(*checks.unit_stride(x, z), conv_state, ssm_state, *weights, gate, backend)
+    return y, conv_state, ssm_state
 
 
 def _check(x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Sequence[Tensor], gate: Tensor | None) -> None:
@@ -124,14 +126,18 @@ def _forward(
     d: Tensor,
     gate: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
-    return backends.implementation("stride_write", backend).forward(x, z, conv_state, ssm_state, parameters, gate)
+    results = backends.implementation("stride_write", backend).forward(x, z, conv_state, ssm_state, parameters, gate)
+    return results if backend == "blocked" else (*results, x.new_empty(0))
 
 
 @_forward.register_fake
-def _(x, z, conv_state, ssm_state, *others):
-    return x.new_empty(x.shape), conv_state.new_empty(conv_state.shape), ssm_state.new_empty(ssm_state.shape)
+def _(x, z, conv_state, ssm_state, conv_weight, conv_bias, x_proj_weight, *others):
+    *_, backend = others
+    kept = blocked.kept_size(x, conv_state, len(x_proj_weight)) if backend == "blocked" else 0
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return *(tensor.new_empty(tensor.shape) for tensor in (x, conv_state, ssm_state)), x.new_empty(kept, dtype=dtype)
 
 
 @torch.library.custom_op("smt_kernels::stride_write_backward", mutates_args=())
@@ -151,27 +157,31 @@ def _backward(
     a: Tensor,
     d: Tensor,
     gate: Tensor | None,
+    kept: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
     backward = backends.implementation("stride_write", backend).backward
-    return backward(grad_y, grad_conv, grad_ssm, x, z, conv_state, ssm_state, parameters, gate)
+    rest = (kept,) if backend == "blocked" else ()
+    return backward(grad_y, grad_conv, grad_ssm, x, z, conv_state, ssm_state, parameters, gate, *rest)
 
 
 @_backward.register_fake
 def _(grad_y, grad_conv, grad_ssm, *others):
-    *inputs, _gate, _backend = others
+    *inputs, _gate, _kept, _backend = others
     return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, backend = inputs
+    kept = output[3]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(*tensors, kept)
     ctx.backend = backend
 
 
-def _autograd(ctx, grad_y, grad_conv, grad_ssm):
+def _autograd(ctx, grad_y, grad_conv, grad_ssm, _grad_kept):
     x = ctx.saved_tensors[0]
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
     return *_backward(grad_y, grad_conv, grad_ssm, *ctx.saved_tensors, ctx.backend), None, None

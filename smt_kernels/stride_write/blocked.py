@@ -8,8 +8,8 @@ Everything is computed for all K writes at once, except the recurrence, which is
 
 Inside, time comes first and the long dimension last, (K, B, N, E), so that any run of writes is contiguous. The forward pass
 holds the states of a few writes at a time, as many as stay in cache; the backward pass computes them again instead of keeping
-them. Gating: the gated-on writes of each row are moved to its front, and all K are run without gates; behind them dt = 0 keeps
-the state.
+them, but what is of the size of x is kept. Gating: the gated-on writes of each row are moved to its front, and all K are
+run without gates; behind them dt = 0 keeps the state.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from smt_kernels.stride_write.gates import Order, accumulation, order_of, to_front, to_place
 
 # Elements of the states that are worked on at a time. On a CPU they stay in cache and their buffers are reused; elsewhere
 # launching costs more than memory.
@@ -40,27 +42,75 @@ class Parameters(NamedTuple):
     d: Tensor  # (E,)
 
 
+class _Kept(NamedTuple):
+    """What the forward pass computes and the backward pass needs: views of one buffer in the accumulation dtype."""
+
+    inputs: Tensor  # (C - 1 + K, B, E), the conv state and then x
+    conv: Tensor  # (K, B, E)
+    u: Tensor  # (K, B, E)
+    projected: Tensor  # (K, B, R + 2 N): low, b, c
+    dt_input: Tensor  # (K, B, E), before the softplus
+    dt: Tensor  # (K, B, E)
+    inner: Tensor  # (K, B, E), c . h + d u
+
+    @classmethod
+    def views(cls, buffer: Tensor, x: Tensor, conv_state: Tensor, n_projected: int) -> _Kept:
+        """``buffer``, of ``kept_size`` elements, cut into its parts."""
+        batch, n_writes, width = x.shape
+        like_x = n_writes, batch, width
+        inputs, projected = (n_writes + conv_state.shape[2], batch, width), (n_writes, batch, n_projected)
+        shapes = cls(inputs, like_x, like_x, projected, like_x, like_x, like_x)
+        parts = buffer.split([math.prod(shape) for shape in shapes])
+        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+def kept_size(x: Tensor, conv_state: Tensor, n_projected: int) -> int:
+    """Elements that ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
+    batch, n_writes, width = x.shape
+    return batch * (n_writes * (6 * width + n_projected) + conv_state.shape[2] * width)
+
+
 def forward(
     x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: tuple[Tensor, ...], gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E) and both states after K."""
-    order = None if gate is None else _order(gate)
-    weights = Parameters(*map(_accumulation, parameters))
-    run = _run(x, conv_state, ssm_state, weights, order)
-    inner = torch.mul(run.u, weights.d)
-    states, decay = (run.initial.new_empty(run.writes_at_once + extra, *run.initial.shape) for extra in (1, 0))
-    states[0] = run.initial
-    for part in run.parts():
-        size = part.stop - part.start
-        _recur(run, part, states[: size + 1], decay[:size])
-        inner[part] += _rows(run.c[part], states[1 : size + 1])
-        states[0] = states[size]
-    y = inner.mul_(F.silu(_to_front(z, order)))
-    new_conv, new_ssm = run.inputs[x.shape[1] :], states[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E), both states after K, and
+    ``kept_size`` elements for ``backward``.
+    """
+    order = None if gate is None else order_of(gate)
+    weights = Parameters(*map(accumulation, parameters))
+    rank = weights.dt_proj_weight.shape[1]
+    n_projected = len(weights.x_proj_weight)
+    buffer = weights.d.new_empty(kept_size(x, conv_state, n_projected))
+    kept = _Kept.views(buffer, x, conv_state, n_projected)
+
+    torch.cat([accumulation(conv_state).permute(2, 0, 1), to_front(x, order)], out=kept.inputs)
+    taps = weights.conv_weight.T[:, None, None]
+    torch.sum(_by_tap(kept.inputs, x.shape[1]) * taps, dim=0, out=kept.conv).add_(weights.conv_bias)
+    torch.ops.aten.silu.out(kept.conv, out=kept.u)
+    torch.matmul(kept.u, weights.x_proj_weight.T, out=kept.projected)
+    torch.matmul(kept.projected[..., :rank], weights.dt_proj_weight.T, out=kept.dt_input).add_(weights.dt_proj_bias)
+    torch.ops.aten.softplus.out(kept.dt_input, out=kept.dt)
     if order is not None:
-        new_conv = run.inputs.gather(0, order.conv_rows(conv_state))
-        new_ssm = torch.where(order.count[0, :, :, None] > 0, new_ssm, run.initial)  # bit for bit, even the sign of a zero
-    return _fresh(_to_place(y, order), x), _fresh(new_conv.permute(1, 2, 0), conv_state), _fresh(new_ssm.mT, ssm_state)
+        kept.dt.masked_fill_(order.behind, 0.0)
+
+    scan = _Scan(kept, weights.a)
+    initial = accumulation(ssm_state).mT
+    torch.mul(kept.u, weights.d, out=kept.inner)
+    states, decay = scan.buffers(scan.at_once)
+    states[0] = initial
+    for part in scan.parts():
+        size = part.stop - part.start
+        scan.run(part, states[: size + 1], decay[:size])
+        kept.inner[part] += _rows(scan.c[part], states[1 : size + 1])
+        if part.stop < x.shape[1]:
+            states[0] = states[size]
+    y = kept.inner * F.silu(to_front(z, order))
+    new_conv, new_ssm = kept.inputs[x.shape[1] :], states[size]
+    if order is not None:
+        new_conv = kept.inputs.gather(0, order.conv_rows(conv_state))
+        new_ssm = torch.where(order.count[0, :, :, None] > 0, new_ssm, initial)  # bit for bit, even the sign of a zero
+    new_conv, new_ssm = new_conv.permute(1, 2, 0), new_ssm.mT
+    return _owned(to_place(y, order), x), _copy(new_conv, conv_state), _copy(new_ssm, ssm_state), buffer
 
 
 def backward(
@@ -73,134 +123,122 @@ def backward(
     ssm_state: Tensor,
     parameters: tuple[Tensor, ...],
     gate: Tensor | None,
+    buffer: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, z, conv_state, ssm_state and of each of ``Parameters``, each in the dtype of its input."""
-    order = None if gate is None else _order(gate)
-    weights = Parameters(*map(_accumulation, parameters))
-    run = _run(x, conv_state, ssm_state, weights, order)
-    inner = torch.mul(run.u, weights.d)
-    states, decay = (run.initial.new_empty(x.shape[1] + extra, *run.initial.shape) for extra in (1, 0))
-    states[0] = run.initial
-    for part in run.parts():
-        _recur(run, part, states[part.start : part.stop + 1], decay[part])
-        inner[part] += _rows(run.c[part], states[1:][part])
+    order = None if gate is None else order_of(gate)
+    weights = Parameters(*map(accumulation, parameters))
+    rank = weights.dt_proj_weight.shape[1]
+    kept = _Kept.views(buffer, x, conv_state, len(weights.x_proj_weight))
 
-    z, grad = _to_front(z, order), _to_front(grad_y, order)
-    dz = torch.ops.aten.silu_backward(grad * inner, z)
+    z, grad = to_front(z, order), to_front(grad_y, order)
+    dz = torch.ops.aten.silu_backward(grad * kept.inner, z)
     d_inner = grad * F.silu(z)
-    scan = _scan_backward(run, states, decay, d_inner, grad_ssm)
-    d_dt = scan.dt.addcmul_(scan.written, run.u)
+    d_projected = torch.empty_like(kept.projected)
+    scan = _Scan(kept, weights.a)
+    states, decay = scan.buffers(x.shape[1])
+    states[0] = accumulation(ssm_state).mT
+    for part in scan.parts():
+        scan.run(part, states[part.start : part.stop + 1], decay[part])
+    d_scan = scan.backward(states, decay, d_inner, grad_ssm, d_projected[..., rank:])
+    d_dt = d_scan.dt.addcmul_(d_scan.written, kept.u)
     if order is not None:
         d_dt.masked_fill_(order.behind, 0.0)
-    d_dt = torch.ops.aten.softplus_backward(d_dt, run.dt_input, 1.0, 20.0)
-    d_projected = torch.cat([d_dt @ weights.dt_proj_weight, scan.b, scan.c], dim=-1)
-    du = (d_projected @ weights.x_proj_weight).addcmul_(d_inner, weights.d).addcmul_(scan.written, run.dt)
-    d_conv = torch.ops.aten.silu_backward(du, run.conv)
-    d_inputs, d_conv_weight = _conv_backward(d_conv, run.inputs, weights.conv_weight, grad_conv, order)
+    d_dt = torch.ops.aten.softplus_backward(d_dt, kept.dt_input, 1.0, 20.0)
+    torch.matmul(d_dt, weights.dt_proj_weight, out=d_projected[..., :rank])
+    du = (d_projected @ weights.x_proj_weight).addcmul_(d_inner, weights.d).addcmul_(d_scan.written, kept.dt)
+    d_conv = torch.ops.aten.silu_backward(du, kept.conv)
+    d_inputs, d_conv_weight = _conv_backward(d_conv, kept.inputs, weights.conv_weight, grad_conv, order)
     history = conv_state.shape[2]
     grads = (
-        _to_place(d_inputs[history:], order),
-        _to_place(dz, order),
-        d_inputs[:history].permute(1, 2, 0),
-        scan.initial.mT,
+        to_place(d_inputs[history:], order).clone(),  # d_inputs is of two gradients, and none may share memory
+        to_place(dz, order),
+        d_inputs[:history].permute(1, 2, 0).clone(),
+        d_scan.initial.mT,
         d_conv_weight,
         d_conv.sum((0, 1)),
-        d_projected.flatten(0, 1).T @ run.u.flatten(0, 1),
-        d_dt.flatten(0, 1).T @ run.low.flatten(0, 1),
+        d_projected.flatten(0, 1).T @ kept.u.flatten(0, 1),
+        d_dt.flatten(0, 1).T @ kept.projected[..., :rank].flatten(0, 1),
         d_dt.sum((0, 1)),
-        scan.a.mT,
-        (d_inner * run.u).sum((0, 1)),
+        d_scan.a.mT,
+        (d_inner * kept.u).sum((0, 1)),
     )
     inputs = x, z, conv_state, ssm_state, *parameters
-    return tuple(_fresh(grad, model) for grad, model in zip(grads, inputs, strict=True))
-
-
-class _Run(NamedTuple):
-    """What K ungated writes need for the recurrence, in the accumulation dtype."""
-
-    inputs: Tensor  # (C - 1 + K, B, E), the conv state and then x
-    conv: Tensor  # (K, B, E)
-    u: Tensor  # (K, B, E)
-    low: Tensor  # (K, B, R)
-    b: Tensor  # (K, B, N)
-    c: Tensor  # (K, B, N)
-    dt_input: Tensor  # (K, B, E), before the softplus
-    dt: Tensor  # (K, B, E)
-    written: Tensor  # (K, B, E), dt u
-    a: Tensor  # (N, E)
-    rate: Tensor  # (N, E), a / ln 2: exp2 is vectorised on CPUs where exp is not, and takes a third of its time
-    initial: Tensor  # (B, N, E)
-
-    @property
-    def writes_at_once(self) -> int:
-        elements = STATES_ON_CPU if self.dt.device.type == "cpu" else STATES_ELSEWHERE
-        return min(max(elements // self.initial.numel(), 1), len(self.dt))
-
-    def parts(self) -> list[slice]:
-        """The writes in runs of at most ``writes_at_once``, oldest first."""
-        n_writes, size = len(self.dt), self.writes_at_once
-        return [slice(start, min(start + size, n_writes)) for start in range(0, n_writes, size)]
+    return tuple(_owned(grad, model) for grad, model in zip(grads, inputs, strict=True))
 
 
 class _ScanGradients(NamedTuple):
-    """Gradients of what the recurrence takes, named as in ``_Run``; ``dt`` only as far as it goes through the decay."""
+    """Gradients of what the recurrence takes; ``dt`` only as far as it goes through the decay."""
 
-    dt: Tensor
-    written: Tensor
-    b: Tensor
-    c: Tensor
-    a: Tensor
-    initial: Tensor
+    dt: Tensor  # (K, B, E)
+    written: Tensor  # (K, B, E)
+    a: Tensor  # (N, E)
+    initial: Tensor  # (B, N, E)
 
 
-def _run(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Parameters, order: _Order | None) -> _Run:
-    n_writes, (_, rank), n_state = x.shape[1], weights.dt_proj_weight.shape, weights.a.shape[1]
-    inputs = torch.cat([_accumulation(conv_state).permute(2, 0, 1), _to_front(x, order)])
-    conv = weights.conv_bias
-    for tap, weight in enumerate(weights.conv_weight.unbind(1)):
-        conv = torch.addcmul(conv, inputs[tap : tap + n_writes], weight)
-    u = F.silu(conv)
-    low, b, c = (u @ weights.x_proj_weight.T).split([rank, n_state, n_state], dim=-1)
-    dt_input = F.linear(low, weights.dt_proj_weight, weights.dt_proj_bias)
-    dt = F.softplus(dt_input)
-    if order is not None:
-        dt.masked_fill_(order.behind, 0.0)
-    a = weights.a.mT.contiguous()
-    return _Run(inputs, conv, u, low, b, c, dt_input, dt, dt * u, a, a * LOG2_E, _accumulation(ssm_state).mT)
+class _Scan:
+    """The recurrence h_k = exp(dt_k a) h_{k-1} + b_k written_k with written = dt u, over a few writes at a time."""
+
+    def __init__(self, kept: _Kept, a: Tensor) -> None:
+        n_state = a.shape[1]
+        self.dt, self.written = kept.dt, kept.dt * kept.u
+        self.b, self.c = kept.projected[..., -2 * n_state :].chunk(2, dim=-1)
+        self.a = a.mT.contiguous()  # (N, E)
+        self.at_once = _writes_at_once(self.dt.transpose(0, 1), n_state)
+
+    def parts(self) -> list[slice]:
+        """The writes in runs of at most ``at_once``, oldest first."""
+        n_writes = len(self.dt)
+        return [slice(start, min(start + self.at_once, n_writes)) for start in range(0, n_writes, self.at_once)]
+
+    def buffers(self, n_writes: int) -> tuple[Tensor, Tensor]:
+        """Room for the states (the one before the first write in front) and the decays of ``n_writes``."""
+        shape = self.dt.shape[1], *self.a.shape
+        return self.dt.new_empty(n_writes + 1, *shape), self.dt.new_empty(n_writes, *shape)
+
+    def run(self, part: slice, states: Tensor, decay: Tensor) -> None:
+        """Fill states[1:] and decay for the writes ``part``, from the state before them in states[0]."""
+        # exp2 is vectorised on CPUs where exp is not, and takes a third of its time.
+        torch.mul(self.dt[part][:, :, None], self.a * LOG2_E, out=decay).exp2_()
+        torch.mul(self.b[part][..., None], self.written[part][:, :, None], out=states[1:])
+        previous, *following = states.unbind(0)
+        for state, factor in zip(following, decay.unbind(0), strict=True):
+            previous = state.addcmul_(factor, previous)
+
+    def backward(
+        self, states: Tensor, decay: Tensor, d_inner: Tensor, grad_ssm: Tensor | None, d_b_and_c: Tensor
+    ) -> _ScanGradients:
+        """states (K + 1, B, N, E), decay (K, B, N, E), which is overwritten, d_inner (K, B, E), grad_ssm (B, E, N);
+        fills d_b_and_c (K, B, 2 N).
+        """
+        d_dt, d_written, d_a = torch.empty_like(self.dt), torch.empty_like(self.dt), []
+        d_b, d_c = d_b_and_c.chunk(2, dim=-1)
+        later = None if grad_ssm is None else accumulation(grad_ssm).mT  # what reaches the last state of a part from behind
+        buffer = states.new_empty(self.at_once, *states.shape[1:])
+        for part in reversed(self.parts()):
+            factors, grad = decay[part], buffer[: part.stop - part.start]
+            torch.mul(self.c[part][..., None], d_inner[part][:, :, None], out=grad)
+            steps = list(grad.unbind(0))
+            if later is not None:
+                steps[-1].add_(later)
+            following = steps.pop()
+            for step, factor in zip(reversed(steps), reversed(factors.unbind(0)), strict=False):
+                following = step.addcmul_(factor, following)
+            d_written[part] = _rows(self.b[part], grad)
+            d_b[part] = _rows(self.written[part], grad.mT)
+            d_c[part] = _rows(d_inner[part], states[1:][part].mT)
+            later = grad.mul_(factors)[0].clone()
+            grad.mul_(states[part])  # now the gradient of dt a
+            d_a.append(torch.mul(grad, self.dt[part][:, :, None], out=factors).sum((0, 1)))
+            torch.sum(grad.mul_(self.a), dim=2, out=d_dt[part])
+        return _ScanGradients(d_dt, d_written, d_a[0] if len(d_a) == 1 else torch.stack(d_a).sum(0), later)
 
 
-def _recur(run: _Run, part: slice, states: Tensor, decay: Tensor) -> None:
-    """Fill states[1:] and decay for the writes ``part``, from the state before them in states[0]."""
-    torch.mul(run.dt[part][:, :, None], run.rate, out=decay).exp2_()
-    torch.mul(run.b[part][..., None], run.written[part][:, :, None], out=states[1:])
-    previous, *following = states.unbind(0)
-    for state, factor in zip(following, decay.unbind(0), strict=True):
-        previous = state.addcmul_(factor, previous)
-
-
-def _scan_backward(run: _Run, states: Tensor, decay: Tensor, d_inner: Tensor, grad_ssm: Tensor | None) -> _ScanGradients:
-    """states (K + 1, B, N, E), decay (K, B, N, E), which is overwritten, d_inner (K, B, E), grad_ssm (B, E, N)."""
-    d_dt, d_written, d_b, d_c, d_a = map(torch.empty_like, (run.dt, run.dt, run.b, run.c, run.a))
-    d_a.zero_()
-    later = None if grad_ssm is None else _accumulation(grad_ssm).mT  # what reaches the last state of a part from behind it
-    buffer = states.new_empty(run.writes_at_once, *states.shape[1:])
-    for part in reversed(run.parts()):
-        factors, grad = decay[part], buffer[: part.stop - part.start]
-        torch.mul(run.c[part][..., None], d_inner[part][:, :, None], out=grad)
-        if later is not None:
-            grad[-1].add_(later)
-        following = grad[-1]
-        for step in range(len(grad) - 2, -1, -1):
-            following = grad[step].addcmul_(factors[step + 1], following)
-        d_written[part] = _rows(run.b[part], grad)
-        d_b[part] = _rows(run.written[part], grad.mT)
-        d_c[part] = _rows(d_inner[part], states[1:][part].mT)
-        grad.mul_(factors)
-        later = grad[0].clone()
-        grad.mul_(states[part])  # now the gradient of dt a
-        d_a.add_(torch.mul(grad, run.dt[part][:, :, None], out=factors).sum((0, 1)))
-        torch.sum(grad.mul_(run.a), dim=2, out=d_dt[part])
-    return _ScanGradients(d_dt, d_written, d_b, d_c, d_a, later)
+def _writes_at_once(x: Tensor, n_state: int) -> int:
+    """How many of the writes x (B, K, E) are worked on at a time."""
+    batch, n_writes, width = x.shape
+    elements = STATES_ON_CPU if x.device.type == "cpu" else STATES_ELSEWHERE
+    return min(max(elements // (batch * width * n_state), 1), n_writes)
 
 
 def _rows(vectors: Tensor, matrices: Tensor) -> Tensor:
@@ -208,72 +246,33 @@ def _rows(vectors: Tensor, matrices: Tensor) -> Tensor:
     return (vectors[:, :, None] @ matrices)[:, :, 0]
 
 
+def _by_tap(inputs: Tensor, n_writes: int) -> Tensor:
+    """inputs (C - 1 + K, B, E) as the convolution sees them, (C, K, B, E): tap c of write k is input c + k."""
+    return inputs.unfold(0, n_writes, 1).permute(0, 3, 1, 2)
+
+
 def _conv_backward(
-    d_conv: Tensor, inputs: Tensor, conv_weight: Tensor, grad_conv: Tensor | None, order: _Order | None
+    d_conv: Tensor, inputs: Tensor, conv_weight: Tensor, grad_conv: Tensor | None, order: Order | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the conv inputs (C - 1 + K, B, E) and weight (E, C), from d_conv (K, B, E) and that of the new state."""
-    n_writes = len(d_conv)
-    d_inputs = torch.zeros_like(inputs)
+    n_writes, n_taps = len(d_conv), conv_weight.shape[1]
+    # Input i reaches write i - c through tap c: the convolution with its taps reversed.
+    reached = _by_tap(F.pad(d_conv, (0, 0, 0, 0, n_taps - 1, n_taps - 1)), len(inputs))
+    d_inputs = (reached * conv_weight.flip(1).T[:, None, None]).sum(0)
     if grad_conv is not None:
-        d_state = _accumulation(grad_conv).permute(2, 0, 1)
+        d_state = accumulation(grad_conv).permute(2, 0, 1)
         if order is None:
-            d_inputs[n_writes:] = d_state
+            d_inputs[n_writes:] += d_state
         else:
-            d_inputs.scatter_(0, order.conv_rows(grad_conv), d_state)
-    d_taps = []
-    for tap, weight in enumerate(conv_weight.unbind(1)):
-        part = slice(tap, tap + n_writes)
-        d_inputs[part].addcmul_(d_conv, weight)
-        d_taps.append((inputs[part] * d_conv).sum((0, 1)))
-    return d_inputs, torch.stack(d_taps, dim=1)
+            d_inputs.scatter_add_(0, order.conv_rows(grad_conv), d_state)
+    return d_inputs, (_by_tap(inputs, n_writes) * d_conv).sum((1, 2)).T
 
 
-class _Order(NamedTuple):
-    """How the gated-on writes of each row are moved to its front and back."""
-
-    off: Tensor  # (K, B, 1), where the gate is off
-    behind: Tensor  # (K, B, 1), which places are left behind the moved writes
-    count: Tensor  # (1, B, 1), gated-on writes
-    to_front: Tensor | None  # (K, B, 1), which write comes to each place; None where K = 1 leaves no choice
-    to_place: Tensor | None  # (K, B, 1), where each gated-on write has gone
-
-    def conv_rows(self, conv_state: Tensor) -> Tensor:
-        """Which conv inputs are the conv state of each row after its gated-on writes, (C - 1, B, E)."""
-        batch, width, history = conv_state.shape
-        return (self.count + torch.arange(history, device=conv_state.device)[:, None, None]).expand(-1, batch, width)
+def _owned(x: Tensor, model: Tensor) -> Tensor:
+    """x, which nobody else holds, contiguous in the dtype of ``model``."""
+    return x.to(model.dtype).contiguous()
 
 
-def _order(gate: Tensor) -> _Order:
-    gate = gate.T[..., None]
-    off = ~gate
-    if len(gate) == 1:
-        return _Order(off, off, gate.long(), None, None)
-    passed = gate.cumsum(0)
-    behind = torch.arange(len(gate), device=gate.device)[:, None, None] >= passed[-1:]
-    return _Order(off, behind, passed[-1:], off.to(torch.uint8).argsort(dim=0, stable=True), (passed - 1).clamp_(min=0))
-
-
-def _to_front(x: Tensor, order: _Order | None) -> Tensor:
-    """x (B, K, E) as (K, B, E) in the accumulation dtype, each row's gated-on writes first and zeros behind them."""
-    x = _accumulation(x).transpose(0, 1)
-    if order is None:
-        return x
-    x = x.masked_fill(order.off, 0.0)
-    return x if order.to_front is None else x.gather(0, order.to_front.expand_as(x))
-
-
-def _to_place(x: Tensor, order: _Order | None) -> Tensor:
-    """The inverse of ``_to_front``: x (K, B, E) as (B, K, E), back in place and 0 where the gate is off."""
-    if order is not None:
-        x = x if order.to_place is None else x.gather(0, order.to_place.expand_as(x))
-        x = x.masked_fill(order.off, 0.0)
-    return x.transpose(0, 1)
-
-
-def _accumulation(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _fresh(x: Tensor, model: Tensor) -> Tensor:
+def _copy(x: Tensor, model: Tensor) -> Tensor:
     """x in memory of its own, contiguous, in the dtype of ``model``."""
     return x.to(model.dtype, memory_format=torch.contiguous_format, copy=True)

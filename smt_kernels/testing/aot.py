@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smt_kernels.window import WindowSpec
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # Target -> family in the launch table, shared memory of one program in bytes. For sm_80 and sm_100 that of the small chips
@@ -39,7 +41,10 @@ _MATRIX = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCHMMA",
 
 @dataclass(frozen=True)
 class Call:
-    """A launcher, ``"module:function"``, and its keyword arguments: tensors (of which only the form matters), numbers, None."""
+    """A launcher, ``"module:function"``, and its keyword arguments: tensors, of which only the form matters, and plain values.
+
+    Plain values are numbers, strings, None and ``WindowSpec``.
+    """
 
     function: str
     arguments: dict[str, Any]
@@ -92,12 +97,14 @@ def compile_ahead(calls: Sequence[Call], targets: Iterable[str] = TARGETS) -> li
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "strides": list(value.stride()), "dtype": str(value.dtype).removeprefix("torch.")}
-    raise TypeError(f"an argument must be a tensor, a number, a string or None, got {type(value).__name__}")
+    raise TypeError(f"an argument must be a tensor, a number, a string, None or a WindowSpec, got {type(value).__name__}")
 
 
 def _restore(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"shape", "strides", "dtype"}:
         return torch.empty_strided(value["shape"], value["strides"], dtype=getattr(torch, value["dtype"]), device="meta")
+    if isinstance(value, dict) and value.keys() == WindowSpec.__dataclass_fields__.keys():
+        return WindowSpec(**value)
     return value
 
 

@@ -18,6 +18,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, valid_memory: Tensor | None, valid_tokens: Tensor | None, n_memory: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q (N, T, H, D), k, v (N, W, H_kv, D) -> out (N, T, H, D), lse (N, H, T) in fp32 (or fp64), -inf where nothing is seen."""
+    k, v = _existing(k, v, valid_memory, valid_tokens, n_memory)
     scores = _scores(q, k, valid_memory, valid_tokens, n_memory, scale)
     lse = scores.logsumexp(dim=-1)
     weights = torch.exp(scores - _finite(lse)[..., None])
@@ -39,6 +40,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (N, T, H, D), k and v (N, W, H_kv, D), each in the dtype of its input."""
     n_kv_heads = k.shape[2]
+    k, v = _existing(k, v, valid_memory, valid_tokens, n_memory)
     scores = _scores(q, k, valid_memory, valid_tokens, n_memory, scale)
     weights = torch.exp(scores - _finite(lse).reshape(*scores.shape[:3], 1))
     grad, values = _by_group(grad_out, n_kv_heads), _by_kv_head(v)
@@ -48,6 +50,17 @@ def backward(
     dk = grad_scores.mT @ _by_group(q, n_kv_heads)
     dv = weights.mT @ grad
     return dq.to(q.dtype), dk.transpose(1, 2).contiguous().to(k.dtype), dv.transpose(1, 2).contiguous().to(v.dtype)
+
+
+def _existing(
+    k: Tensor, v: Tensor, valid_memory: Tensor | None, valid_tokens: Tensor | None, n_memory: int
+) -> tuple[Tensor, Tensor]:
+    """k and v with zeros instead of what does not exist: a weight of 0 times nan is nan."""
+    if valid_memory is None and valid_tokens is None:
+        return k, v
+    spec = WindowSpec(n_memory, k.shape[1] - n_memory, stride=None)
+    absent = ~spec.entry_exists(valid_memory, valid_tokens, k.device)[:, :, None, None]
+    return k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
 
 
 def _scores(

@@ -24,55 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels.launch import head_settings, launch, padded_size
+from smt_kernels.tiles import LOG2_E, base_two, dot, load, products, rows, store, store_normalised
 from smt_kernels.window_attention.settings import TABLE
 
 MAIN_BLOCK = 64
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _load(p_rows, m_rows, i_chunk, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """One chunk of the head from each row; zeros beyond the rows and beyond the head."""
-    o_head = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    mask = m_rows[:, None]
-    if HEAD_DIM % CHUNK != 0:
-        mask = mask & (o_head < HEAD_DIM)[None, :]
-    return tl.load(p_rows[:, None] + o_head[None, :], mask=mask, other=0.0)  # [rows, CHUNK]
-
-
-@triton.jit
-def _store(p_rows, m_rows, i_chunk, b_value, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
-    o_head = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    mask = m_rows[:, None]
-    if HEAD_DIM % CHUNK != 0:
-        mask = mask & (o_head < HEAD_DIM)[None, :]
-    tl.store(p_rows[:, None] + o_head[None, :], b_value.to(p_rows.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _dot(b_x, b_y):
-    # "ieee" keeps fp32 inputs in full precision; it changes nothing for fp16 and bf16, whose products accumulate in fp32.
-    return tl.dot(b_x, b_y, input_precision="ieee")
-
-
-@triton.jit
-def _products(b_x, p_x, m_x, b_y, p_y, m_y, i_chunk, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """x y^T over the whole head: the chunks at hand, then the others."""
-    b_products = _dot(b_x, tl.trans(b_y))  # [rows of x, rows of y]
-    CHUNKS: tl.constexpr = (HEAD_DIM + CHUNK - 1) // CHUNK
-    for i in tl.static_range(1, CHUNKS):
-        i_other = (i_chunk + i) % CHUNKS
-        b_other_x = _load(p_x, m_x, i_other, HEAD_DIM, CHUNK)  # [rows of x, CHUNK]
-        b_other_y = _load(p_y, m_y, i_other, HEAD_DIM, CHUNK)  # [rows of y, CHUNK]
-        b_products += _dot(b_other_x, tl.trans(b_other_y))
-    return b_products
-
-
-@triton.jit
-def _rows(pointer, strides, i_window, i_head, o_row):
-    """Pointers to the first element of each row, in 64 bits; ``strides`` are those of window, row and head."""
-    return pointer + i_window * strides[0] + i_head * strides[2] + o_row.to(tl.int64) * strides[1]
 
 
 @triton.jit
@@ -111,15 +66,15 @@ def _forward_kernel(
 
     o_k = window - K + tl.arange(0, K)
     m_k = o_k >= 0
-    p_k = _rows(k, strides_k, i_window, i_kv_head, o_k)
-    b_k = _load(p_k, m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
-    b_v = _load(_rows(v, strides_v, i_window, i_kv_head, o_k), m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
+    p_k = rows(k, strides_k, i_window, i_kv_head, o_k)
+    b_k = load(p_k, m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
+    b_v = load(rows(v, strides_v, i_window, i_kv_head, o_k), m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
     if KR > 0:
         o_kr = window - K - KR + tl.arange(0, KR)
         m_kr = o_kr >= 0
-        p_kr = _rows(k, strides_k, i_window, i_kv_head, o_kr)
-        b_kr = _load(p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
-        b_vr = _load(_rows(v, strides_v, i_window, i_kv_head, o_kr), m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
+        p_kr = rows(k, strides_k, i_window, i_kv_head, o_kr)
+        b_kr = load(p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
+        b_vr = load(rows(v, strides_v, i_window, i_kv_head, o_kr), m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
 
     for i_block in range(GROUP * Q_BLOCKS):
         i_head = i_kv_head * GROUP + i_block // Q_BLOCKS
@@ -127,25 +82,25 @@ def _forward_kernel(
         o_q = n_queries - (i_block % Q_BLOCKS + 1) * Q + tl.arange(0, Q)
         m_q = o_q >= 0
         o_position = o_q[:, None] + (window - n_queries)
-        p_q = _rows(q, strides_q, i_window, i_head, o_q)
-        b_q = _load(p_q, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
-        b_s = _products(b_q, p_q, m_q, b_k, p_k, m_k, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [Q, K]
+        p_q = rows(q, strides_q, i_window, i_head, o_q)
+        b_q = load(p_q, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
+        b_s = products(b_q, p_q, m_q, b_k, p_k, m_k, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [Q, K]
         b_s = _hide(b_s, o_position, o_k[None, :], n_memory, first_memory, first_token)
         b_max = tl.max(b_s, axis=1)
         if KR > 0:
-            b_sr = _products(b_q, p_q, m_q, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [Q, KR]
+            b_sr = products(b_q, p_q, m_q, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [Q, KR]
             b_sr = _hide(b_sr, o_position, o_kr[None, :], n_memory, first_memory, first_token)
             b_max = tl.maximum(b_max, tl.max(b_sr, axis=1))
         b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_p = tl.exp2(b_s - b_max[:, None])  # [Q, K]
         b_sum = tl.sum(b_p, axis=1)
-        b_out = _dot(b_p.to(b_v.dtype), b_v)  # [Q, CHUNK]
+        b_out = dot(b_p.to(b_v.dtype), b_v)  # [Q, CHUNK]
         if KR > 0:
             b_pr = tl.exp2(b_sr - b_max[:, None])  # [Q, KR]
             b_sum += tl.sum(b_pr, axis=1)
-            b_out += _dot(b_pr.to(b_vr.dtype), b_vr)
-        p_out = _rows(out, strides_out, i_window, i_head, o_q)
-        _store_normalised(p_out, p_lse + o_q, m_q, b_out, b_max, b_sum, i_chunk, HEAD_DIM, CHUNK)
+            b_out += dot(b_pr.to(b_vr.dtype), b_vr)
+        p_out = rows(out, strides_out, i_window, i_head, o_q)
+        store_normalised(p_out, p_lse + o_q, m_q, b_out, b_max, b_sum, i_chunk, HEAD_DIM, CHUNK)
 
     if QR > 0:
         for i_group in range(GROUP):
@@ -153,27 +108,17 @@ def _forward_kernel(
             p_lse = lse + (i_window * n_kv_heads * GROUP + i_head) * n_queries
             o_qr = n_queries - Q_BLOCKS * Q - QR + tl.arange(0, QR)
             m_qr = o_qr >= 0
-            p_qr = _rows(q, strides_q, i_window, i_head, o_qr)
-            b_qr = _load(p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
-            b_sr = _products(b_qr, p_qr, m_qr, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [QR, KR]
+            p_qr = rows(q, strides_q, i_window, i_head, o_qr)
+            b_qr = load(p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
+            b_sr = products(b_qr, p_qr, m_qr, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [QR, KR]
             o_position = o_qr[:, None] + (window - n_queries)
             b_sr = _hide(b_sr, o_position, o_kr[None, :], n_memory, first_memory, first_token)
             b_max = tl.max(b_sr, axis=1)
             b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
             b_pr = tl.exp2(b_sr - b_max[:, None])  # [QR, KR]
-            b_out = _dot(b_pr.to(b_vr.dtype), b_vr)  # [QR, CHUNK]
-            p_out = _rows(out, strides_out, i_window, i_head, o_qr)
-            _store_normalised(p_out, p_lse + o_qr, m_qr, b_out, b_max, tl.sum(b_pr, axis=1), i_chunk, HEAD_DIM, CHUNK)
-
-
-@triton.jit
-def _store_normalised(p_out, p_lse, m_rows, b_out, b_max, b_sum, i_chunk, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """Divide by the row sums and store; a row that sees nothing gives zeros and an lse of -inf."""
-    b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
-    _store(p_out, m_rows, i_chunk, b_out / b_divisor[:, None], HEAD_DIM, CHUNK)
-    b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_divisor)) * LN_2)
-    if i_chunk == 0:
-        tl.store(p_lse, b_lse, mask=m_rows)
+            b_out = dot(b_pr.to(b_vr.dtype), b_vr)  # [QR, CHUNK]
+            p_out = rows(out, strides_out, i_window, i_head, o_qr)
+            store_normalised(p_out, p_lse + o_qr, m_qr, b_out, b_max, tl.sum(b_pr, axis=1), i_chunk, HEAD_DIM, CHUNK)
 
 
 @triton.jit(do_not_specialize=["n_memory", "window", "n_queries", "n_kv_heads"])
@@ -193,19 +138,19 @@ def _backward_kernel(
 
     o_k = window - K + tl.arange(0, K)
     m_k = o_k >= 0
-    p_k = _rows(k, strides_k, i_window, i_kv_head, o_k)
-    p_v = _rows(v, strides_v, i_window, i_kv_head, o_k)
-    b_k = _load(p_k, m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
-    b_v = _load(p_v, m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
+    p_k = rows(k, strides_k, i_window, i_kv_head, o_k)
+    p_v = rows(v, strides_v, i_window, i_kv_head, o_k)
+    b_k = load(p_k, m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
+    b_v = load(p_v, m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
     b_dk = tl.zeros([K, CHUNK], dtype=tl.float32)
     b_dv = tl.zeros([K, CHUNK], dtype=tl.float32)
     if KR > 0:
         o_kr = window - K - KR + tl.arange(0, KR)
         m_kr = o_kr >= 0
-        p_kr = _rows(k, strides_k, i_window, i_kv_head, o_kr)
-        p_vr = _rows(v, strides_v, i_window, i_kv_head, o_kr)
-        b_kr = _load(p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
-        b_vr = _load(p_vr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
+        p_kr = rows(k, strides_k, i_window, i_kv_head, o_kr)
+        p_vr = rows(v, strides_v, i_window, i_kv_head, o_kr)
+        b_kr = load(p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
+        b_vr = load(p_vr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
         b_dkr = tl.zeros([KR, CHUNK], dtype=tl.float32)
         b_dvr = tl.zeros([KR, CHUNK], dtype=tl.float32)
 
@@ -215,30 +160,30 @@ def _backward_kernel(
         o_q = n_queries - (i_block % Q_BLOCKS + 1) * Q + tl.arange(0, Q)
         m_q = o_q >= 0
         o_position = o_q[None, :] + (window - n_queries)
-        p_q = _rows(q, strides_q, i_window, i_head, o_q)
-        p_do = _rows(grad_out, strides_grad_out, i_window, i_head, o_q)
-        b_q = _load(p_q, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
-        b_do = _load(p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
-        b_lse = _base_two(tl.load(p_lse + o_q, mask=m_q, other=0.0))[None, :]  # [1, Q]
-        b_s = _products(b_k, p_k, m_k, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [K, Q]
+        p_q = rows(q, strides_q, i_window, i_head, o_q)
+        p_do = rows(grad_out, strides_grad_out, i_window, i_head, o_q)
+        b_q = load(p_q, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
+        b_do = load(p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
+        b_lse = base_two(tl.load(p_lse + o_q, mask=m_q, other=0.0))[None, :]  # [1, Q]
+        b_s = products(b_k, p_k, m_k, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [K, Q]
         b_p = tl.exp2(_hide(b_s, o_position, o_k[:, None], n_memory, first_memory, first_token) - b_lse)  # [K, Q]
-        b_dp = _products(b_v, p_v, m_k, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [K, Q]
+        b_dp = products(b_v, p_v, m_k, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [K, Q]
         b_delta = tl.sum(b_p * b_dp, axis=0)
         if KR > 0:
-            b_sr = _products(b_kr, p_kr, m_kr, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [KR, Q]
+            b_sr = products(b_kr, p_kr, m_kr, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [KR, Q]
             b_pr = tl.exp2(_hide(b_sr, o_position, o_kr[:, None], n_memory, first_memory, first_token) - b_lse)  # [KR, Q]
-            b_dpr = _products(b_vr, p_vr, m_kr, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [KR, Q]
+            b_dpr = products(b_vr, p_vr, m_kr, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [KR, Q]
             b_delta += tl.sum(b_pr * b_dpr, axis=0)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)  # [K, Q]
-        b_dv += _dot(b_p.to(b_do.dtype), b_do)
-        b_dk += _dot(b_ds, b_q)
-        b_dq = _dot(tl.trans(b_ds), b_k)  # [Q, CHUNK]
+        b_dv += dot(b_p.to(b_do.dtype), b_do)
+        b_dk += dot(b_ds, b_q)
+        b_dq = dot(tl.trans(b_ds), b_k)  # [Q, CHUNK]
         if KR > 0:
             b_dsr = (b_pr * (b_dpr - b_delta[None, :])).to(b_q.dtype)  # [KR, Q]
-            b_dvr += _dot(b_pr.to(b_do.dtype), b_do)
-            b_dkr += _dot(b_dsr, b_q)
-            b_dq += _dot(tl.trans(b_dsr), b_kr)
-        _store(_rows(dq, strides_dq, i_window, i_head, o_q), m_q, i_chunk, b_dq * scale, HEAD_DIM, CHUNK)
+            b_dvr += dot(b_pr.to(b_do.dtype), b_do)
+            b_dkr += dot(b_dsr, b_q)
+            b_dq += dot(tl.trans(b_dsr), b_kr)
+        store(rows(dq, strides_dq, i_window, i_head, o_q), m_q, i_chunk, b_dq * scale, HEAD_DIM, CHUNK)
 
     if QR > 0:
         for i_group in range(GROUP):
@@ -247,31 +192,25 @@ def _backward_kernel(
             o_qr = n_queries - Q_BLOCKS * Q - QR + tl.arange(0, QR)
             m_qr = o_qr >= 0
             o_position = o_qr[None, :] + (window - n_queries)
-            p_qr = _rows(q, strides_q, i_window, i_head, o_qr)
-            p_dor = _rows(grad_out, strides_grad_out, i_window, i_head, o_qr)
-            b_qr = _load(p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
-            b_dor = _load(p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
-            b_lse = _base_two(tl.load(p_lse + o_qr, mask=m_qr, other=0.0))[None, :]  # [1, QR]
-            b_sr = _products(b_kr, p_kr, m_kr, b_qr, p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [KR, QR]
+            p_qr = rows(q, strides_q, i_window, i_head, o_qr)
+            p_dor = rows(grad_out, strides_grad_out, i_window, i_head, o_qr)
+            b_qr = load(p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
+            b_dor = load(p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
+            b_lse = base_two(tl.load(p_lse + o_qr, mask=m_qr, other=0.0))[None, :]  # [1, QR]
+            b_sr = products(b_kr, p_kr, m_kr, b_qr, p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [KR, QR]
             b_pr = tl.exp2(_hide(b_sr, o_position, o_kr[:, None], n_memory, first_memory, first_token) - b_lse)  # [KR, QR]
-            b_dpr = _products(b_vr, p_vr, m_kr, b_dor, p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [KR, QR]
+            b_dpr = products(b_vr, p_vr, m_kr, b_dor, p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [KR, QR]
             b_dsr = (b_pr * (b_dpr - tl.sum(b_pr * b_dpr, axis=0)[None, :])).to(b_qr.dtype)  # [KR, QR]
-            b_dvr += _dot(b_pr.to(b_dor.dtype), b_dor)
-            b_dkr += _dot(b_dsr, b_qr)
-            b_dqr = _dot(tl.trans(b_dsr), b_kr)  # [QR, CHUNK]
-            _store(_rows(dq, strides_dq, i_window, i_head, o_qr), m_qr, i_chunk, b_dqr * scale, HEAD_DIM, CHUNK)
+            b_dvr += dot(b_pr.to(b_dor.dtype), b_dor)
+            b_dkr += dot(b_dsr, b_qr)
+            b_dqr = dot(tl.trans(b_dsr), b_kr)  # [QR, CHUNK]
+            store(rows(dq, strides_dq, i_window, i_head, o_qr), m_qr, i_chunk, b_dqr * scale, HEAD_DIM, CHUNK)
 
-    _store(_rows(dk, strides_dk, i_window, i_kv_head, o_k), m_k, i_chunk, b_dk * scale, HEAD_DIM, CHUNK)
-    _store(_rows(dv, strides_dk, i_window, i_kv_head, o_k), m_k, i_chunk, b_dv, HEAD_DIM, CHUNK)
+    store(rows(dk, strides_dk, i_window, i_kv_head, o_k), m_k, i_chunk, b_dk * scale, HEAD_DIM, CHUNK)
+    store(rows(dv, strides_dk, i_window, i_kv_head, o_k), m_k, i_chunk, b_dv, HEAD_DIM, CHUNK)
     if KR > 0:
-        _store(_rows(dk, strides_dk, i_window, i_kv_head, o_kr), m_kr, i_chunk, b_dkr * scale, HEAD_DIM, CHUNK)
-        _store(_rows(dv, strides_dk, i_window, i_kv_head, o_kr), m_kr, i_chunk, b_dvr, HEAD_DIM, CHUNK)
-
-
-@triton.jit
-def _base_two(b_lse):
-    """The log-sum-exp in base 2, and 0 where nothing is seen, so that exp2(-inf - lse) is 0 there and not nan."""
-    return tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2_E)
+        store(rows(dk, strides_dk, i_window, i_kv_head, o_kr), m_kr, i_chunk, b_dkr * scale, HEAD_DIM, CHUNK)
+        store(rows(dv, strides_dk, i_window, i_kv_head, o_kr), m_kr, i_chunk, b_dvr, HEAD_DIM, CHUNK)
 
 
 def forward(

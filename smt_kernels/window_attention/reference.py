@@ -15,8 +15,10 @@ def window_attention(
     n_queries, window = q.shape[1], k.shape[1]
     spec = WindowSpec(n_memory, window - n_memory, stride=None)
     visible = spec.window_visible(n_queries, valid_memory, valid_tokens, q.device)[:, None]  # (N or 1, 1, T, W)
+    # Zeros instead of what does not exist: a weight of 0 times nan is nan.
+    absent = ~spec.entry_exists(valid_memory, valid_tokens, q.device)[:, :, None, None]
     group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    k, v = (x.masked_fill(absent, 0.0).repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("nihd,njhd->nhij", q, k) * scale
     # The lowest finite number instead of -inf: a query that sees nothing must give zeros, not nan.
     weights = torch.softmax(scores.masked_fill(~visible, torch.finfo(scores.dtype).min), dim=-1)

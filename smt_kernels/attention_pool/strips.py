@@ -1,0 +1,138 @@
+"""Which window sees which tokens and slots: numbers made on the host, and what Triton programs count from them.
+
+P consecutive windows of a row are a *strip*. The entries that they share lie side by side, tokens in one tensor and slots in
+another, and are taken E at a time from one of the two. Nothing is copied: a token is read where it lies, by index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smt_kernels.window import WindowSpec
+
+
+class Strips(NamedTuple):
+    """``n_rows`` rows of ``n_windows`` windows each, every one of ``n_memory`` slots and ``n_tokens`` tokens.
+
+    Window p of a row begins with token ``token_start + stride * p`` and slot ``slot_start + (p + phase) // group * group``. Of
+    these, the tokens 0 to ``held_tokens`` and the slots 0 to ``held_slots`` exist.
+    """
+
+    n_rows: int
+    n_windows: int
+    n_tokens: int
+    n_memory: int
+    held_tokens: int
+    held_slots: int
+    token_start: int
+    stride: int
+    slot_start: int
+    phase: int
+    group: int
+
+
+def strips_of_windows(windows: Tensor) -> Strips:
+    """Windows (N, W, d) are N rows of one window each, all of whose entries are tokens."""
+    n_windows, size, _ = windows.shape
+    return Strips(n_windows, 1, size, 0, size, 0, token_start=0, stride=size, slot_start=0, phase=0, group=1)
+
+
+def strips_of_sequence(tokens: Tensor, slots: Tensor | None, window: WindowSpec, timeline: Sequence[int]) -> Strips:
+    """Tokens (B, T, d) and slots (B, K, d) are B rows of the windows of all writes; no slots are one group that pools none."""
+    first_write, n_writes, group, first_step, first_slot = timeline
+    n_memory = held_slots = slot_start = phase = 0
+    if slots is None:
+        group = n_writes
+    else:
+        n_memory, held_slots, phase = window.n_memory, slots.shape[1], first_write % group
+        slot_start = window.pooled_slots(first_write, group)[0] - first_slot
+    return Strips(
+        n_rows=len(tokens),
+        n_windows=n_writes,
+        n_tokens=window.n_tokens,
+        n_memory=n_memory,
+        held_tokens=tokens.shape[1],
+        held_slots=held_slots,
+        token_start=window.visible_tokens(window.write_step(first_write))[0] - first_step,
+        stride=window.stride,
+        slot_start=slot_start,
+        phase=phase,
+        group=group,
+    )
+
+
+@triton.jit
+def rows(pointer, strides, i_row, o_index):
+    """Pointers to the first element of entries of a row, in 64 bits; ``strides`` are those of row and entry."""
+    return pointer + i_row * strides[0] + o_index.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def strip(n_windows, P: tl.constexpr):
+    """The row of this program, its windows in the row, which of them there are, and their place among those of all rows."""
+    n_strips = tl.cdiv(n_windows, P)
+    i_row = (tl.program_id(0) // n_strips).to(tl.int64)
+    o_window = tl.program_id(0) % n_strips * P + tl.arange(0, P)
+    return i_row, o_window, o_window < n_windows, i_row * n_windows + o_window
+
+
+@triton.jit
+def starts(o_window, token_start, stride, slot_start, phase, group):
+    """The first token and the first slot of each window."""
+    return token_start + stride * o_window, slot_start + (o_window + phase) // group * group
+
+
+@triton.jit
+def shared_blocks(o_token, o_slot, m_window, n_tokens, n_memory, E: tl.constexpr):
+    """How many blocks hold the slots that the windows of a strip share, and how many those and the tokens."""
+    n_slots = tl.max(tl.where(m_window, o_slot, tl.min(o_slot, axis=0)), axis=0) - tl.min(o_slot, axis=0) + n_memory
+    n_shared = tl.max(tl.where(m_window, o_token, tl.min(o_token, axis=0)), axis=0) - tl.min(o_token, axis=0) + n_tokens
+    return tl.cdiv(n_slots, E), tl.cdiv(n_slots, E) + tl.cdiv(n_shared, E)
+
+
+@triton.jit
+def shared_entries(i_block, slot_blocks, o_token, o_slot, i_row, source, E: tl.constexpr):
+    """Block ``i_block`` of the entries of a strip, slots first: whether it holds slots, their index, and pointers to them."""
+    tokens, slots, strides_tokens, strides_slots = source
+    is_slot = i_block < slot_blocks
+    if is_slot:
+        o_index = tl.min(o_slot, axis=0) + i_block * E + tl.arange(0, E)
+        p_x = rows(slots, strides_slots, i_row, o_index)
+    else:
+        o_index = tl.min(o_token, axis=0) + (i_block - slot_blocks) * E + tl.arange(0, E)
+        p_x = rows(tokens, strides_tokens, i_row, o_index)
+    return is_slot, o_index, p_x
+
+
+@triton.jit
+def seen(is_slot, o_index, o_token, o_slot, m_window, held):
+    """Position of entries in windows, which windows have such a position, and which of them see an entry there.
+
+    ``o_index`` against ``o_token``, ``o_slot`` and ``m_window`` in the shapes [1, E] and [P, 1], or [E, 1] and [1, P].
+    """
+    n_tokens, n_memory, held_tokens, held_slots, exists, o_exists = held
+    o_position = o_index - tl.where(is_slot, o_slot, o_token)
+    m_inside = (o_position >= 0) & (o_position < tl.where(is_slot, n_memory, n_tokens)) & m_window
+    m_seen = m_inside & (o_index >= 0) & (o_index < tl.where(is_slot, held_slots, held_tokens))
+    o_position += tl.where(is_slot, 0, n_memory)
+    if exists is not None:
+        m_seen = m_seen & (tl.load(exists + o_exists + o_position, mask=m_seen, other=0) != 0)
+    return o_position, m_inside, m_seen
+
+
+@triton.jit
+def windows_that_see(i_first, i_last, is_slot, n_windows, n_tokens, n_memory, token_start, stride, slot_start, phase, group):
+    """The range [start, stop) of windows that see any of the entries ``i_first`` to ``i_last``."""
+    # Only numbers that are not negative are divided, since languages differ in how they round the others.
+    if is_slot:
+        start = tl.cdiv(tl.maximum(i_first - n_memory + 1 - slot_start, 0), group) * group - phase
+        stop = (tl.maximum(i_last - slot_start, -group) + group) // group * group - phase
+    else:
+        start = tl.cdiv(tl.maximum(i_first - n_tokens + 1 - token_start, 0), stride)
+        stop = (tl.maximum(i_last - token_start, -stride) + stride) // stride
+    return tl.maximum(start, 0), tl.minimum(stop, n_windows)

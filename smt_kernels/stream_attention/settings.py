@@ -1,0 +1,32 @@
+"""Launch settings of stream attention, chosen for a window of 15 + 50 by the rules of ``smt_kernels.launch``."""
+
+from __future__ import annotations
+
+from smt_kernels.launch import FAMILIES, LaunchSettings, Table
+
+_FORWARD, _STEPS, _SLOTS = "stream_attention_forward", "stream_attention_steps", "stream_attention_slots"
+
+# Where the registers do not hold the gradients of queries and tokens together, one launch computes each, and reads more.
+SEPARATE_FAMILIES = ("ampere",)
+
+_SMALL = tuple(LaunchSettings(num_warps=4, head_chunk=chunk, key_block=32) for chunk in (16, 32, 64))
+_LARGE = (LaunchSettings(num_warps=8, head_chunk=128, key_block=32),) * 2
+_FORWARD_HALF = (*_SMALL, LaunchSettings(num_warps=4, head_chunk=128, key_block=32), _LARGE[1])
+_SLOTS_HALF = (
+    *(LaunchSettings(num_warps=8, head_chunk=chunk) for chunk in (16, 32, 64)),
+    *(LaunchSettings(num_warps=8, head_chunk=128, query_block=32),) * 2,
+)
+# Products of fp32 run on the ordinary units of NVIDIA chips, which unroll them whole: hence their small chunks.
+_SINGLE = (LaunchSettings(num_warps=8, head_chunk=16, query_block=32, key_block=32),) * 5
+_INTERPRETER = tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 128, 128))
+
+TABLE: Table = {
+    **{(kernel, family, 4): _SINGLE for kernel in (_FORWARD, _STEPS, _SLOTS) for family in FAMILIES},
+    **{(_FORWARD, family, 2): _FORWARD_HALF for family in FAMILIES},
+    **{(_SLOTS, family, 2): _SLOTS_HALF for family in FAMILIES},
+    (_STEPS, "ampere", 2): (*_SMALL, *(LaunchSettings(num_warps=4, head_chunk=64, query_block=32, key_block=32),) * 2),
+    (_STEPS, "hopper", 2): (*_SMALL, *_LARGE),
+    (_STEPS, "blackwell", 2): (*_SMALL, *_LARGE),
+    (_STEPS, "cdna", 2): (*_SMALL, *(LaunchSettings(num_warps=8, head_chunk=64, key_block=32),) * 2),
+    **{(kernel, "interpreter", size): _INTERPRETER for kernel in (_FORWARD, _STEPS, _SLOTS) for size in (2, 4)},
+}

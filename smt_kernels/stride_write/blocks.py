@@ -1,0 +1,126 @@
+"""What the kernels of the SSM write share: the parts of its formula, how a program finds its gate and channels, the launch.
+
+Names: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block of values, with its shape behind it; E, N, R are block sizes. A conv
+window is a tuple of C blocks [E], oldest first: an entry shifts from name to name, not from thread to thread.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smt_kernels.launch import launch
+from smt_kernels.stride_write.settings import settings
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus(b_x):
+    """max(x, 0) + log1p(t) with t = exp(-|x|); the quotient takes back the rounding of 1 + t (Kahan's log1p)."""
+    b_t = tl.exp(-tl.abs(b_x))
+    b_sum = 1.0 + b_t
+    b_rounded = tl.where(b_sum == 1.0, 1.0, b_sum - 1.0)
+    return tl.maximum(b_x, 0.0) + tl.where(b_sum == 1.0, b_t, tl.log(b_sum) * (b_t / b_rounded))
+
+
+@triton.jit
+def silu(b_x):
+    return b_x / (1.0 + tl.exp(-b_x))
+
+
+@triton.jit
+def silu_gradient(b_x):
+    b_sigmoid = tl.sigmoid(b_x)
+    return b_sigmoid * (1.0 + b_x * (1.0 - b_sigmoid))
+
+
+@triton.jit
+def convolve(window, taps, b_bias, TAPS: tl.constexpr):
+    b_conv = b_bias
+    for i in tl.static_range(TAPS):
+        b_conv += window[i] * taps[i]
+    return b_conv
+
+
+@triton.jit
+def shift(window, on, TAPS: tl.constexpr):
+    """What the next window starts with: the newest C - 1 entries, or the same as this one where nothing was written."""
+    history = ()
+    for i in tl.static_range(TAPS - 1):
+        history += (tl.where(on, window[i + 1], window[i]),)
+    return history
+
+
+@triton.jit
+def advance(b_h, b_dt, b_u, b_b, b_rate):
+    """decay h + dt u b, with rate = a / ln 2."""
+    return tl.exp2(b_dt[:, None] * b_rate) * b_h + (b_dt * b_u)[:, None] * b_b[None, :]  # [E, N]
+
+
+@triton.jit
+def holds(condition):
+    """A scalar condition, compared or loaded, to be combined with masks: the interpreter forgets that it is an int1."""
+    return tl.full([], True, tl.int1) & condition
+
+
+@triton.jit
+def is_on(gate, strides_gate, i_row, i_write, exists):
+    """Whether a write happens, if it ``exists`` at all; without a gate, every one that exists does."""
+    on = exists
+    if gate is not None:
+        on = holds(tl.load(gate + i_row * strides_gate[0] + i_write * strides_gate[1], mask=exists, other=0))
+    return on
+
+
+@triton.jit
+def channels(i_block, width, E: tl.constexpr):
+    """Offsets of one block of E, in 64 bits, and which of them exist."""
+    o_e = (i_block * E + tl.arange(0, E)).to(tl.int64)
+    return o_e, o_e < width
+
+
+@triton.jit
+def load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(pointers, b_value, mask):
+    tl.store(pointers, b_value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_columns(p_rows, stride, mask, COLUMNS: tl.constexpr):
+    """The columns of a matrix, one block [E] each."""
+    columns = ()
+    for i in tl.static_range(COLUMNS):
+        columns += (load(p_rows + i * stride, mask),)
+    return columns
+
+
+@triton.jit
+def store_columns(p_rows, columns, mask, COLUMNS: tl.constexpr):
+    for i in tl.static_range(COLUMNS):
+        store(p_rows + i, columns[i], mask)
+
+
+def launch_over_channels(name: str, kernel: triton.JITFunction, model: Tensor, /, **arguments: object) -> None:
+    """Launch ``kernel`` once per row and block of E of ``model`` (B, K, E), of which it gets K and E."""
+    chosen = settings(name, model.device)
+    batch, n_writes, width = model.shape
+    block = chosen.width(arguments.get("N", 1))
+    grid = batch, triton.cdiv(width, block)
+    launch(kernel, grid, model.device, **arguments, n_writes=n_writes, width=width, E=block, **chosen.options)
+
+
+def strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """The strides that a kernel gets of ``tensor``, None included."""
+    return (0, 0, 0) if tensor is None else tensor.stride()
+
+
+def partial_sums(model: Tensor, *shape: int) -> Tensor:
+    """Memory for sums in fp32 on the device of ``model``."""
+    return model.new_empty(shape, dtype=torch.float32)

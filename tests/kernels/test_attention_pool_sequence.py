@@ -1,0 +1,151 @@
+"""Attention pooling of sequences: every backend computes the definition, forward and backward, wherever the writes lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_pool_problem import (
+    BACKENDS,
+    DOUBLE_BACKENDS,
+    DTYPES,
+    FAST_BACKENDS,
+    SEQUENCES,
+    WIDE_SEQUENCES,
+    Sequence,
+    assert_problem_within_budget,
+    dtype_id,
+    make_sequence,
+    outputs_of,
+    sequence_as_windows,
+    sequence_by_hand,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smt_kernels import WindowSpec, attention_pool, attention_pool_sequence
+from smt_kernels.attention_pool import runs
+from smt_kernels.testing.budget import assert_equal_in_double
+
+
+@pytest.mark.parametrize("case", SEQUENCES, ids=str)
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
+def test_sequences_follow_the_formula_computed_one_number_at_a_time(backend, case):
+    problem = make_sequence(case, torch.float64, "cpu")
+    assert_equal_in_double(outputs_of(problem.results(backend)), sequence_by_hand(problem), terms=10 * 6)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("normalise", [True, False], ids=["normalised", "as is"])
+@pytest.mark.parametrize("slots", [25, None], ids=["with slots", "tokens only"])
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
+def test_sequences_follow_the_formula_with_every_switch(backend, slots, normalise, dropout):
+    case = Sequence(slots=slots, settings={"n_writes": 6, "write_group": 4}, normalise=normalise, dropout=dropout)
+    problem = make_sequence(case, torch.float64, "cpu")
+    assert_equal_in_double(outputs_of(problem.results(backend)), sequence_by_hand(problem), terms=10 * 6)
+
+
+@pytest.mark.parametrize("case", SEQUENCES, ids=str)
+def test_gradients_of_sequences_equal_those_of_the_reference_in_double_precision(case, device):
+    problem = make_sequence(replace(case, dropout=True), torch.float64, device)
+    assert_equal_in_double(problem.results("blocked"), problem.results("reference"), terms=20 * 6)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("case", SEQUENCES, ids=str)
+def test_every_timeline_errs_at_most_twice_as_much_as_plain_pytorch(case, device):
+    assert_problem_within_budget(make_sequence(replace(case, dropout=True), torch.float32, device), "triton")
+
+
+@pytest.mark.parametrize("writes", [1, 3, 16])
+def test_any_number_of_writes_may_share_a_product(writes, monkeypatch, device):
+    monkeypatch.setattr(runs, "WRITES_PER_PRODUCT", writes)
+    problem = make_sequence(Sequence(settings={"n_writes": 9, "write_group": 4}), torch.float64, device)
+    assert_equal_in_double(problem.results("blocked"), problem.results("reference"), terms=20 * 6)
+
+
+@pytest.mark.parametrize("case", SEQUENCES[:12], ids=str)
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
+def test_a_sequence_equals_its_windows_cut_out(backend, case):
+    problem = make_sequence(case, torch.float64, "cpu")
+    pooled, weights = attention_pool_sequence(**problem.inputs, **problem.settings, backend=backend)
+    n_memory, compared = 0 if case.slots is None else case.window.n_memory, 0
+    w_q, w_k = problem.inputs["w_q"], problem.inputs["w_k"]
+    for write, (windows, there) in enumerate(sequence_as_windows(problem)):
+        if not bool((there[:n_memory].diff() >= 0).all()) or not bool((there[n_memory:].diff() >= 0).all()):
+            continue  # entries missing at the right of a half: only sequences can say that
+        compared += 1
+        valid = [part.sum().to(torch.int32).expand(case.batch).contiguous() for part in (there[:n_memory], there[n_memory:])]
+        counts = dict(zip(("valid_memory", "valid_tokens"), valid, strict=True))
+        one = attention_pool(windows, w_q, w_k, n_memory=n_memory, **counts, backend=backend)
+        actual = {"pooled": pooled[:, write], "weights": weights[:, write]}
+        assert_equal_in_double(actual, dict(zip(actual, one, strict=True)), terms=10 * 6)
+    assert compared
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("normalise", "dropout"), [(True, True), (False, False)], ids=["normalised, dropout", "as is"])
+@pytest.mark.parametrize("case", WIDE_SEQUENCES, ids=str)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_sequences_err_at_most_twice_as_much_as_plain_pytorch(backend, case, normalise, dropout, dtype, device):
+    assert_problem_within_budget(make_sequence(replace(case, dropout=dropout, normalise=normalise), dtype, device), backend)
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> Sequence:
+    """Sequences of any size in which the tokens reach from the first write to the last, and little else is certain."""
+    n_tokens, n_writes = draw(st.integers(1, 40)), draw(st.integers(1, 18))
+    window = WindowSpec(draw(st.integers(0, 20)), n_tokens, draw(st.integers(1, n_tokens)))
+    first_write = draw(st.integers(0, 10))
+    before, after = draw(st.integers(0, 50)), draw(st.integers(1, 20))
+    first_step = window.write_step(first_write) - before
+    timeline = {"first_write": first_write, "n_writes": n_writes, "write_group": draw(st.integers(1, 10))}
+    timeline |= {"first_step": first_step, "first_slot": draw(st.integers(-10, 10))}
+    tokens = before + window.stride * (n_writes - 1) + after
+    slots = draw(st.none() | st.integers(0, 30))
+    sizes = draw(st.integers(1, 2)), tokens, slots, draw(st.integers(1, 40)), draw(st.integers(1, 20))
+    return Sequence(window, *sizes, timeline, dropout=draw(st.booleans()), normalise=draw(st.booleans()))
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(case=sequences(), dtype=st.sampled_from(DTYPES))
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_any_sequence_is_within_budget(backend, case, dtype):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    torch.manual_seed(case.tokens)
+    assert_problem_within_budget(make_sequence(case, dtype, device), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_and_slots_that_no_write_pools_change_nothing(backend, device):
+    case = Sequence(settings={"first_write": 8, "n_writes": 4, "write_group": 4, "first_slot": 2}, tokens=90)
+    problem = make_sequence(case, torch.float32, device)
+    before = problem.results(backend)
+    pooled = {"tokens": range(4 * 9 - 6, 4 * 12 + 1), "slots": range(8 - 3 - 2, 8 - 2)}
+    for name, used in pooled.items():
+        absent = torch.ones(problem.inputs[name].shape[1], dtype=torch.bool)
+        absent[list(used)] = False
+        problem.inputs[name][:, absent] = float("nan")
+        assert not before[f"d_{name}"][:, absent].any() and before[f"d_{name}"][:, ~absent].all()
+    after = problem.results(backend)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_results_do_not_depend_on_inference_mode_or_on_earlier_calls(device):
+    problem = make_sequence(Sequence(settings={"first_write": 7, "n_writes": 3}), torch.float64, device)
+    runs.layout_of.cache_clear()
+    with torch.inference_mode():
+        pooled, weights = attention_pool_sequence(**problem.inputs, **problem.settings)
+    later = problem.results("blocked")
+    assert torch.equal(pooled, later["pooled"]) and torch.equal(weights, later["weights"])
+    assert runs.layout_of.cache_info().hits > 0
+
+
+def test_layouts_repeat_from_group_to_group(device):
+    runs.layout_of.cache_clear()
+    problem = make_sequence(Sequence(settings={"n_writes": 4, "write_group": 4}), torch.float32, device)
+    for group in range(2, 10):
+        timeline = {"first_write": 4 * group, "first_step": 16 * group - 30, "first_slot": 4 * group - 20}
+        attention_pool_sequence(**problem.inputs, **problem.settings | timeline)
+    assert runs.layout_of.cache_info().misses == 1
