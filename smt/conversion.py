@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 
-from smt.checkpoint import TOKENIZER_FILE, read_fields, save_model, write_files
+from smt.checkpoint import read_fields, save_model, write_files
 from smt.config import SMTConfig
 from smt.families import READERS
 from smt.fields import parse
 from smt.model import StrideMemoryTransformer
 from smt.pretrained import config_of
-from smt.sources import Source, open_source
+from smt.sources import TOKENIZER_FILES, Source, open_source
 from smt.transfer import LoadReport
 
 
@@ -101,6 +102,7 @@ def convert(
     tokenizer = sources[embedding].tokenizer if embedding in sources else None
     if tokenizer is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_files({out / TOKENIZER_FILE: lambda path: shutil.copyfile(tokenizer, path)})
+        files = [file for name in TOKENIZER_FILES if (file := tokenizer.with_name(name)).is_file()]
+        write_files({out / file.name: functools.partial(shutil.copyfile, file) for file in files})
     save_model(model, out)
     return model_config, report

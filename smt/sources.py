@@ -15,6 +15,7 @@ from smt.extras import needs_extra
 
 # In the order of preference; an index names the files that hold the parts of a large model.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Source:
         origin: where it came from, for messages.
         config: the fields of its configuration.
         tensors: its weights by their own names.
-        tokenizer: its ``tokenizer.json``; None where it has none.
+        tokenizer: its ``tokenizer.json``, with ``tokenizer_config.json`` beside it where there is one; None where it has none.
     """
 
     origin: str
@@ -65,7 +66,7 @@ def open_source(source: Any) -> Source:
 
 
 class _Hub:
-    """Files of one model on the hub, or of its local cache."""
+    """Files of one model on the hub: from its local cache, else fetched, unless the hub was found out of reach before."""
 
     def __init__(self, name: str) -> None:
         with needs_extra("pretrained"):
@@ -75,15 +76,17 @@ class _Hub:
     def __call__(self, file: str) -> Path | None:
         from huggingface_hub import errors, hf_hub_download
 
-        try:
-            return Path(hf_hub_download(self.name, file))
-        except errors.LocalEntryNotFoundError as error:
-            self.unreachable = str(error.__cause__ or error).splitlines()[0]
-        except errors.EntryNotFoundError:
-            pass
-        except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"there is no folder {self.name!r} here, and the hub says: {reason}") from error
+        for local in (True,) if self.unreachable else (True, False):
+            try:
+                return Path(hf_hub_download(self.name, file, local_files_only=local))
+            except errors.LocalEntryNotFoundError as error:
+                if not local:
+                    self.unreachable = str(error.__cause__ or error).splitlines()[0]
+            except errors.EntryNotFoundError:
+                pass
+            except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"there is no folder {self.name!r} here, and the hub says: {reason}") from error
         return None
 
     def explain(self) -> str:
@@ -109,7 +112,7 @@ def _read(origin: str, find: Callable[[str], Path | None], explain: Callable[[],
     else:
         raise ValueError(f"{origin} has none of {', '.join(WEIGHT_FILES)}{explain()}")
     if path.suffix != ".json":
-        return Source(origin, config, _tensors(path), find("tokenizer.json"))
+        return Source(origin, config, _tensors(path), _tokenizer(find))
     tensors: dict[str, Tensor] = {}
     parts = _json(path).get("weight_map", {})
     for part in sorted(set(parts.values())):
@@ -120,7 +123,12 @@ def _read(origin: str, find: Callable[[str], Path | None], explain: Callable[[],
     lacking = sorted(set(parts) - set(tensors))
     if lacking:
         raise ValueError(f"{origin} lacks {lacking[0]}, which {path.name} names in {parts[lacking[0]]}")
-    return Source(origin, config, tensors, find("tokenizer.json"))
+    return Source(origin, config, tensors, _tokenizer(find))
+
+
+def _tokenizer(find: Callable[[str], Path | None]) -> Path | None:
+    path, _ = (find(name) for name in TOKENIZER_FILES)
+    return path
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ def gpt2_folder(folder: Path) -> Path:
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
     tokenizer = folder / "tokenizer.json"
     Tokenizer.train([], GPT2_TOKENS).save(tokenizer)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     tokenizer.write_text(tokenizer.read_text().replace(END_OF_DOCUMENT, PRETRAINED_END))
     return folder
 

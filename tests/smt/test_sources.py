@@ -104,27 +104,49 @@ def test_a_part_that_is_missing_or_incomplete_is_named(tmp_path):
         open_source(folder)
 
 
-def test_a_hub_name_is_fetched_file_by_file(tmp_path, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with nothing on it and an empty cache; tests put files into ``hub.cached`` and ``hub.files``."""
+
+    class Hub:
+        def __init__(self):
+            self.cached, self.files, self.asked, self.offline = {}, {}, [], False
+
+        def download(self, name, file, *, local_files_only):
+            assert name == HUB_NAME
+            if file in self.cached:
+                return self.cached[file]
+            if local_files_only:
+                raise LocalEntryNotFoundError("not in the cache")
+            self.asked.append(file)
+            if self.offline:
+                raise LocalEntryNotFoundError("not in the cache") from ConnectionError("no route")
+            if file not in self.files:
+                raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
+            return self.files[file]
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    return hub
+
+
+def test_a_hub_name_is_fetched_file_by_file(hub, tmp_path):
     folder = folder_with(tmp_path, "bin")
-
-    def download(name, file):
-        assert name == HUB_NAME
-        if not (folder / file).is_file():
-            raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
-        return str(folder / file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub.files = {path.name: str(path) for path in folder.iterdir()}
     source = open_source(HUB_NAME)
-    assert same(source) and source.origin == f"{HUB_NAME} of the hub"
+    assert same(source) and source.origin == f"{HUB_NAME} of the hub" and source.tokenizer == folder / "tokenizer.json"
 
 
-def test_without_a_connection_the_error_says_what_was_tried(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_in_the_cache_needs_no_connection(hub, tmp_path):
+    folder = folder_with(tmp_path, "bin")
+    hub.cached = {path.name: str(path) for path in folder.iterdir()}
+    hub.offline = True
+    assert same(open_source(HUB_NAME))
+    assert len(hub.asked) == 1, "a hub that cannot be reached is asked once: every question takes half a minute"
 
-    def download(name, file):
-        raise LocalEntryNotFoundError("cannot find the requested files in the cache") from ConnectionError("no route")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+def test_without_a_connection_the_error_says_what_was_tried(hub):
+    hub.offline = True
     with pytest.raises(
         ValueError, match=r"has no config.json; tried a folder of that name, the cache .* and the hub, .*no route"
     ):
@@ -132,7 +154,7 @@ def test_without_a_connection_the_error_says_what_was_tried(tmp_path, monkeypatc
 
 
 def test_a_name_that_the_hub_does_not_know_is_refused(monkeypatch):
-    def download(name, file):
+    def download(name, file, local_files_only):
         error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
         error.args = ("401: no such repository\nmore",)
         raise error
