@@ -207,6 +207,21 @@ class TestLoop:
         for got, parameter in zip(gradients[0], model.parameters(), strict=True):
             torch.testing.assert_close(got, parameter.grad)
 
+    def test_every_part_follows_the_schedule_from_its_own_peak(self, monkeypatch):
+        rates = []
+        step = torch.optim.AdamW.step
+
+        def recorded(optimiser, *arguments):
+            rates.append({group["part"]: group["lr"] for group in optimiser.param_groups})
+            return step(optimiser, *arguments)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+        peaks = {"embedding": 1e-3, "transformer": 5e-6, "attention_pooling": 1e-4, "ssm": 1e-3}
+        listed = {name: peaks[name] for name in ("transformer", "attention_pooling")}
+        train_tiny(4, learning_rate=1e-3, learning_rates=listed, lr_schedule="linear", warmup=0.0)
+        for index, share in enumerate((1.0, 0.75, 0.5, 0.25)):
+            assert rates[index] == pytest.approx({name: share * peak for name, peak in peaks.items()})
+
     def test_evaluations_are_spread_over_the_run_and_the_last_is_at_its_end(self):
         _, done, evaluated = train_tiny(6, evaluations=3)
         assert evaluated == done.history.eval_steps == [2, 4, 6]
