@@ -45,3 +45,11 @@ def check_types(settings: Any) -> None:
         expected = _KINDS[kind.split(" ")[0]]
         if not isinstance(value, expected) or (isinstance(value, bool) and not kind.startswith("bool")):
             raise TypeError(f"{field.name} must be of type {kind}, got {value!r}")
+
+
+def check_at_least(settings: Any, least: int, *names: str) -> None:
+    """Raise ValueError where a field that is not None is below ``least``."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

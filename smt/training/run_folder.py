@@ -35,7 +35,6 @@ class RunFolder:
         parent = Path(out) / config.experiment
         self.path = _new_folder(parent)
         self.weights = self.path / "model.safetensors"
-        self.tokenizer = self.path / "tokenizer.json"
         self.curves = self.path / "training_curves.png"
         _write(self.path / "config.yaml", config.to_yaml)
 
