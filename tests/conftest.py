@@ -75,11 +75,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tokens, tokenizers and data sets are kept for this session, apart from the user's."""
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokens and tokenizers are kept for this session, apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("SMT_CACHE", "HF_DATASETS_CACHE"):
-            patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        patch.setenv("SMT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

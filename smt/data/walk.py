@@ -105,8 +105,8 @@ class DocumentWalk(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("length", length), ("lanes", lanes), ("epochs", epochs or 1)):
-            if value < 1:
+        for name, value in (("batch_size", batch_size), ("length", length), ("lanes", lanes), ("epochs", epochs)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0..world_size - 1 = 0..{world_size - 1}, got {rank}")

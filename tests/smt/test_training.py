@@ -19,7 +19,7 @@ from smt.training import loop
 from smt.training.clock import Clock, learning_rate
 from smt.training.loop import train
 from smt.training.run import run
-from smt.training.settings import DataConfig, RunConfig, TrainingConfig
+from smt.training.settings import CONFIG_FOLDER, DataConfig, RunConfig, TrainingConfig
 
 MODEL = dict(
     vocab_size=270, d_model=16, d_k=8, dropout=0.0, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,
@@ -82,6 +82,10 @@ class TestSettings:
         config = RunConfig.from_yaml("stdlib")
         assert config.training.steps is None and config.training.minutes < 5
         assert config.model.encoding == "stream" and config.model.pool_source == "window" and config.model.write_group == 8
+
+    @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_every_packaged_example_is_valid_and_named_after_its_file(self, path):
+        assert RunConfig.from_yaml(path.stem).experiment == path.stem
 
     def test_overrides_find_their_part_and_are_read_as_its_types(self):
         overrides = {"stride": "10", "encoding": "token", "writes": "false", "steps": "none", "learning_rate": "1e-3"}
