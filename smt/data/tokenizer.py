@@ -36,13 +36,19 @@ class Tokenizer:
         end_name: how that token is spelled.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, end_name: str = END_OF_DOCUMENT) -> None:
+    def __init__(self, serialised: str, end_name: str = END_OF_DOCUMENT) -> None:
+        with needs_extra("train"):
+            from tokenizers import Tokenizer as Backend
+        # Always made from its text, which ``save`` writes and ``hash`` reads: a second text of the same unigram model would
+        # differ in the last digits of its scores.
+        tokenizer = Backend.from_str(serialised)
         end = tokenizer.token_to_id(end_name)
         if end is None:
             raise ValueError(f"the tokenizer must have the token {end_name!r}")
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self._serialised = serialised
         self._tokenizer = tokenizer
         self.end_of_document = end
         self.end_name = end_name
@@ -77,7 +83,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(**options) if kind == "bpe" else trainers.UnigramTrainer(**options)
         backend = _byte_level(models.BPE() if kind == "bpe" else models.Unigram())
         backend.train_from_iterator((document.text for document in documents), trainer)
-        return cls(backend)
+        return cls(backend.to_str())
 
     @classmethod
     def pretrained(cls, source: str | Path) -> Tokenizer:
@@ -92,18 +98,17 @@ class Tokenizer:
         """
         folder = Path(source)
         with needs_extra("train"):
-            from tokenizers import Tokenizer as Backend
             from tokenizers import models
         if (folder / TOKENIZER_FILE).is_file() and (folder / SETTINGS_FILE).is_file():
             settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
             ends = [settings.get(name) for name in ("eos_token", "sep_token")]
             names = [end["content"] if isinstance(end, dict) else end for end in ends if end is not None]
-            return cls(Backend.from_file(str(folder / TOKENIZER_FILE)), _end(names, source))
+            return cls((folder / TOKENIZER_FILE).read_text(encoding="utf-8"), _end(names, source))
         for vocabulary, merges in GPT2_FILES:
             if (folder / vocabulary).is_file() and (folder / merges).is_file():
                 backend = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
                 backend.add_special_tokens([GPT2_END])
-                return cls(backend, GPT2_END)
+                return cls(backend.to_str(), GPT2_END)
         return cls(*_from_transformers(source))
 
     @classmethod
@@ -120,14 +125,14 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write two files into a folder, from which ``transformers.AutoTokenizer`` reads the tokenizer too."""
-        self._tokenizer.save(str(Path(folder) / TOKENIZER_FILE))
+        (Path(folder) / TOKENIZER_FILE).write_text(self._serialised, encoding="utf-8")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.end_name, "eos_token": self.end_name}
         (Path(folder) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @property
     def hash(self) -> str:
         """Another one wherever any text could have other tokens."""
-        return hashlib.sha256(f"{self.end_of_document} {self._tokenizer.to_str()}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.end_of_document} {self._serialised}".encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
@@ -172,7 +177,7 @@ def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
     return backend
 
 
-def _from_transformers(source: str | Path) -> tuple[tokenizers.Tokenizer, str]:
+def _from_transformers(source: str | Path) -> tuple[str, str]:
     with needs_extra("train"):
         from transformers import AutoTokenizer
     loaded, tried = None, []
@@ -191,7 +196,7 @@ def _from_transformers(source: str | Path) -> tuple[tokenizers.Tokenizer, str]:
         ) from tried[-1]
     if not loaded.is_fast:
         raise ValueError(f"tokenizer {str(source)!r} must have a form that the tokenizers library runs, it has none")
-    return loaded.backend_tokenizer, _end([name for name in (loaded.eos_token, loaded.sep_token) if name], source)
+    return loaded.backend_tokenizer.to_str(), _end([name for name in (loaded.eos_token, loaded.sep_token) if name], source)
 
 
 def _end(names: list[str], source: str | Path) -> str:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from smt.data.tokenizer import END_OF_DOCUMENT, GPT2_END, GPT2_FILES, Tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "Größe → ∑ 🙂", "return"]
 
-VARIED = "".join(f"def function_{index}(argument):\n    return argument + {index}\n" for index in range(40))
+VARIED = Path(__file__).read_text(encoding="utf-8")
 
 
 def documents(texts=TEXTS):
@@ -26,7 +27,7 @@ def documents(texts=TEXTS):
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def tokenizer(request):
-    return Tokenizer.train(documents([VARIED]), 300, request.param)
+    return Tokenizer.train(documents([VARIED]), 600, request.param)
 
 
 @pytest.fixture
@@ -51,8 +52,8 @@ class TestTokenizer:
         assert tokenizer.end_of_document not in tokens
 
     def test_trained_pieces_are_longer_than_bytes(self, tokenizer):
-        assert tokenizer.vocab_size == 300
-        assert len(tokenizer.encode(VARIED)) < 0.9 * len(VARIED)
+        assert 257 < tokenizer.vocab_size <= 600
+        assert len(tokenizer.encode(VARIED)) < 0.7 * len(VARIED)
 
     def test_saved_and_loaded_it_encodes_the_same(self, tokenizer, tmp_path):
         tokenizer.save(tmp_path)
