@@ -99,12 +99,12 @@ class HubDataset:
 
 
 def column(rows: datasets.Dataset, name: str) -> Iterator[str]:
-    """One column of text, a thousand rows in memory at a time.
+    """One column of text, a few hundred rows in memory at a time: a row may be a book.
 
     Raises:
         ValueError: no such column.
     """
     if name not in rows.column_names:
         raise ValueError(f"text_field must be a column of the data set ({', '.join(rows.column_names)}), got {name!r}")
-    for batch in rows.select_columns(name).iter(1000):
+    for batch in rows.select_columns(name).iter(256):
         yield from batch[name]

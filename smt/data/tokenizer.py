@@ -158,11 +158,13 @@ class Tokenizer:
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
     group: list[Document] = []
+    n_characters = 0
     for document in documents:
         group.append(document)
-        if sum(len(member.text) for member in group) >= _ENCODED_TOGETHER or len(group) == _ENCODED_TOGETHER // 2**12:
+        n_characters += len(document.text)
+        if n_characters >= _ENCODED_TOGETHER:
             yield group
-            group = []
+            group, n_characters = [], 0
     if group:
         yield group
 

@@ -72,7 +72,8 @@ class DocumentWalk(IterableDataset):
     """Batches of documents walked in order, as an iterable that can be saved and resumed between any two batches.
 
     Iterating goes on from where the walk stands; a walk that has come to its end stands at its beginning again. The rows of
-    all processes are one batch cut in equal parts: two processes with B rows read what one with 2 B rows reads.
+    all processes are one batch cut in equal parts: two processes with B rows read what one with 2 B rows reads. It is what a
+    ``DataLoader`` takes with ``batch_size=None``; a worker of its own reads ahead, and the walk to save is then the worker's.
 
     Args:
         documents: tokens of each, (L,) integers with L >= 2: a ``TokenStore``, or arrays or tensors.

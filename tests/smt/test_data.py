@@ -240,9 +240,9 @@ class TestSettings:
         assert all(f"``{name}``" in DataConfig.__doc__ for name in SOURCES)
 
     def test_what_is_kept_goes_where_the_settings_the_environment_or_the_user_say(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("SMT_CACHE", "/from/environment")
-        assert str(cache_folder(DataConfig(cache="/from/settings"))) == "/from/settings"
-        assert str(cache_folder(DataConfig())) == "/from/environment"
+        monkeypatch.setenv("SMT_CACHE", "from_environment")
+        assert str(cache_folder(DataConfig(cache="from_settings"))) == "from_settings"
+        assert str(cache_folder(DataConfig())) == "from_environment"
         monkeypatch.delenv("SMT_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         assert cache_folder(DataConfig()) == tmp_path / "smt"

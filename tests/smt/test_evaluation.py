@@ -71,6 +71,12 @@ def test_evaluating_leaves_the_model_in_training_mode_and_without_gradients(mode
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_rows_that_begin_documents_apart_are_refused(model):
+    batches = DocumentWalk(documents(), epochs=1, shuffle=False, batch_size=2, length=7)
+    with pytest.raises(ValueError, match="must begin their documents together; walk with together=True"):
+        evaluate(model, batches, n_bytes=1)
+
+
 def test_nothing_to_evaluate_is_an_error(model):
     with pytest.raises(ValueError, match="an evaluation needs text, got 0 targets"):
         evaluate(model, [], n_bytes=0)
