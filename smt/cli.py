@@ -24,6 +24,8 @@ EXAMPLES = """examples:
   smt train --steps 500                        bounded by steps, hence repeatable
   smt train --stride 10 --encoding token       any field of the model, the data or the training
   smt train --text my_novels/ --experiment novels
+  smt train --config shakespeare               whole plays; wikitext2, wikitext103 and pg19 likewise
+  smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
   smt train --config my_run.yaml --out runs
   smt convert --gpt2 openai-community/gpt2 --mamba state-spaces/mamba-130m-hf --out start
   smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6

@@ -9,37 +9,14 @@ from typing import Any
 import yaml
 
 from smt.config import SMTConfig
-from smt.fields import check_names, check_types, nearest, parse
+from smt.data.settings import DataConfig
+from smt.fields import check_at_least, check_names, check_types, nearest, parse
 from smt.model import PARTS as MODEL_PARTS
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 LR_SCHEDULES = ("cosine", "linear", "constant")
 DEVICES = ("auto", "cpu", "cuda")
 BEGINNINGS = ("checkpoint", "gpt2", "mamba")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which text, and how documents become batches.
-
-    Args:
-        text: a local UTF-8 file or folder; None: the source of Python's standard library.
-        batch_size: documents read in lockstep.
-        chunk_length: steps of each document in one chunk; gradients stop at its start, memory does not.
-        lanes: batches that take turns, chunk by chunk.
-        eval_batch_size, eval_chunk_length: the same for evaluation.
-    """
-
-    text: str | None = None
-    batch_size: int = 8
-    chunk_length: int = 128
-    lanes: int = 32
-    eval_batch_size: int = 16
-    eval_chunk_length: int = 512
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        _at_least(self, 1, "batch_size", "chunk_length", "lanes", "eval_batch_size", "eval_chunk_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +78,8 @@ class TrainingConfig:
         check_names("init_from", self.init_from, BEGINNINGS)
         if "checkpoint" in self.init_from and len(self.init_from) > 1:
             raise ValueError(f"init_from must be a checkpoint, which is a whole model, or gpt2 and mamba, got {self.init_from}")
-        _at_least(self, 1, "steps", "evaluations")
-        _at_least(self, 0, "seed", "sample_tokens")
+        check_at_least(self, 1, "steps", "evaluations")
+        check_at_least(self, 0, "seed", "sample_tokens")
         for name, allowed in (("lr_schedule", LR_SCHEDULES), ("device", DEVICES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -192,10 +169,3 @@ def part_of(name: str) -> str:
     if name not in owners:
         raise ValueError(f"there is no setting {name!r}; did you mean {nearest(name, owners)!r}?")
     return owners[name]
-
-
-def _at_least(settings: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
