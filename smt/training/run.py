@@ -86,7 +86,7 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
         config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
     torch.manual_seed(config.training.seed)
     model = StrideMemoryTransformer(config.model)
-    loaded = start.load(model)
+    loaded = start.load(model, match_scale=config.training.match_scale)
     if loaded is not None:
         print(loaded, flush=True)
     model.to(device)

@@ -30,6 +30,7 @@ class TrainingConfig:
         learning_rates: peaks of single parts of the model (embedding, transformer, attention_pooling, ssm) in its stead.
         freeze: parts of the model that are not trained.
         init_from: where weights come from: ``gpt2`` and ``mamba`` (a folder or a hub name), or a ``checkpoint`` (a folder).
+        match_scale: of a ``mamba`` in ``init_from``: give the memory's output the scale of the embedding.
         beta_1, beta_2: of AdamW.
         weight_decay: on the weights of projections and convolutions alone.
         warmup: share of the run in which the learning rate rises.
@@ -47,6 +48,7 @@ class TrainingConfig:
     learning_rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
     init_from: dict[str, str] = field(default_factory=dict)
+    match_scale: bool = False
     beta_1: float = 0.9
     beta_2: float = 0.95
     weight_decay: float = 0.1
@@ -78,6 +80,8 @@ class TrainingConfig:
         check_names("init_from", self.init_from, BEGINNINGS)
         if "checkpoint" in self.init_from and len(self.init_from) > 1:
             raise ValueError(f"init_from must be a checkpoint, which is a whole model, or gpt2 and mamba, got {self.init_from}")
+        if self.match_scale and "mamba" not in self.init_from:
+            raise ValueError(f"match_scale needs a mamba in init_from, got {self.init_from}")
         check_at_least(self, 1, "steps", "evaluations")
         check_at_least(self, 0, "seed", "sample_tokens")
         for name, allowed in (("lr_schedule", LR_SCHEDULES), ("device", DEVICES)):

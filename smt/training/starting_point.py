@@ -61,8 +61,8 @@ class StartingPoint:
             data=replace(config.data, tokenizer=str(self.tokenizer.parent.absolute())),  # a folder may be called bpe
         )
 
-    def load(self, model: StrideMemoryTransformer) -> LoadReport | None:
-        """Fill ``model``; None where everything is fresh.
+    def load(self, model: StrideMemoryTransformer, *, match_scale: bool = False) -> LoadReport | None:
+        """Fill ``model``; None where everything is fresh. ``match_scale`` as in ``load_mamba``.
 
         Raises:
             ValueError: weights that do not fit the model.
@@ -73,4 +73,4 @@ class StartingPoint:
             return LoadReport(f"checkpoint {self._checkpoint}", loaded, skipped, list(skipped))
         if not self._sources:
             return None
-        return load_parts(model, self._sources, embedding=self._embedding)
+        return load_parts(model, self._sources, embedding=self._embedding, match_scale=match_scale)

@@ -56,6 +56,15 @@ def test_sources_fill_the_model_and_their_tokenizer_reads_the_text(texts, gpt2, 
     assert "  fresh (2)\n    memory.pooling.w_q.weight" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("match_scale", [False, True], ids=["loaded-scale", "matched-scale"])
+def test_slots_have_the_scale_of_the_embedding_where_it_is_asked_for(texts, gpt2, mamba, tmp_path, match_scale):
+    training = {"init_from": {"gpt2": str(gpt2), "mamba": str(mamba)}, "freeze": ["embedding", "transformer", "ssm"]}
+    outcome = run(settings(texts, **training, match_scale=match_scale), tmp_path / "runs")
+    model = StrideMemoryTransformer.from_pretrained(outcome.folder)
+    scale = model.embedding.weight.square().mean().sqrt() if match_scale else torch.tensor(1.0)  # a fresh Mamba's is 1
+    torch.testing.assert_close(model.memory.ssm.norm_f.weight, scale.expand(16))
+
+
 def test_without_a_tokenizer_the_embedding_is_fresh(texts, mamba, tmp_path, capsys):
     outcome = run(settings(texts, init_from={"mamba": str(mamba)}), tmp_path / "runs")
     assert outcome.config.model.vocab_size > 257

@@ -106,6 +106,7 @@ class TestSettings:
             ({"steps": "1.5"}, TypeError, "steps must be of type int | None, got '1.5'"),
             ({"warmup": "1"}, ValueError, r"warmup must lie in \[0, 1\), got 1.0"),
             ({"weight_decay": "-0.1"}, ValueError, "weight_decay must be at least 0, got -0.1"),
+            ({"match_scale": "true"}, ValueError, "match_scale needs a mamba in init_from, got {}"),
             ({"lr_schedule": "cosin"}, ValueError, "lr_schedule must be one of cosine, linear, constant, got 'cosin'"),
             ({"device": "tpu"}, ValueError, "device must be one of auto, cpu, cuda, got 'tpu'"),
             ({"experiment": "../up"}, ValueError, "experiment must be the name of a folder"),
