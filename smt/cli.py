@@ -148,8 +148,10 @@ def _report(outcome: Outcome) -> None:
         print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")
         print(_printable(_indented(f"{prompt}>>>{continuation}")))
     evaluation, progress = outcome.evaluation, outcome.progress
+    bound = outcome.config.data.eval_documents
+    documents = "documents whole" if bound is None else f"no more than the first {bound} documents, whole"
     print(
-        f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, documents whole, memory carried\n"
+        f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, {documents}, memory carried\n"
         f"validation loss {evaluation.loss:.4f} nats per token\n"
         f"perplexity      {evaluation.perplexity:.2f}\n"
         f"bits per byte   {evaluation.bits_per_byte:.3f}\n"

@@ -27,6 +27,7 @@ class DataConfig:
         chunk_length: steps of each row in one batch; gradients stop at its start, memory does not.
         lanes: groups of rows that take turns, batch by batch, so that consecutive steps see different documents.
         eval_batch_size, eval_chunk_length: the same for evaluation.
+        eval_documents: evaluate on so many held-out documents, the first of them; None: on all.
     """
 
     source: str = "stdlib"
@@ -41,6 +42,7 @@ class DataConfig:
     lanes: int = 32
     eval_batch_size: int = 16
     eval_chunk_length: int = 512
+    eval_documents: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -52,4 +54,4 @@ class DataConfig:
         for name in ("text", "dataset"):
             if self.source == name and getattr(self, name) is None:
                 raise ValueError(f"{name} must be given for the source {name!r}, got None")
-        check_at_least(self, 1, "batch_size", "chunk_length", "lanes", "eval_batch_size", "eval_chunk_length")
+        check_at_least(self, 1, "batch_size", "chunk_length", "lanes", "eval_batch_size", "eval_chunk_length", "eval_documents")

@@ -70,7 +70,8 @@ def train(
     Args:
         documents: tokens of each, (L,) integers: a ``TokenStore``, arrays or tensors.
         on_step: called after every optimiser step.
-        on_evaluation: evaluates the model; called ``training.evaluations`` times, evenly over the run, the last at its end.
+        on_evaluation: evaluates the model; called ``training.evaluations`` times, evenly over the run, the last at its end;
+            in a run of fewer steps, after each of them.
     """
     model.train()
     groups = parameter_groups(model, training)
@@ -110,7 +111,8 @@ def train(
         if n_evaluations + 1 < training.evaluations and clock.progress >= (n_evaluations + 1) / training.evaluations:
             _record(done, on_evaluation(done))
             n_evaluations += 1
-    _record(done, on_evaluation(done))
+    if done.step not in done.history.eval_steps:  # else the last step has been evaluated already
+        _record(done, on_evaluation(done))
     return done
 
 

@@ -43,7 +43,7 @@ class Outcome:
     Attributes:
         config: exactly what ran.
         folder: where its files are.
-        evaluation: of the final weights, on the whole held-out text.
+        evaluation: of the final weights, on the held-out documents, or those that ``data.eval_documents`` leaves.
         progress: what the training loop did.
         sample: prompt and continuation.
         results: what ``results.json`` records.
@@ -125,13 +125,16 @@ def _train(
     best: dict[str, Any] = {"best_val_loss": float("inf")}
     latest: list[Evaluation] = []
     evaluation_seconds: float | None = None
+    bound = config.data.eval_documents  # None: all
+    held_out = [text.validation[index] for index in range(len(text.validation))[:bound]]
+    n_targets, n_bytes = sum(len(document) - 1 for document in held_out), sum(text.validation.n_bytes[:bound])
     # In hundredths of a run, since a run may be bounded by time.
     bar = tqdm(total=100, file=sys.stderr, bar_format="{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}")
 
     def on_step(done: Progress) -> None:
         per_token = done.seconds_per_token
         measured = evaluation_seconds
-        expected = EVALUATION_COST * per_token * text.validation.n_targets if measured is None else measured
+        expected = EVALUATION_COST * per_token * n_targets if measured is None else measured
         clock.reserve = 1.1 * expected + SAMPLE_COST * per_token * config.training.sample_tokens + CLOSING_SECONDS
         bar.set_postfix_str(f"step {done.step}, loss {done.loss:.3f}, {done.tokens_per_second:,.0f} tokens/s", refresh=False)
         bar.update(min(100.0, 100 * clock.progress) - bar.n)
@@ -140,8 +143,8 @@ def _train(
         nonlocal evaluation_seconds
         started = time.perf_counter()
         sizes = {"batch_size": config.data.eval_batch_size, "length": config.data.eval_chunk_length}
-        batches = DocumentWalk(text.validation, **sizes, epochs=1, shuffle=False, together=True)
-        evaluation = evaluate(model, batches, sum(text.validation.n_bytes))
+        batches = DocumentWalk(held_out, **sizes, epochs=1, shuffle=False, together=True)
+        evaluation = evaluate(model, batches, n_bytes)
         evaluation_seconds = time.perf_counter() - started
         latest[:] = [evaluation]
         bar.write(f"step {done.step}: held-out loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per byte")

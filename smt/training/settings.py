@@ -36,7 +36,8 @@ class TrainingConfig:
         warmup: share of the run in which the learning rate rises.
         lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
         clip: largest norm of the gradient.
-        evaluations: how often the held-out documents are evaluated, evenly over the run; the last time is at its end.
+        evaluations: how often the held-out documents are evaluated, evenly over the run, though never twice at one step;
+            the last time is at its end.
         seed: of the weights, the order of documents and the sample.
         device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a GPU, then in bfloat16 autocast.
         sample_tokens: length of the sample at the end.

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,7 @@ class TestSettings:
             ({"warmup": "1"}, ValueError, r"warmup must lie in \[0, 1\), got 1.0"),
             ({"weight_decay": "-0.1"}, ValueError, "weight_decay must be at least 0, got -0.1"),
             ({"match_scale": "true"}, ValueError, "match_scale needs a mamba in init_from, got {}"),
+            ({"eval_documents": "0"}, ValueError, "eval_documents must be at least 1, got 0"),
             ({"lr_schedule": "cosin"}, ValueError, "lr_schedule must be one of cosine, linear, constant, got 'cosin'"),
             ({"device": "tpu"}, ValueError, "device must be one of auto, cpu, cuda, got 'tpu'"),
             ({"experiment": "../up"}, ValueError, "experiment must be the name of a folder"),
@@ -231,6 +233,32 @@ class TestLoop:
         _, done, evaluated = train_tiny(6, evaluations=3)
         assert evaluated == done.history.eval_steps == [2, 4, 6]
 
+    @pytest.mark.parametrize(("steps", "evaluations"), [(1, 1), (1, 2), (2, 5), (3, 3)])
+    def test_no_step_is_evaluated_twice(self, steps, evaluations):
+        _, done, evaluated = train_tiny(steps, evaluations=evaluations)
+        assert evaluated == done.history.eval_steps == list(range(1, steps + 1))
+
+    def test_time_that_runs_out_in_an_evaluation_does_not_repeat_it(self):
+        now = 0.0
+        torch.manual_seed(0)
+        training = TrainingConfig(minutes=1, evaluations=2)
+        evaluated = []
+
+        def on_step(done):
+            nonlocal now
+            now += 35.0
+
+        def on_evaluation(done):
+            nonlocal now
+            now += 60.0
+            evaluated.append(done.step)
+            return Evaluation(nats=1.0, n_targets=1, n_bytes=1)
+
+        clock = Clock(training, 0.0, now=lambda: now)
+        model = StrideMemoryTransformer(SMTConfig(**MODEL))
+        train(model, random_documents(), DataConfig(**DATA), training, clock, on_step=on_step, on_evaluation=on_evaluation)
+        assert evaluated == [1]
+
     def test_a_run_bounded_by_steps_is_repeatable(self):
         losses = []
         for _ in range(2):
@@ -315,6 +343,18 @@ class TestRun:
         with pytest.raises(OSError, match="disk full"):
             folder.save_weights(StrideMemoryTransformer(outcome.config.model))
         assert folder.weights.read_bytes() == before
+
+    @pytest.mark.parametrize("eval_documents", [None, 1, 99])
+    def test_evaluation_reads_all_held_out_documents_unless_the_settings_bound_it(self, tmp_path, eval_documents):
+        folder = tmp_path / "texts"
+        folder.mkdir()
+        for index in range(30):
+            (folder / f"{index}.txt").write_text(f"word{index} " * (10 + index))
+        config = run_config(tmp_path, steps=1, evaluations=1, sample_tokens=0)
+        config = replace(config, data=replace(config.data, eval_documents=eval_documents))
+        sizes = [len(document.text.encode()) for document in read_text(config.data.text).validation]
+        assert len(sizes) > 1
+        assert run(config, tmp_path / "out").evaluation.n_bytes == sum(sizes[:eval_documents])
 
     def test_a_gpu_that_is_not_there_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
