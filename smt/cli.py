@@ -149,7 +149,7 @@ def _report(outcome: Outcome) -> None:
         print(_printable(_indented(f"{prompt}>>>{continuation}")))
     evaluation, progress = outcome.evaluation, outcome.progress
     bound = outcome.config.data.eval_documents
-    documents = "documents whole" if bound is None else f"no more than the first {bound} documents, whole"
+    documents = "documents whole" if bound is None else f"the first {bound} documents at most, whole"
     print(
         f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, {documents}, memory carried\n"
         f"validation loss {evaluation.loss:.4f} nats per token\n"
