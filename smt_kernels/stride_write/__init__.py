@@ -13,7 +13,11 @@ from torch import Tensor
 
 from smt_kernels import backends, checks
 from smt_kernels.stride_write import blocked
+from smt_kernels.stride_write.kept import kept_size
 from smt_kernels.stride_write.reference import stride_write as reference
+
+# Elements that the forward pass of a backend keeps for its backward pass; known without triton.
+_KEPT_SIZE = {"blocked": blocked.kept_size, "triton": kept_size}
 
 
 def stride_write(
@@ -47,7 +51,7 @@ def stride_write(
         a: (E, N), negative: -exp(A_log).
         d: (E,), the skip.
         gate: (B, K) bool, which writes happen; None: all.
-        backend: ``blocked`` or ``reference``; None: see ``smt_kernels.backends``.
+        backend: ``triton``, ``blocked`` or ``reference``; None: see ``smt_kernels.backends``.
 
         z has the dtype of x. States and weights have the dtype of x or, for float16 and bfloat16, float32.
 
@@ -128,16 +132,15 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
-    results = backends.implementation("stride_write", backend).forward(x, z, conv_state, ssm_state, parameters, gate)
-    return results if backend == "blocked" else (*results, x.new_empty(0))
+    return backends.implementation("stride_write", backend).forward(x, z, conv_state, ssm_state, parameters, gate)
 
 
 @_forward.register_fake
 def _(x, z, conv_state, ssm_state, conv_weight, conv_bias, x_proj_weight, *others):
     *_, backend = others
-    kept = blocked.kept_size(x, conv_state, len(x_proj_weight)) if backend == "blocked" else 0
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return *(tensor.new_empty(tensor.shape) for tensor in (x, conv_state, ssm_state)), x.new_empty(kept, dtype=dtype)
+    size = _KEPT_SIZE[backend](x, conv_state, len(x_proj_weight))
+    results = (tensor.new_empty(tensor.shape) for tensor in (x, conv_state, ssm_state))
+    return *results, x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("smt_kernels::stride_write_backward", mutates_args=())
@@ -162,8 +165,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
     backward = backends.implementation("stride_write", backend).backward
-    rest = (kept,) if backend == "blocked" else ()
-    return backward(grad_y, grad_conv, grad_ssm, x, z, conv_state, ssm_state, parameters, gate, *rest)
+    return backward(grad_y, grad_conv, grad_ssm, x, z, conv_state, ssm_state, parameters, gate, kept)
 
 
 @_backward.register_fake

@@ -61,17 +61,11 @@ def advance(b_h, b_dt, b_u, b_b, b_rate):
 
 
 @triton.jit
-def holds(condition):
-    """A scalar condition, compared or loaded, to be combined with masks: the interpreter forgets that it is an int1."""
-    return tl.full([], True, tl.int1) & condition
-
-
-@triton.jit
 def is_on(gate, strides_gate, i_row, i_write, exists):
     """Whether a write happens, if it ``exists`` at all; without a gate, every one that exists does."""
     on = exists
     if gate is not None:
-        on = holds(tl.load(gate + i_row * strides_gate[0] + i_write * strides_gate[1], mask=exists, other=0))
+        on = tl.load(gate + i_row * strides_gate[0] + i_write * strides_gate[1], mask=exists, other=0)
     return on
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from smt_kernels.stride_write.blocks import (
     channels,
     convolve,
-    holds,
     is_on,
     launch_over_channels,
     load,
@@ -33,7 +32,7 @@ def _convolution_kernel(
     x, conv_state, gate, conv_weight, conv_bias, u, new_conv_state, strides_x, strides_conv, strides_gate, n_writes, width,
     TAPS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """u = silu(conv(x)), 0 where the gate is off, and the last C - 1 inputs (unless ``new_conv_state`` is None)."""
+    """u = silu(conv(x)), 0 where the gate is off, and the last C - 1 inputs."""
     i_row = tl.program_id(0).to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
     taps = load_columns(conv_weight + o_e * TAPS, 1, m_e, TAPS)
@@ -49,15 +48,14 @@ def _convolution_kernel(
         history = shift(window, on, TAPS)
         p_x += strides_x[1]
         p_u += width
-    if new_conv_state is not None:
-        store_columns(new_conv_state + (i_row * width + o_e) * (TAPS - 1), history, m_e, TAPS - 1)
+    store_columns(new_conv_state + (i_row * width + o_e) * (TAPS - 1), history, m_e, TAPS - 1)
 
 
 @triton.jit
 def _store_input(d_x, d_conv, source, b_value, i_row, o_e, m_e, n_writes, width, TAPS: tl.constexpr):
     """The gradient of the conv input that came as write ``source``, or, where negative, from the end of the conv state."""
-    store(d_x + (i_row * n_writes + source) * width + o_e, b_value, m_e & holds(source >= 0))
-    store(d_conv + (i_row * width + o_e) * (TAPS - 1) + TAPS - 1 + source, b_value, m_e & holds(source < 0))
+    store(d_x + (i_row * n_writes + source) * width + o_e, b_value, m_e & (source >= 0))
+    store(d_conv + (i_row * width + o_e) * (TAPS - 1) + TAPS - 1 + source, b_value, m_e & (source < 0))
 
 
 @triton.jit(do_not_specialize=["n_writes"])
@@ -115,10 +113,10 @@ def _convolution_backward_kernel(
 
 
 def convolution(
-    x: Tensor, conv_state: Tensor, conv_weight: Tensor, conv_bias: Tensor, gate: Tensor | None, new_conv_state: Tensor | None
+    x: Tensor, conv_state: Tensor, conv_weight: Tensor, conv_bias: Tensor, gate: Tensor | None, u: Tensor
 ) -> Tensor:
-    """x (B, K, E), conv_state (B, E, C - 1) -> u (B, K, E); fills ``new_conv_state`` unless it is None."""
-    u = x.new_empty(x.shape)
+    """x (B, K, E), conv_state (B, E, C - 1) -> the conv state after K; fills u (B, K, E)."""
+    new_conv_state = conv_state.new_empty(conv_state.shape)
     launch_over_channels(
         "convolution",
         _convolution_kernel,
@@ -127,7 +125,7 @@ def convolution(
         u=u,
         new_conv_state=new_conv_state,
     )
-    return u
+    return new_conv_state
 
 
 def convolution_backward(

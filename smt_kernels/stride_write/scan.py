@@ -4,7 +4,8 @@
     dh_k = exp(dt_{k+1} a) dh_{k+1} + c_k dy_k silu(z_k)
 
 The backward pass computes the states again: it writes one to memory every ``STEPS`` writes (none up to ``STEPS`` writes) and
-holds those of one segment of ``STEPS`` writes in registers.
+holds those of one segment of ``STEPS`` writes in registers. ``STEPS`` is 1 for a single write and else ``SEGMENT``, beyond the
+last write without effect: shorter segments for the few writes between would be kernels more, and those spill registers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from smt_kernels.stride_write.blocks import (
     LOG2_E,
     advance,
     channels,
-    holds,
     is_on,
     launch_over_channels,
     load,
@@ -28,6 +28,7 @@ from smt_kernels.stride_write.blocks import (
     store,
     strides,
 )
+from smt_kernels.stride_write.kept import Kept
 from smt_kernels.stride_write.settings import settings
 
 # Most writes whose states the backward pass holds in registers.
@@ -123,7 +124,7 @@ def _scan_backward_kernel(
         states = (b_h,)  # before the segment and after each of its writes
         for i_step in tl.static_range(STEPS):
             i_write = first_write + i_step
-            on = is_on(gate, strides_gate, i_row, i_write, holds(i_write < n_writes))
+            on = is_on(gate, strides_gate, i_row, i_write, i_write < n_writes)
             b_u, _, b_dt, b_b, _ = _load_write(
                 u, dt_product, projected, b_bias, on, i_row * n_writes + i_write, o_e, m_e, o_n, m_n, width, rank, STATE
             )
@@ -132,7 +133,7 @@ def _scan_backward_kernel(
         for i_step in tl.static_range(STEPS - 1, -1, -1):
             i_write = first_write + i_step
             o_write = i_row * n_writes + i_write
-            exists = holds(i_write < n_writes)
+            exists = i_write < n_writes
             on = is_on(gate, strides_gate, i_row, i_write, exists)
             m_write, m_on = m_e & exists, m_e & on
             b_u, b_dt_input, b_dt, b_b, b_c = _load_write(
@@ -173,18 +174,16 @@ def _scan_backward_kernel(
 def scan(
     z: Tensor,
     ssm_state: Tensor,
-    u: Tensor,
-    projected: Tensor,
-    dt_product: Tensor,
+    kept: Kept,
     dt_proj_bias: Tensor,
     a: Tensor,
     d: Tensor,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """z, u, dt_product (B, K, E), projected (B, K, R + 2 N), ssm_state (B, E, N) -> y (B, K, E) and the state after K."""
-    y, new_ssm_state = u.new_empty(u.shape), ssm_state.new_empty(ssm_state.shape)
-    inputs = _inputs(z, ssm_state, u, projected, dt_product, dt_proj_bias, a, d, gate)
-    launch_over_channels("scan", _scan_kernel, u, **inputs, y=y, new_ssm_state=new_ssm_state)
+    """z (B, K, E), ssm_state (B, E, N) -> y (B, K, E) and the state after K."""
+    y, new_ssm_state = z.new_empty(z.shape), ssm_state.new_empty(ssm_state.shape)
+    inputs = _inputs(z, ssm_state, kept, dt_proj_bias, a, d, gate)
+    launch_over_channels("scan", _scan_kernel, z, **inputs, y=y, new_ssm_state=new_ssm_state)
     return y, new_ssm_state
 
 
@@ -193,32 +192,30 @@ def scan_backward(
     grad_ssm: Tensor | None,
     z: Tensor,
     ssm_state: Tensor,
-    u: Tensor,
-    projected: Tensor,
-    dt_product: Tensor,
+    kept: Kept,
     dt_proj_bias: Tensor,
     a: Tensor,
     d: Tensor,
     gate: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of z, ssm_state, u, dt_product, of b and c as one (B, K, 2 N), and of dt_proj_bias, a and d."""
-    (batch, n_writes, width), n_state = u.shape, a.shape[1]
-    inputs = _inputs(z, ssm_state, u, projected, dt_product, dt_proj_bias, a, d, gate)
-    steps = min(SEGMENT, triton.next_power_of_2(n_writes))
+    (batch, n_writes, width), n_state = z.shape, a.shape[1]
+    inputs = _inputs(z, ssm_state, kept, dt_proj_bias, a, d, gate)
+    steps = 1 if n_writes == 1 else SEGMENT
     n_segments = triton.cdiv(n_writes, steps)
-    blocks = triton.cdiv(width, settings("scan_backward", u.device).width(inputs["N"]))
-    d_z, d_u, d_dt = (u.new_empty(u.shape) for _ in range(3))
+    blocks = triton.cdiv(width, settings("scan_backward", z.device).width(inputs["N"]))
+    d_z, d_u, d_dt = (z.new_empty(z.shape) for _ in range(3))
     d_ssm = ssm_state.new_empty(ssm_state.shape)
-    d_bc = partial_sums(u, blocks, batch, n_writes, 2 * n_state)
-    d_bias, d_a, d_d = (partial_sums(u, batch, *weight.shape) for weight in (dt_proj_bias, a, d))
+    d_bc = partial_sums(z, blocks, batch, n_writes, 2 * n_state)
+    d_bias, d_a, d_d = (partial_sums(z, batch, *weight.shape) for weight in (dt_proj_bias, a, d))
     launch_over_channels(
         "scan_backward",
         _scan_backward_kernel,
-        u,
+        z,
         **inputs,
         grad_y=grad_y,
         grad_ssm=grad_ssm,
-        checkpoints=partial_sums(u, batch, n_segments - 1, width, n_state),
+        checkpoints=partial_sums(z, batch, n_segments - 1, width, n_state),
         d_z=d_z,
         d_u=d_u,
         d_dt_product=d_dt,
@@ -238,9 +235,7 @@ def scan_backward(
 def _inputs(
     z: Tensor,
     ssm_state: Tensor,
-    u: Tensor,
-    projected: Tensor,
-    dt_product: Tensor,
+    kept: Kept,
     dt_proj_bias: Tensor,
     a: Tensor,
     d: Tensor,
@@ -252,16 +247,14 @@ def _inputs(
         "z": z,
         "ssm_state": ssm_state,
         "gate": gate,
-        "u": u,
-        "projected": projected,
-        "dt_product": dt_product,
+        **kept._asdict(),
         "dt_proj_bias": dt_proj_bias,
         "a": a,
         "d": d,
         "strides_z": z.stride(),
         "strides_ssm": ssm_state.stride(),
         "strides_gate": strides(gate),
-        "rank": projected.shape[-1] - 2 * n_state,
+        "rank": kept.projected.shape[-1] - 2 * n_state,
         "STATE": n_state,
         "N": triton.next_power_of_2(n_state),
     }

@@ -40,12 +40,10 @@ _GPU = {
     "scan_backward": BlockSettings(num_warps=4, elements=256),
 }
 
-# The interpreter takes as long for a large block as for a small one. But it adds up a column one by one, not in a tree, so that
-# the sums over E of the backward pass are kept short.
-_INTERPRETER = {name: BlockSettings(num_warps=1, elements=8192) for name in _GPU}
-_INTERPRETER["scan_backward"] = BlockSettings(num_warps=1, elements=512)
+# The interpreter takes as long for a large block as for a small one.
+_INTERPRETER = BlockSettings(num_warps=1, elements=8192)
 
 
 def settings(kernel: str, device: torch.device) -> BlockSettings:
     """Settings of ``kernel`` on ``device``; the same on every GPU, where none of these kernels uses matrix units."""
-    return (_INTERPRETER if launch.architecture_family(device) == "interpreter" else _GPU)[kernel]
+    return _INTERPRETER if launch.architecture_family(device) == "interpreter" else _GPU[kernel]

@@ -29,16 +29,21 @@ from smt_kernels.stride_write.blocks import (
     store_columns,
     strides,
 )
+from smt_kernels.stride_write.kept import Kept
 from smt_kernels.stride_write.settings import settings
 
 
 @triton.jit
 def _single_write_kernel(
     x, z, conv_state, ssm_state, gate, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d,
-    y, new_conv_state, new_ssm_state, strides_x, strides_z, strides_conv, strides_ssm, strides_gate, width,
+    y, new_conv_state, new_ssm_state, u, dt_product, projected,
+    strides_x, strides_z, strides_conv, strides_ssm, strides_gate, width,
     RANK: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr, E: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The one write of a row: first W_x u, then the rest, with u computed again. Where the gate is off, no weight is read."""
+    """The one write of a row: first W_x u, then the rest, with u computed again. Where the gate is off, no weight is read.
+
+    u, dt_product and projected are for the backward pass only.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     on = is_on(gate, strides_gate, i_row, 0, True)
     n_blocks = tl.cdiv(width, E)
@@ -62,6 +67,10 @@ def _single_write_kernel(
     b_low = tl.sum(b_low_products, axis=1)  # [R]
     b_b = tl.sum(b_b_products, axis=1)  # [N]
     b_c = tl.sum(b_c_products, axis=1)  # [N]
+    p_projected = projected + i_row * (RANK + 2 * STATE)
+    store(p_projected + o_r, b_low, m_r)
+    store(p_projected + RANK + o_n, b_b, m_n)
+    store(p_projected + RANK + STATE + o_n, b_c, m_n)
 
     for i_block in range(n_blocks):
         o_e, m_e = channels(i_block, width, E)
@@ -71,7 +80,8 @@ def _single_write_kernel(
         window = history + (load(p_x + o_e, m_on),)
         b_u = silu(convolve(window, taps, load(conv_bias + o_e, m_on), TAPS))  # [E]
         b_weight = load(dt_proj_weight + o_e[:, None] * RANK + o_r[None, :], m_on[:, None] & m_r[None, :])  # [E, R]
-        b_dt = softplus(tl.sum(b_weight * b_low[None, :], axis=1) + load(dt_proj_bias + o_e, m_on))  # [E]
+        b_dt_product = tl.sum(b_weight * b_low[None, :], axis=1)  # [E]
+        b_dt = softplus(b_dt_product + load(dt_proj_bias + o_e, m_on))  # [E]
         m_state = m_e[:, None] & m_n[None, :]
         b_rate = load(a + o_e[:, None] * STATE + o_n[None, :], m_state & on) * LOG2_E  # [E, N]
         b_h = load(p_ssm + o_e[:, None] * strides_ssm[1] + o_n[None, :] * strides_ssm[2], m_state)  # [E, N]
@@ -80,6 +90,8 @@ def _single_write_kernel(
         b_y = tl.where(on, b_inner * silu(load(p_z + o_e, m_on)), 0.0)
         o_out = i_row * width + o_e
         store(y + o_out, b_y, m_e)
+        store(u + o_out, b_u, m_e)
+        store(dt_product + o_out, b_dt_product, m_e)
         store(new_ssm_state + o_out[:, None] * STATE + o_n[None, :], b_h, m_state)
         store_columns(new_conv_state + o_out * (TAPS - 1), shift(window, on, TAPS), m_e, TAPS - 1)
 
@@ -97,8 +109,9 @@ def single_write(
     a: Tensor,
     d: Tensor,
     gate: Tensor | None,
+    kept: Kept,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, z (B, 1, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, 1) -> y (B, 1, E) and both states."""
+    """x, z (B, 1, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, 1) -> y (B, 1, E) and both states; fills kept."""
     (batch, _, width), n_state, rank = x.shape, a.shape[1], dt_proj_weight.shape[1]
     padded_state, padded_rank = triton.next_power_of_2(n_state), triton.next_power_of_2(rank)
     y, new_conv_state, new_ssm_state = (model.new_empty(model.shape) for model in (x, conv_state, ssm_state))
@@ -122,6 +135,7 @@ def single_write(
         y=y,
         new_conv_state=new_conv_state,
         new_ssm_state=new_ssm_state,
+        **kept._asdict(),
         strides_x=x.stride(),
         strides_z=z.stride(),
         strides_conv=conv_state.stride(),

@@ -1,4 +1,4 @@
-"""Triton's interpreter with correct bfloat16, and with custom reductions fast enough to test. Import it to have both.
+"""Triton's interpreter with correct bfloat16 and conditions, and fast enough to test. Import it to have both.
 
 The interpreter of triton 3.6 to 3.9 holds bfloat16 as its uint16 bit pattern. Left alone, ``tl.dot`` and arithmetic compute
 with the *patterns*, silently, and casts to bfloat16 truncate. After ``import smt_kernels.testing.interpreter``:
@@ -6,7 +6,10 @@ with the *patterns*, silently, and casts to bfloat16 truncate. After ``import sm
 - ``tl.dot`` of bfloat16 equals the fp32 dot of the decoded values; fp16 operands are widened too, which makes it faster;
 - casts to bfloat16, and results of bfloat16 arithmetic, round to nearest even, as on a GPU;
 - a reduction or scan over bfloat16 raises, because a GPU's result would depend on an order that nothing here can know;
-- ``tl.reduce`` and ``tl.associative_scan`` with a combine function of one's own make one call per slice, not one per element.
+- a scalar condition, compared or loaded, is an int1, and can be combined with masks;
+- ``tl.sum`` adds pairs of partial sums in either direction, as a GPU does, where columns were added one by one;
+- ``tl.reduce`` and ``tl.associative_scan`` with a combine function of one's own make one call per slice, not one per element;
+- ``triton.language`` is patched once per launch and module, where each call from one jit function to another took as long.
 
 Raises:
     RuntimeError: at import, unless ``TRITON_INTERPRET=1`` was set, which must happen before the first import of triton.
@@ -27,6 +30,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import (
+    GridExecutor,
+    InterpretedFunction,
     InterpreterBuilder,
     ReduceOps,
     ReduceScanOpInterface,
@@ -111,10 +116,11 @@ def _dot(original: Callable, self: InterpreterBuilder, a: TensorHandle, b: Tenso
 
 @_replaces(InterpreterBuilder, "binary_op", "unary_op", "create_fma", "create_clampf")
 def _arithmetic(original: Callable, self: InterpreterBuilder, *operands: Any) -> TensorHandle:
-    if not any(_is_bfloat16(operand) for operand in operands):
-        return original(self, *operands)
-    result = original(self, *(_widen(operand) for operand in operands)).data
-    return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else _narrow(result)
+    rounded = any(_is_bfloat16(operand) for operand in operands)
+    result = original(self, *(map(_widen, operands) if rounded else operands))
+    if result.data.dtype == np.bool_:  # of a comparison, which else keeps the dtype of its operands, and is cast to it
+        return TensorHandle(result.data, tl.int1)
+    return _narrow(result.data) if rounded else result
 
 
 @_replaces(ReduceOps, "apply_impl")
@@ -124,6 +130,15 @@ def _refuse_bfloat16(original: Callable, self: ReduceScanOpInterface, operands: 
         if operand.dtype.scalar == tl.bfloat16:
             raise TypeError("a reduction or scan over bfloat16 has no defined order of rounding: cast to fp32 before it")
     return original(self, operands)
+
+
+@_replaces(ReduceOps, "sum")
+def _sum(original: Callable, self: ReduceOps, operand: Any) -> Any:
+    if self.axis is None:
+        return original(self, operand)
+    # NumPy adds in pairs along the last dimension of contiguous memory only.
+    sums = np.ascontiguousarray(np.moveaxis(operand.handle.data, self.axis, -1)).sum(axis=-1)
+    return self.to_tensor(np.expand_dims(sums, self.axis) if self.keep_dims else sums, operand.dtype)
 
 
 def _combine_slices(self: ReduceScanOpInterface, operands: tuple, axis: int) -> list[list[np.ndarray]]:
@@ -164,3 +179,21 @@ def _reduce(original: Callable, self: ReduceOps, operands: tuple) -> list:
     if self.keep_dims:
         final = [np.expand_dims(part, axis) for part in final]
     return [self.to_tensor(part, operand.dtype) for part, operand in zip(final, operands, strict=True)]
+
+
+_patched_modules: set[str] = set()  # in the launch that is running
+
+
+@_replaces(GridExecutor, "__call__")
+def _launch(original: Callable, self: GridExecutor, *args: Any, **kwargs: Any) -> Any:
+    _patched_modules.clear()
+    return original(self, *args, **kwargs)
+
+
+@_replaces(InterpretedFunction, "__call__")
+def _call(original: Callable, self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+    # What is patched depends on the module of the function alone, and lasts for the launch.
+    if self.fn.__module__ in _patched_modules:
+        return self.rewrite()(*args, **kwargs)
+    _patched_modules.add(self.fn.__module__)
+    return original(self, *args, **kwargs)

@@ -87,6 +87,37 @@ def test_custom_scans_and_reductions_combine_in_order(kernels, reverse):
     torch.testing.assert_close(last, recurrence(a, b)[-1])
 
 
+def test_scalar_conditions_compared_or_loaded_are_masks(kernels):
+    flag, length = torch.tensor([True]), 3
+    for flag[0] in (True, False):
+        out = torch.zeros(16)
+        kernels.fill_where[(1,)](flag, out, length, N=16)
+        assert out.tolist() == ([1.0] * 8 + [2.0] * 8 if flag else [0.0] * 8 + [2.0] * 8)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sums_add_pairs_in_either_direction(kernels, axis):
+    x = torch.ones(1024, 4)
+    x[0] = 2**24  # from here on 1 is half of the distance between numbers: each addition that this term meets may lose it
+    x = x if axis == 0 else x.T.contiguous()
+    out = torch.zeros(4)
+    kernels.sum_over[(1,)](x, out, *x.shape, AXIS=axis)
+    assert ((out.double() - x.double().sum(axis)).abs() <= 32).all()
+
+
+def test_the_language_is_patched_once_per_launch_and_module(kernels, monkeypatch):
+    from triton.runtime import interpreter
+
+    patched, patch = [], interpreter._patch_lang
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: patched.append(function.__module__) or patch(function))
+    out = torch.zeros(4)
+    for _ in range(2):
+        patched.clear()
+        kernels.doubled_often[(4,)](torch.ones(4), out, TIMES=3)
+        assert out.tolist() == [8.0] * 4
+        assert patched == ["toy_kernels"] * 2  # for the kernel, and for all that it calls
+
+
 def test_importing_it_without_the_interpreter_is_an_error():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -101,10 +132,10 @@ def test_traffic_counts_the_bytes_of_unmasked_lanes_and_the_flops_of_dots(kernel
     with count_traffic() as traffic:
         kernels.add_one[(2,)](x, out, 20, BLOCK=16)
     assert traffic.read == {"x": 40} and traffic.written == {"out": 40} and traffic.bytes == 80
-    assert traffic.launches == [(2,)] and not traffic.raced
+    assert [launch.grid for launch in traffic.launches] == [(2,)] and not traffic.raced
     with count_traffic() as traffic:
         kernels.dot[(1,)](torch.ones(16, 16), torch.ones(16, 16), torch.ones(16, 16), N=16)
-    assert traffic.dot_flops == 2 * 16**3 and traffic.launches == [(1,)]
+    assert traffic.dot_flops == 2 * 16**3 and [launch.grid for launch in traffic.launches] == [(1,)]
 
 
 @pytest.mark.parametrize("shift", [-1, 1], ids=["before", "after"])

@@ -69,3 +69,31 @@ def total(x, out, BLOCK: tl.constexpr):
     """The sum of all blocks by atomics, whose order nobody knows."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_add(out, tl.sum(tl.load(x + o), axis=0))
+
+
+@triton.jit
+def fill_where(flag, out, length, N: tl.constexpr):
+    """1 in the first half where the flag is on, 2 in the second where two numbers compare."""
+    o = tl.arange(0, N)
+    tl.store(out + o, tl.full([N], 1.0, tl.float32), mask=(o < N // 2) & tl.load(flag))
+    tl.store(out + o, tl.full([N], 2.0, tl.float32), mask=(o >= N // 2) & (length < N))
+
+
+@triton.jit
+def sum_over(x, out, rows: tl.constexpr, columns: tl.constexpr, AXIS: tl.constexpr):
+    b_x = tl.load(x + tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :])
+    b_sum = tl.sum(b_x, axis=AXIS)
+    tl.store(out + tl.arange(0, columns if AXIS == 0 else rows), b_sum)
+
+
+@triton.jit
+def _double(b_x):
+    return b_x + b_x
+
+
+@triton.jit
+def doubled_often(x, out, TIMES: tl.constexpr):
+    b_x = tl.load(x + tl.program_id(0))
+    for _ in tl.static_range(TIMES):
+        b_x = _double(b_x)
+    tl.store(out + tl.program_id(0), b_x)
