@@ -68,9 +68,9 @@ def counts(name: str, tensor: Tensor, rows: int, upper: int, model: Tensor, *, d
         raise ValueError(f"{name} must be on {model.device}, got {tensor.device}")
     readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
-        fewest, most = tensor.aminmax()
-        if int(fewest) < 0 or int(most) > upper:
-            raise ValueError(f"{name} must lie in 0..{upper}, got {tensor.tolist()}")
+        values = tensor.tolist()
+        if min(values) < 0 or max(values) > upper:
+            raise ValueError(f"{name} must lie in 0..{upper}, got {values}")
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:

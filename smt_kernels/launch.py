@@ -26,8 +26,7 @@ class LaunchSettings:
 
     ``head_chunk`` is how many of the head dimensions one program writes; the programs of one head each compute its scores, so
     memory and registers do not grow with the head. ``query_block`` is the most queries that are multiplied at a time and
-    ``key_block`` the most keys. ``max_registers`` per thread make room for a second program on a multiprocessor where the
-    compiler, left alone, takes more than it needs; None leaves it alone.
+    ``key_block`` the most keys.
     """
 
     num_warps: int
@@ -35,14 +34,12 @@ class LaunchSettings:
     query_block: int = 64
     key_block: int = 64
     num_stages: int = 1
-    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int | bool]:
         """The compiler options, as keyword arguments of a launch."""
         # Fused multiply-adds are asked for because the default is about to differ between versions of Triton.
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 # Head sizes, padded to a power of two, that tables have settings for.

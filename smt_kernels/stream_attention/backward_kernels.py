@@ -9,11 +9,12 @@ its own queries and tokens serve all three. A program of the second kernel owns 
 them, whose deltas the first kernel leaves behind. Nothing is written twice: no atomics, and the bits repeat.
 
 Why queries and tokens together. In rows of the head per step (window 15 + 50, stride 16, one query head per key head), the
-least is q, k, v, out, dO, dQ, dK, dV and 4/16 of a slot, 8.3. Apart, programs of 64 steps read and write 8.1 and 8.3, and with
-the 3.2 of the slots' kernel 19.6, 2.4 times the least; together 12.4 and 3.2, 1.9 times. Slots are seen for 240 steps: 32 of
-them read 2 (240 + 31 * 16) / 512 = 2.9 rows per step, 16 of them would read 3.8. Visible are 65 keys per query, five products
-each; multiplied are 5 * 64 + 3 (64 + 32) + 4 * 64 and for slots 4 (736 / 16), 3.2 times as many.
-Ampere's registers do not hold both (``SEPARATE_FAMILIES``): there the first kernel runs once for queries and once for tokens.
+least is q, k, v, out, dO, dQ, dK, dV and 4/16 of a slot, 8.3. Apart, programs of 64 steps read and write 8.1 and 7.5 (the
+second finds the deltas), and with the 3.2 of the slots' kernel 18.8, 2.3 times the least; together 12.4 and 3.2, 1.9 times.
+Slots are seen for 240 steps: 32 of them read 2 (240 + 31 * 16) / 512 = 2.9 rows per step, 16 of them would read 3.8. Visible
+are 65 keys per query, five products each; multiplied are 5 * 64 + 3 (64 + 32) + 4 * 64 and for slots 4 (736 / 16), 3.2 times
+as many. Registers do not hold both on Ampere (``SEPARATE_FAMILIES``), nor anywhere in a loop over heads that share keys:
+there the first kernel runs once for queries and once for tokens.
 
 Gradients are zero where nothing is seen, whatever the memory holds there: what no query sees is not read.
 """
@@ -36,11 +37,9 @@ from smt_kernels.stream_attention.geometry import (
     token_visible,
     tokens_seen,
 )
-from smt_kernels.stream_attention.settings import SEPARATE_FAMILIES, TABLE
+from smt_kernels.stream_attention.settings import SEPARATE_FAMILIES, SLOT_BLOCK, TABLE
 from smt_kernels.tiles import LOG2_E, base_two, dot, load, products, row_products, rows, store
 from smt_kernels.window import WindowSpec
-
-SLOT_BLOCK = 32
 
 
 @triton.jit
@@ -90,27 +89,34 @@ def _steps_kernel(
     i_last = tl.minimum(i_token - history + T, n_queries) - 1
     slot_start, slot_stop = slots_seen(i_first, i_last, n_slots, first_query, first_slot, n_memory, STRIDE)
     token_start, token_stop = tokens_seen(i_first, i_last, n_queries, n_keys, n_tokens)
-    # Own tokens serve own queries below, together with dK and dV, or here if there is no below.
-    earlier_stop = i_token if TOKENS else token_stop
+    # The products of own queries and tokens are formed once if both are asked for, and else with the others.
+    together: tl.constexpr = QUERIES and TOKENS
+    earlier_stop = i_token if together else token_stop
+    later_start = tl.maximum(i_token - history + (T if together else 0), 0)
     # The last own token is seen for n_tokens - 1 steps more.
     later_stop = tl.minimum(i_token + T - 1 - history + n_tokens, n_queries)
+
+    if TOKENS:
+        b_own_k = load(p_own_k, m_own, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
+        b_own_v = load(p_own_v, m_own, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
 
     for i_group in range(GROUP):
         i_head = i_kv_head * GROUP + i_group
         i_statistic = (i_batch * n_kv_heads * GROUP + i_head) * n_queries
-        p_q = rows(q, strides_q, i_batch, i_head, o_query)
-        p_do = rows(grad_out, strides_grad_out, i_batch, i_head, o_query)
-        b_q = load(p_q, m_query, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
-        b_do = load(p_do, m_query, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
-        p_out = rows(out, strides_out, i_batch, i_head, o_query)
-        b_out = load(p_out, m_query, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
-        b_delta = row_products(b_do, p_do, b_out, p_out, m_query, i_chunk, HEAD_DIM, CHUNK)  # [T]
-        if QUERIES and i_chunk == 0:
-            tl.store(delta + i_statistic + o_query, b_delta, mask=m_query)
-        b_lse = base_two(tl.load(lse + i_statistic + o_query, mask=m_query, other=0.0))  # [T]
-        b_dq = tl.zeros([T, CHUNK], dtype=tl.float32)
 
         if QUERIES:
+            p_q = rows(q, strides_q, i_batch, i_head, o_query)
+            p_do = rows(grad_out, strides_grad_out, i_batch, i_head, o_query)
+            b_q = load(p_q, m_query, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
+            b_do = load(p_do, m_query, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
+            p_out = rows(out, strides_out, i_batch, i_head, o_query)
+            b_out = load(p_out, m_query, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
+            b_delta = row_products(b_do, p_do, b_out, p_out, m_query, i_chunk, HEAD_DIM, CHUNK)  # [T]
+            if i_chunk == 0:
+                tl.store(delta + i_statistic + o_query, b_delta, mask=m_query)
+            b_lse = base_two(tl.load(lse + i_statistic + o_query, mask=m_query, other=0.0))  # [T]
+            b_dq = tl.zeros([T, CHUNK], dtype=tl.float32)
+
             for i_slot in range(slot_start, slot_stop, N):
                 o_k = i_slot + tl.arange(0, N)
                 m_k = o_k < slot_stop
@@ -139,33 +145,33 @@ def _steps_kernel(
                 )  # fmt: skip
                 b_dq += dot(b_ds, b_k)
 
-        if TOKENS:
-            b_own_k = load(p_own_k, m_own, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
-            b_own_v = load(p_own_v, m_own, i_chunk, HEAD_DIM, CHUNK)  # [T, CHUNK]
-            own_visible = token_visible(o_query[None, :], o_own[:, None], n_keys, n_queries, n_keys, n_tokens)
-            b_own_p, b_own_ds = _gradients(
-                b_own_k, p_own_k, b_own_v, p_own_v, m_own, b_q, p_q, b_do, p_do, m_query, b_lse[None, :], b_delta[None, :],
-                own_visible, i_chunk, log2_scale, HEAD_DIM, CHUNK,
-            )  # fmt: skip
-            if QUERIES:
+            if TOKENS:
+                own_visible = token_visible(o_query[None, :], o_own[:, None], n_keys, n_queries, n_keys, n_tokens)
+                b_own_p, b_own_ds = _gradients(
+                    b_own_k, p_own_k, b_own_v, p_own_v, m_own, b_q, p_q, b_do, p_do, m_query, b_lse[None, :], b_delta[None, :],
+                    own_visible, i_chunk, log2_scale, HEAD_DIM, CHUNK,
+                )  # fmt: skip
                 b_dq += dot(tl.trans(b_own_ds), b_own_k)
-        if QUERIES:
+                b_dv += dot(b_own_p, b_do)
+                b_dk += dot(b_own_ds, b_q)
             store(rows(dq, strides_dq, i_batch, i_head, o_query), m_query, i_chunk, b_dq * scale, HEAD_DIM, CHUNK)
+
         if TOKENS:
-            b_dv += dot(b_own_p, b_do)
-            b_dk += dot(b_own_ds, b_q)
-            for i_later in range(tl.maximum(i_token + T - history, 0), later_stop, B):
+            for i_later in range(later_start, later_stop, B):
                 o_later = i_later + tl.arange(0, B)
                 m_later = o_later < later_stop
                 p_later_q = rows(q, strides_q, i_batch, i_head, o_later)
                 p_later_do = rows(grad_out, strides_grad_out, i_batch, i_head, o_later)
                 b_later_q = load(p_later_q, m_later, i_chunk, HEAD_DIM, CHUNK)  # [B, CHUNK]
                 b_later_do = load(p_later_do, m_later, i_chunk, HEAD_DIM, CHUNK)  # [B, CHUNK]
-                p_later_out = rows(out, strides_out, i_batch, i_head, o_later)
-                b_later_out = load(p_later_out, m_later, i_chunk, HEAD_DIM, CHUNK)  # [B, CHUNK]
-                b_later_delta = row_products(
-                    b_later_do, p_later_do, b_later_out, p_later_out, m_later, i_chunk, HEAD_DIM, CHUNK
-                )  # [B]
+                if QUERIES:  # other programs have yet to find these deltas
+                    p_later_out = rows(out, strides_out, i_batch, i_head, o_later)
+                    b_later_out = load(p_later_out, m_later, i_chunk, HEAD_DIM, CHUNK)  # [B, CHUNK]
+                    b_later_delta = row_products(
+                        b_later_do, p_later_do, b_later_out, p_later_out, m_later, i_chunk, HEAD_DIM, CHUNK
+                    )  # [B]
+                else:
+                    b_later_delta = tl.load(delta + i_statistic + o_later, mask=m_later, other=0.0)  # [B]
                 b_later_lse = base_two(tl.load(lse + i_statistic + o_later, mask=m_later, other=0.0))  # [B]
                 visible = token_visible(o_later[None, :], o_own[:, None], n_keys, n_queries, n_keys, n_tokens)
                 b_p, b_ds = _gradients(
@@ -255,7 +261,7 @@ def backward(
     sizes = arguments(q, k, memory_k, window, first_step, first_slot) | {"scale": scale, "HEAD_DIM": head_dim}
 
     settings = head_settings(TABLE, "stream_attention_steps", head_dim, q.dtype, q.device)
-    together = launching.architecture_family(q.device) not in SEPARATE_FAMILIES
+    together = sizes["GROUP"] == 1 and launching.architecture_family(q.device) not in SEPARATE_FAMILIES
     for queries, tokens in ((True, True),) if together else ((True, False), (False, True)):
         launch(
             _steps_kernel,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from smt_kernels.launch import FAMILIES, LaunchSettings, Table
 
-_FORWARD, _STEPS, _SLOTS = "stream_attention_forward", "stream_attention_steps", "stream_attention_slots"
+_FORWARD, _GROUPED = "stream_attention_forward", "stream_attention_forward_grouped"
+_STEPS, _SLOTS = "stream_attention_steps", "stream_attention_slots"
+
+# Slots multiplied at a time. 64 queries see 19 of the default window's: a block of 64 would waste most of its products.
+SLOT_BLOCK = 32
 
 # Where the registers do not hold the gradients of queries and tokens together, one launch computes each, and reads more.
 SEPARATE_FAMILIES = ("ampere",)
@@ -12,6 +18,8 @@ SEPARATE_FAMILIES = ("ampere",)
 _SMALL = tuple(LaunchSettings(num_warps=4, head_chunk=chunk, key_block=32) for chunk in (16, 32, 64))
 _LARGE = (LaunchSettings(num_warps=8, head_chunk=128, key_block=32),) * 2
 _FORWARD_HALF = (*_SMALL, LaunchSettings(num_warps=4, head_chunk=128, key_block=32), _LARGE[1])
+# Heads that share keys share the rows of a program: more rows for them, so that its queries are as many.
+_GROUPED_HALF = (*(replace(settings, num_warps=8, query_block=128) for settings in _FORWARD_HALF[:4]), _LARGE[1])
 _SLOTS_HALF = (
     *(LaunchSettings(num_warps=8, head_chunk=chunk) for chunk in (16, 32, 64)),
     *(LaunchSettings(num_warps=8, head_chunk=128, query_block=32),) * 2,
@@ -21,12 +29,19 @@ _SINGLE = (LaunchSettings(num_warps=8, head_chunk=16, query_block=32, key_block=
 _INTERPRETER = tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 128, 128))
 
 TABLE: Table = {
-    **{(kernel, family, 4): _SINGLE for kernel in (_FORWARD, _STEPS, _SLOTS) for family in FAMILIES},
+    **{(kernel, family, 4): _SINGLE for kernel in (_FORWARD, _GROUPED, _STEPS, _SLOTS) for family in FAMILIES},
     **{(_FORWARD, family, 2): _FORWARD_HALF for family in FAMILIES},
+    **{(_GROUPED, family, 2): _GROUPED_HALF for family in FAMILIES},
     **{(_SLOTS, family, 2): _SLOTS_HALF for family in FAMILIES},
-    (_STEPS, "ampere", 2): (*_SMALL, *(LaunchSettings(num_warps=4, head_chunk=64, query_block=32, key_block=32),) * 2),
+    (_STEPS, "ampere", 2): (
+        *_SMALL[:2],
+        LaunchSettings(num_warps=4, head_chunk=64, key_block=16),
+        _LARGE[0],
+        LaunchSettings(num_warps=4, head_chunk=64, query_block=32, key_block=32),
+    ),
     (_STEPS, "hopper", 2): (*_SMALL, *_LARGE),
     (_STEPS, "blackwell", 2): (*_SMALL, *_LARGE),
-    (_STEPS, "cdna", 2): (*_SMALL, *(LaunchSettings(num_warps=8, head_chunk=64, key_block=32),) * 2),
+    (_STEPS, "cdna", 2): (*_SMALL, *(LaunchSettings(num_warps=4, head_chunk=64, key_block=32),) * 2),
     **{(kernel, "interpreter", size): _INTERPRETER for kernel in (_FORWARD, _STEPS, _SLOTS) for size in (2, 4)},
+    **{(_GROUPED, "interpreter", size): tuple(replace(x, query_block=128) for x in _INTERPRETER) for size in (2, 4)},
 }

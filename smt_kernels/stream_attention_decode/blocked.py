@@ -39,11 +39,12 @@ def _extent(counts: Tensor, size: int) -> tuple[int, bool]:
         return 0, False
     if counts.device.type != "cpu" or torch.compiler.is_compiling():
         return size, True
-    fewest, most = (int(count) for count in counts.aminmax())
-    return most, fewest < most
+    values = counts.tolist()
+    return max(values), min(values) < max(values)
 
 
 def _joined(memory: Tensor, tokens: Tensor, n_slots: int, n_tokens: int) -> Tensor:
     """The first entries of both rings, (B, n_slots + n_tokens, H_kv, D): a view where one is empty."""
-    memory, tokens = memory[:, :n_slots], tokens[:, :n_tokens]
+    memory = memory if n_slots == memory.shape[1] else memory[:, :n_slots]
+    tokens = tokens if n_tokens == tokens.shape[1] else tokens[:, :n_tokens]
     return torch.cat([memory, tokens], dim=1) if n_slots and n_tokens else memory if n_slots else tokens

@@ -43,11 +43,15 @@ def _first_entries(valid_memory, valid_tokens, i_window, n_memory, window):
 
 
 @triton.jit
-def _hide(b_scores, o_query, o_key, n_memory, first_memory, first_token):
+def _exists(o_key, n_memory, first_memory, first_token):
+    """Which keys exist. A row of padding lies left of the window, hence before first_memory >= 0."""
+    return o_key >= tl.where(o_key < n_memory, first_memory, first_token)
+
+
+@triton.jit
+def _hide(b_scores, o_query, o_key, m_key):
     """The scores with -inf where the key does not exist or is later than the query."""
-    # A row of padding lies left of the window, hence before first_memory >= 0.
-    exists = o_key >= tl.where(o_key < n_memory, first_memory, first_token)
-    return tl.where(exists & (o_key <= o_query), b_scores, float("-inf"))
+    return tl.where(m_key & (o_key <= o_query), b_scores, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["n_memory", "window", "n_queries", "n_kv_heads"])
@@ -65,13 +69,13 @@ def _forward_kernel(
     first_memory, first_token = _first_entries(valid_memory, valid_tokens, i_window, n_memory, window)
 
     o_k = window - K + tl.arange(0, K)
-    m_k = o_k >= 0
+    m_k = _exists(o_k, n_memory, first_memory, first_token)
     p_k = rows(k, strides_k, i_window, i_kv_head, o_k)
     b_k = load(p_k, m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
     b_v = load(rows(v, strides_v, i_window, i_kv_head, o_k), m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
     if KR > 0:
         o_kr = window - K - KR + tl.arange(0, KR)
-        m_kr = o_kr >= 0
+        m_kr = _exists(o_kr, n_memory, first_memory, first_token)
         p_kr = rows(k, strides_k, i_window, i_kv_head, o_kr)
         b_kr = load(p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
         b_vr = load(rows(v, strides_v, i_window, i_kv_head, o_kr), m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
@@ -85,11 +89,11 @@ def _forward_kernel(
         p_q = rows(q, strides_q, i_window, i_head, o_q)
         b_q = load(p_q, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
         b_s = products(b_q, p_q, m_q, b_k, p_k, m_k, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [Q, K]
-        b_s = _hide(b_s, o_position, o_k[None, :], n_memory, first_memory, first_token)
+        b_s = _hide(b_s, o_position, o_k[None, :], m_k[None, :])
         b_max = tl.max(b_s, axis=1)
         if KR > 0:
             b_sr = products(b_q, p_q, m_q, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [Q, KR]
-            b_sr = _hide(b_sr, o_position, o_kr[None, :], n_memory, first_memory, first_token)
+            b_sr = _hide(b_sr, o_position, o_kr[None, :], m_kr[None, :])
             b_max = tl.maximum(b_max, tl.max(b_sr, axis=1))
         b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_p = tl.exp2(b_s - b_max[:, None])  # [Q, K]
@@ -112,7 +116,7 @@ def _forward_kernel(
             b_qr = load(p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
             b_sr = products(b_qr, p_qr, m_qr, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [QR, KR]
             o_position = o_qr[:, None] + (window - n_queries)
-            b_sr = _hide(b_sr, o_position, o_kr[None, :], n_memory, first_memory, first_token)
+            b_sr = _hide(b_sr, o_position, o_kr[None, :], m_kr[None, :])
             b_max = tl.max(b_sr, axis=1)
             b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
             b_pr = tl.exp2(b_sr - b_max[:, None])  # [QR, KR]
@@ -137,7 +141,7 @@ def _backward_kernel(
     first_memory, first_token = _first_entries(valid_memory, valid_tokens, i_window, n_memory, window)
 
     o_k = window - K + tl.arange(0, K)
-    m_k = o_k >= 0
+    m_k = _exists(o_k, n_memory, first_memory, first_token)
     p_k = rows(k, strides_k, i_window, i_kv_head, o_k)
     p_v = rows(v, strides_v, i_window, i_kv_head, o_k)
     b_k = load(p_k, m_k, i_chunk, HEAD_DIM, CHUNK)  # [K, CHUNK]
@@ -146,7 +150,7 @@ def _backward_kernel(
     b_dv = tl.zeros([K, CHUNK], dtype=tl.float32)
     if KR > 0:
         o_kr = window - K - KR + tl.arange(0, KR)
-        m_kr = o_kr >= 0
+        m_kr = _exists(o_kr, n_memory, first_memory, first_token)
         p_kr = rows(k, strides_k, i_window, i_kv_head, o_kr)
         p_vr = rows(v, strides_v, i_window, i_kv_head, o_kr)
         b_kr = load(p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK)  # [KR, CHUNK]
@@ -166,12 +170,12 @@ def _backward_kernel(
         b_do = load(p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
         b_lse = base_two(tl.load(p_lse + o_q, mask=m_q, other=0.0))[None, :]  # [1, Q]
         b_s = products(b_k, p_k, m_k, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [K, Q]
-        b_p = tl.exp2(_hide(b_s, o_position, o_k[:, None], n_memory, first_memory, first_token) - b_lse)  # [K, Q]
+        b_p = tl.exp2(_hide(b_s, o_position, o_k[:, None], m_k[:, None]) - b_lse)  # [K, Q]
         b_dp = products(b_v, p_v, m_k, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [K, Q]
         b_delta = tl.sum(b_p * b_dp, axis=0)
         if KR > 0:
             b_sr = products(b_kr, p_kr, m_kr, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [KR, Q]
-            b_pr = tl.exp2(_hide(b_sr, o_position, o_kr[:, None], n_memory, first_memory, first_token) - b_lse)  # [KR, Q]
+            b_pr = tl.exp2(_hide(b_sr, o_position, o_kr[:, None], m_kr[:, None]) - b_lse)  # [KR, Q]
             b_dpr = products(b_vr, p_vr, m_kr, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [KR, Q]
             b_delta += tl.sum(b_pr * b_dpr, axis=0)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)  # [K, Q]
@@ -198,7 +202,7 @@ def _backward_kernel(
             b_dor = load(p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
             b_lse = base_two(tl.load(p_lse + o_qr, mask=m_qr, other=0.0))[None, :]  # [1, QR]
             b_sr = products(b_kr, p_kr, m_kr, b_qr, p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [KR, QR]
-            b_pr = tl.exp2(_hide(b_sr, o_position, o_kr[:, None], n_memory, first_memory, first_token) - b_lse)  # [KR, QR]
+            b_pr = tl.exp2(_hide(b_sr, o_position, o_kr[:, None], m_kr[:, None]) - b_lse)  # [KR, QR]
             b_dpr = products(b_vr, p_vr, m_kr, b_dor, p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [KR, QR]
             b_dsr = (b_pr * (b_dpr - tl.sum(b_pr * b_dpr, axis=0)[None, :])).to(b_qr.dtype)  # [KR, QR]
             b_dvr += dot(b_pr.to(b_dor.dtype), b_dor)
@@ -206,11 +210,11 @@ def _backward_kernel(
             b_dqr = dot(tl.trans(b_dsr), b_kr)  # [QR, CHUNK]
             store(rows(dq, strides_dq, i_window, i_head, o_qr), m_qr, i_chunk, b_dqr * scale, HEAD_DIM, CHUNK)
 
-    store(rows(dk, strides_dk, i_window, i_kv_head, o_k), m_k, i_chunk, b_dk * scale, HEAD_DIM, CHUNK)
-    store(rows(dv, strides_dk, i_window, i_kv_head, o_k), m_k, i_chunk, b_dv, HEAD_DIM, CHUNK)
+    store(rows(dk, strides_dk, i_window, i_kv_head, o_k), o_k >= 0, i_chunk, b_dk * scale, HEAD_DIM, CHUNK)
+    store(rows(dv, strides_dk, i_window, i_kv_head, o_k), o_k >= 0, i_chunk, b_dv, HEAD_DIM, CHUNK)
     if KR > 0:
-        store(rows(dk, strides_dk, i_window, i_kv_head, o_kr), m_kr, i_chunk, b_dkr * scale, HEAD_DIM, CHUNK)
-        store(rows(dv, strides_dk, i_window, i_kv_head, o_kr), m_kr, i_chunk, b_dvr, HEAD_DIM, CHUNK)
+        store(rows(dk, strides_dk, i_window, i_kv_head, o_kr), o_kr >= 0, i_chunk, b_dkr * scale, HEAD_DIM, CHUNK)
+        store(rows(dv, strides_dk, i_window, i_kv_head, o_kr), o_kr >= 0, i_chunk, b_dvr, HEAD_DIM, CHUNK)
 
 
 def forward(

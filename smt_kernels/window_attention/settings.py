@@ -31,7 +31,7 @@ TABLE: Table = {
     (_BACKWARD, "ampere", 2): (
         LaunchSettings(num_warps=4, head_chunk=16),
         LaunchSettings(num_warps=4, head_chunk=32),
-        LaunchSettings(num_warps=8, head_chunk=64, max_registers=128),
+        LaunchSettings(num_warps=4, head_chunk=64, query_block=32),
         LaunchSettings(num_warps=8, head_chunk=64),
         LaunchSettings(num_warps=8, head_chunk=64),
     ),

@@ -8,16 +8,41 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
-from smt_kernels import BACKENDS, BackendChoice, last_choice, use_backend, window_attention
+from smt_kernels import (
+    BACKENDS,
+    BackendChoice,
+    WindowSpec,
+    backends,
+    last_choice,
+    launch,
+    stream_attention,
+    stream_attention_decode,
+    use_backend,
+    window_attention,
+)
 
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
 
 
-def run(device: str = "cpu", backend: str | None = None, dtype: torch.dtype = torch.float32) -> BackendChoice:
-    q, k, v = torch.randn(3, 1, 4, 1, 16, device=device).to(dtype)
-    window_attention(q, k, v, n_memory=1, backend=backend)
-    return last_choice("window_attention")
+def call(operation: str, head_dim: int = 16, dtype: torch.dtype = torch.float32, device: str = "cpu", **options) -> Tensor:
+    """The smallest call of an attention operation."""
+    q, k, v = torch.randn(3, 1, 4, 1, head_dim, device=device).to(dtype)
+    if operation == "window_attention":
+        return window_attention(q, k, v, n_memory=1, **options)
+    if operation == "stream_attention":
+        return stream_attention(q, k, v, k, v, window=WindowSpec(1, 2, 2), **options)
+    counts = torch.ones(1, dtype=torch.int32, device=device)
+    return stream_attention_decode(q[:, 0], k, v, k, v, n_tokens=counts, n_slots=counts, **options)
+
+
+ATTENTIONS = ("window_attention", "stream_attention", "stream_attention_decode")
+
+
+def run(device: str = "cpu", backend: str | None = None, operation: str = "window_attention") -> BackendChoice:
+    call(operation, device=device, backend=backend)
+    return last_choice(operation)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -26,16 +51,18 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment)
 
 
-def test_cpu_tensors_run_blocked_and_the_reason_is_told():
-    choice = run()
-    assert choice.operation == "window_attention" and choice.backend == "blocked"
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_cpu_tensors_run_blocked_and_the_reason_is_told(operation):
+    choice = run(operation=operation)
+    assert choice.operation == operation and choice.backend == "blocked"
     assert choice.reason == "the tensors are on cpu, and Triton kernels are for CUDA devices"
 
 
 @pytest.mark.parametrize("name", ["reference", "blocked", TRITON])
-def test_the_argument_decides_before_use_backend(name, device):
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_the_argument_decides_before_use_backend(operation, name, device):
     with use_backend("reference" if name != "reference" else "blocked"):
-        choice = run(device, backend=name)
+        choice = run(device, name, operation)
     assert (choice.backend, choice.reason) == (name, "asked for by the backend argument")
 
 
@@ -77,18 +104,25 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 @pytest.mark.triton
-def test_triton_refuses_a_dtype_that_its_kernel_does_not_take(device):
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_triton_refuses_a_dtype_that_its_kernel_does_not_take(operation, device):
     with pytest.raises(TypeError, match=r"asked for by the backend argument, but dtype torch.float64 is not one"):
-        run(device, backend="triton", dtype=torch.float64)
+        call(operation, dtype=torch.float64, device=device, backend="triton")
 
 
 @pytest.mark.triton
-def test_triton_refuses_a_head_that_its_kernel_does_not_take(device):
-    q, k, v = torch.randn(3, 1, 4, 1, 257, device=device)
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_triton_refuses_a_head_that_its_kernel_does_not_take(operation, device):
     with pytest.raises(ValueError, match="its kernel takes a last dimension of at most 256, got 257"):
-        window_attention(q, k, v, n_memory=1, backend="triton")
-    window_attention(q, k, v, n_memory=1)
-    assert last_choice("window_attention").backend == "blocked"
+        call(operation, head_dim=257, device=device, backend="triton")
+    call(operation, head_dim=257, device=device)
+    assert last_choice(operation).backend == "blocked"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_the_limit_of_a_kernel_is_that_of_its_launch_table(operation):
+    assert backends.TRITON_LIMITS[operation] == launch.HEADS[-1]
 
 
 def test_no_choice_is_known_before_the_first_call():

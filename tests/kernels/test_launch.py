@@ -1,4 +1,4 @@
-"""The launch table has settings for every kernel, architecture, dtype and head size, and says what it does not hold."""
+"""The launch tables have settings for every kernel, architecture, dtype and head size, and say what they do not hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from smt_kernels import launch
-from smt_kernels.window_attention.settings import TABLE
+from smt_kernels.stream_attention import settings as stream
+from smt_kernels.stream_attention_decode import settings as decode
+from smt_kernels.window_attention import settings as window
 
-KERNELS = ("window_attention_forward", "window_attention_backward")
+TABLES = {name: module.TABLE for module in (window, stream, decode) for name, *_ in module.TABLE}
+
+
+def test_every_kernel_of_the_tabled_operations_is_known():
+    forms = {"window_attention": ("forward", "backward"), "stream_attention": ("forward", "forward_grouped", "steps", "slots")}
+    expected = {f"{operation}_{form}" for operation, kernels in forms.items() for form in kernels}
+    assert set(TABLES) == expected | {"stream_attention_decode"}
 
 
 @pytest.mark.parametrize("size, padded", [(1, 16), (16, 16), (17, 32), (40, 64), (64, 64), (65, 128), (256, 256)])
@@ -18,23 +26,27 @@ def test_blocks_are_the_next_power_of_two_that_a_dot_takes(size, padded):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", launch.FAMILIES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TABLES)
 def test_every_head_size_has_settings_whose_chunks_fit_it(kernel, family, dtype, monkeypatch):
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
     for head_dim in range(1, 257):
-        settings = launch.head_settings(TABLE, kernel, head_dim, dtype, torch.device("cpu"))
+        settings = launch.head_settings(TABLES[kernel], kernel, head_dim, dtype, torch.device("cpu"))
         assert launch.padded_size(head_dim) % settings.head_chunk == 0
-        assert settings.query_block in (16, 32, 64) and settings.num_warps in (4, 8)
+        assert settings.query_block in (16, 32, 64, 128) and settings.key_block in (16, 32, 64)
+        assert settings.num_warps in (4, 8)
 
 
-def test_a_longer_head_is_refused():
-    with pytest.raises(ValueError, match="head size must be at most 256 for window_attention_forward, got 257"):
-        launch.head_settings(TABLE, "window_attention_forward", 257, torch.bfloat16, torch.device("cpu"))
+@pytest.mark.parametrize("kernel", TABLES)
+def test_a_table_holds_nothing_but_known_families_and_sizes(kernel):
+    keys = {key for key in TABLES[kernel] if key[0] == kernel}
+    assert keys == {(kernel, family, size) for family in launch.FAMILIES for size in (2, 4)}
+    assert all(len(TABLES[kernel][key]) == len(launch.HEADS) for key in keys)
 
 
-def test_registers_are_limited_only_where_the_table_says_so():
-    assert "maxnreg" not in launch.LaunchSettings(num_warps=4, head_chunk=64).options
-    assert launch.LaunchSettings(num_warps=8, head_chunk=64, max_registers=128).options["maxnreg"] == 128
+@pytest.mark.parametrize("kernel", TABLES)
+def test_a_longer_head_is_refused(kernel):
+    with pytest.raises(ValueError, match=f"head size must be at most 256 for {kernel}, got 257"):
+        launch.head_settings(TABLES[kernel], kernel, 257, torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

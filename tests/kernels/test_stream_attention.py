@@ -207,7 +207,9 @@ def test_output_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backend
 @pytest.mark.parametrize("family", launch.FAMILIES[:-1])
 def test_the_launch_settings_of_every_architecture_compute_the_same(family, dtype, monkeypatch):
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
-    case = Case(70, n_slots=6, history=9, first_step=40, kv_heads=1, head_dim=64, n_batch=1)
+    # Products of fp32 are in small chunks, which take the interpreter long: fewer of them.
+    head_dim = 32 if dtype == torch.float32 else 64
+    case = Case(70, n_slots=6, history=9, first_step=40, kv_heads=1, head_dim=head_dim, n_batch=1)
     assert_problem_within_budget(make_problem(case, dtype), "triton")
 
 
@@ -229,7 +231,7 @@ def test_any_geometry_equals_the_reference(data, stride, kv_heads, group):
 
 
 @pytest.mark.triton
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     data=st.data(),
     stride=st.none() | st.integers(1, 40),
@@ -348,7 +350,7 @@ def test_gradients_match_finite_differences(backend, case, monkeypatch):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
 def test_two_runs_give_the_same_bits(backend, device):
-    problem = make_problem(Case(100, n_slots=18, heads=4, kv_heads=2), torch.bfloat16, device)
+    problem = make_problem(Case(70, n_slots=18, heads=4, kv_heads=2, n_batch=1), torch.bfloat16, device)
     first, second = problem.results(backend), problem.results(backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -38,10 +38,11 @@ def call(direction: str, head_dim: int) -> Call:
 def reports() -> dict[tuple[str, int, str], list[KernelReport]]:
     """The kernels of every direction, head size and target."""
     found: dict[tuple[str, int, str], list[KernelReport]] = {}
-    for direction in DIRECTIONS:
-        for head_dim in HEAD_DIMS:
-            for report in compile_ahead([call(direction, head_dim)]):
-                found.setdefault((direction, head_dim, report.target), []).append(report)
+    for head_dim in HEAD_DIMS:
+        calls = {direction: call(direction, head_dim) for direction in DIRECTIONS}
+        directions = {x.function: direction for direction, x in calls.items()}
+        for report in compile_ahead(list(calls.values())):
+            found.setdefault((directions[report.function], head_dim, report.target), []).append(report)
     return found
 
 

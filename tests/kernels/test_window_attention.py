@@ -207,15 +207,16 @@ def test_entries_that_see_nothing_give_zeros_and_no_gradient(backend, device):
             assert torch.equal(value, torch.zeros_like(value)), name
 
 
+@pytest.mark.parametrize("anything", [1e3, float("nan")], ids=["1000", "nan"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_entries_that_do_not_exist_change_nothing(backend, device):
+def test_entries_that_do_not_exist_change_nothing(backend, anything, device):
     problem = make_problem(Case(), torch.float32, device)
     problem.valid_memory[:], problem.valid_tokens[:] = 4, 30
     before = problem.results(backend)
     absent = torch.ones(65, dtype=torch.bool, device=device)
     absent[15 - 4 : 15] = absent[65 - 30 :] = False
     for x in (problem.k, problem.v):
-        x[:, absent] = 1e3
+        x[:, absent] = anything
     after = problem.results(backend)
     for name in before:
         assert torch.equal(before[name][:, ~absent], after[name][:, ~absent]), name
