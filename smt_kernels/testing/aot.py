@@ -31,7 +31,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # Target -> family in the launch table, shared memory of one program in bytes. For sm_80 and sm_100 that of the small chips
 # which share their launch settings or their family's: 99 KiB of sm_86, sm_89 and sm_120 for the first.
-_FAMILY = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
+FAMILY = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
 _SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Shared memory of one multiprocessor, of which each program reserves 1 KiB; 64 K registers and 64 warps on all three.
 _SHARED_OF_SM = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
@@ -43,7 +43,7 @@ _MATRIX = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCHMMA",
 class Call:
     """A launcher, ``"module:function"``, and its keyword arguments: tensors, of which only the form matters, and plain values.
 
-    Plain values are numbers, strings, None and ``WindowSpec``.
+    Plain values are numbers, strings, None, ``WindowSpec``, and tuples of all these.
     """
 
     function: str
@@ -56,7 +56,8 @@ class KernelReport:
 
     ``registers`` and ``spills`` (loads and stores of registers that did not fit) are per thread, ``shared_bytes`` per program
     with its ``shared_limit``; ``occupancy`` is the share of the resident warps that registers and shared memory leave room
-    for; ``matrix_instructions`` counts by name the instructions on tensor or matrix cores, ``instructions`` all.
+    for; ``matrix_instructions`` counts by name the instructions on tensor or matrix cores, ``instructions`` all. ``call`` is
+    the index of the call that launched it.
     """
 
     function: str
@@ -70,6 +71,7 @@ class KernelReport:
     occupancy: float
     matrix_instructions: dict[str, int]
     instructions: int
+    call: int = 0
 
 
 def compile_ahead(calls: Sequence[Call], targets: Iterable[str] = TARGETS) -> list[KernelReport]:
@@ -97,12 +99,16 @@ def compile_ahead(calls: Sequence[Call], targets: Iterable[str] = TARGETS) -> li
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "strides": list(value.stride()), "dtype": str(value.dtype).removeprefix("torch.")}
-    raise TypeError(f"an argument must be a tensor, a number, a string, None or a WindowSpec, got {type(value).__name__}")
+    raise TypeError(
+        f"an argument must be a tensor, a number, a string, None, a WindowSpec or a tuple of them, got {type(value).__name__}"
+    )
 
 
 def _restore(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"shape", "strides", "dtype"}:
         return torch.empty_strided(value["shape"], value["strides"], dtype=getattr(torch, value["dtype"]), device="meta")
+    if isinstance(value, list):  # JSON has no tuples, and no launcher takes lists
+        return tuple(map(_restore, value))
     if isinstance(value, dict) and value.keys() == WindowSpec.__dataclass_fields__.keys():
         return WindowSpec(**value)
     return value
@@ -112,9 +118,9 @@ def _serve() -> None:
     """The compiling process: calls from standard input, reports to the last line of standard output."""
     request = json.load(sys.stdin)
     reports = [
-        asdict(report) | {"function": call["function"]}
+        asdict(report) | {"function": call["function"], "call": index}
         for target in request["targets"]
-        for call in request["calls"]
+        for index, call in enumerate(request["calls"])
         for report in _compile_call(call, target)
     ]
     print(json.dumps(reports))
@@ -144,7 +150,7 @@ def _compile_call(call: dict[str, Any], target: str) -> list[KernelReport]:
         compiled.append(original_run(self, *args, grid=grid, warmup=True, **named))
 
     driver.set_active(StandInDriver())
-    launch.architecture_family = lambda device: _FAMILY[target]
+    launch.architecture_family = lambda device: FAMILY[target]
     JITFunction.run = compile_only
     try:
         module, _, name = call["function"].partition(":")

@@ -25,12 +25,22 @@ import smt_kernels.testing.interpreter  # noqa: F401  (without it bfloat16 is wr
 
 
 @dataclass
+class Launch:
+    """One launch: the kernel's name, its grid, the bytes that it requests and the FLOPs of its dots."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    bytes: int = 0
+    dot_flops: int = 0
+
+
+@dataclass
 class Traffic:
     """Counts over all launches inside ``count_traffic``, by the kernels' argument names where they are dictionaries.
 
-    ``read``, ``written``: bytes requested. ``dot_flops``: 2 M N K summed over ``tl.dot``. ``launches``: grids in order.
+    ``read``, ``written``: bytes requested. ``dot_flops``: 2 M N K summed over ``tl.dot``. ``launches``: in order.
     ``atomics``: atomic operations, which make results depend on the order of programs. ``raced``: bytes per argument that
-    one program of a launch wrote and another read or wrote.
+    one program of a launch wrote and another read or wrote. ``addresses``: where the tensors given to the kernels start.
     """
 
     read: Counter[str] = field(default_factory=Counter)
@@ -38,7 +48,8 @@ class Traffic:
     raced: Counter[str] = field(default_factory=Counter)
     dot_flops: int = 0
     atomics: int = 0
-    launches: list[tuple[int, ...]] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+    addresses: set[int] = field(default_factory=set)
 
     @property
     def bytes(self) -> int:
@@ -72,11 +83,12 @@ class _Recorder:
         self.arguments: list[_Argument] = []
         self.accesses: list[tuple[_Argument, bool, int, np.ndarray]] = []
 
-    def begin(self, names: list[str], arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+    def begin(self, kernel: str, names: list[str], arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
         tensors = {name: arguments[name] for name in names if isinstance(arguments.get(name), Tensor)}
         self.arguments = [_Argument(name, tensor) for name, tensor in tensors.items()]
         self.accesses = []
-        self.traffic.launches.append(grid)
+        self.traffic.addresses.update(argument.start for argument in self.arguments)
+        self.traffic.launches.append(Launch(kernel, grid))
 
     def access(self, builder: InterpreterBuilder, pointers: Any, mask: Any, *, write: bool) -> None:
         addresses = pointers.data[np.broadcast_to(np.asarray(mask, dtype=bool), pointers.data.shape)].astype(np.int64)
@@ -92,6 +104,7 @@ class _Recorder:
         else:
             raise IndexError(f"{action} outside every tensor argument by program {builder.grid_idx}")
         (self.traffic.written if write else self.traffic.read)[argument.name] += addresses.size * argument.itemsize
+        self.traffic.launches[-1].bytes += addresses.size * argument.itemsize
         _, height, depth = builder.grid_dim
         x, y, z = builder.grid_idx
         self.accesses.append((argument, write, (x * height + y) * depth + z, np.unique(addresses)))
@@ -135,7 +148,8 @@ def count_traffic() -> Iterator[Traffic]:
     def launch(original: Callable) -> Callable:
         def counted(self: GridExecutor, *args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-            recorder.begin(self.arg_names, arguments, self.grid if isinstance(self.grid, tuple) else ())
+            grid = self.grid if isinstance(self.grid, tuple) else ()
+            recorder.begin(self.fn.__name__, self.arg_names, arguments, grid)
             result = original(self, *args, **kwargs)
             recorder.end()
             return result
@@ -158,7 +172,9 @@ def count_traffic() -> Iterator[Traffic]:
 
     def dot(original: Callable) -> Callable:
         def counted(self: InterpreterBuilder, a: Any, b: Any, *rest: Any, **named: Any) -> Any:
-            recorder.traffic.dot_flops += 2 * int(np.prod(a.data.shape)) * b.data.shape[-1]
+            flops = 2 * int(np.prod(a.data.shape)) * b.data.shape[-1]
+            recorder.traffic.dot_flops += flops
+            recorder.traffic.launches[-1].dot_flops += flops
             return original(self, a, b, *rest, **named)
 
         return counted

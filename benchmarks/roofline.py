@@ -1,0 +1,67 @@
+"""Predicted times: what counted bytes and FLOPs would take at a GPU's peaks, beside full attention at its least. Not measured.
+
+    time = sum over launches of max(bytes / bandwidth, FLOPs / peak) + launches * launch time
+
+Bytes are those requested, as if nothing were found in a cache. Full attention is taken at its best: each tensor moved once,
+each visible pair multiplied once, one launch per direction. Peaks are those of NVIDIA's data sheets (A100, 2021; H100, 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from smt_kernels.testing.audit import Row
+
+LAUNCH_SECONDS = 5e-6
+LENGTH, BATCH, HEADS = 4096, 8, 12
+# The width of the model over the size of an operation without heads: pooling works at that width, a write at twice that.
+MODEL_WIDTH = {"attention_pool": 1.0, "attention_pool_sequence": 1.0, "stride_write": 0.5}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Peaks: bytes per second of memory, FLOPs per second on dense matrices by dtype."""
+
+    name: str
+    bandwidth: float
+    flops: dict[str, float]
+
+
+# By target, because the counts of a target are those of its launch settings.
+GPUS = {
+    "sm_80": GPU("A100 SXM 80 GB", 2.039e12, {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}),
+    "sm_90": GPU("H100 SXM", 3.35e12, {"bf16": 989e12, "fp16": 989e12, "fp32": 66.9e12}),
+}
+
+
+def predicted_seconds(row: Row) -> float | None:
+    """The call of ``row`` for a batch of 8 sequences of 4,096 (8 rows in decoding) and 12 heads; None without a GPU's data."""
+    gpu = GPUS.get(row.key.target)
+    if gpu is None:
+        return None
+    positions = BATCH if row.decoding else BATCH * LENGTH
+    heads = HEADS if row.key.operation not in MODEL_WIDTH else 1
+    share = positions * heads / (row.tokens * row.heads)
+    launches = row.count.traffic.launches
+    return sum(_seconds(gpu, row.key.dtype, share * launch.bytes, share * launch.dot_flops) for launch in launches)
+
+
+def full_attention_seconds(row: Row) -> float | None:
+    """Causal attention over 4,096 tokens, or one query over as many keys in decoding, of the width that ``row`` belongs to."""
+    gpu = GPUS.get(row.key.target)
+    if gpu is None:
+        return None
+    width = MODEL_WIDTH.get(row.key.operation, HEADS) * row.key.size
+    itemsize = 4 if row.key.dtype == "fp32" else 2
+    backward = row.key.direction == "backward"
+    if row.decoding:
+        tensors, pairs = 2, LENGTH
+    else:
+        # q, k, v, out forward; with dout, dq, dk and dv backward.
+        tensors, pairs = 8 if backward else 4, LENGTH * (LENGTH + 1) // 2
+    bytes_moved = tensors * BATCH * LENGTH * width * itemsize
+    return _seconds(gpu, row.key.dtype, bytes_moved, (5 if backward else 2) * 2 * width * pairs * BATCH)
+
+
+def _seconds(gpu: GPU, dtype: str, n_bytes: float, flops: float) -> float:
+    return max(n_bytes / gpu.bandwidth, flops / gpu.flops[dtype]) + LAUNCH_SECONDS
