@@ -24,6 +24,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "pretrained": ["huggingface-hub>=0.26"],  # to load from hub names; folders need nothing
         "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
         "test": [
             *TRAIN,

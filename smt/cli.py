@@ -1,4 +1,7 @@
-"""The command line: ``smt train``. Errors are one line on standard error, with a traceback only under ``--debug``."""
+"""The command line: ``smt train`` and ``smt convert``.
+
+Errors are one line on standard error, with a traceback only under ``--debug``.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ EXAMPLES = """examples:
   smt train --stride 10 --encoding token       any field of the model, the data or the training
   smt train --text my_novels/ --experiment novels
   smt train --config my_run.yaml --out runs
+  smt convert --gpt2 openai-community/gpt2 --mamba state-spaces/mamba-130m-hf --out start
+  smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6
 """
 
 
@@ -35,15 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # PyTorch's threads spin while they wait for each other. Beside any other busy process that makes a run on two cores two to
     # six times slower; sleeping instead costs little on an idle machine. Read once, when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    parser, train_parser = _parsers()
+    parser, commands = _parsers()
     options, unknown = parser.parse_known_args(arguments)
     if options.command is None:
         parser.print_help()
         return 2
     try:
         if unknown:
-            raise ValueError(_unknown(unknown[0], train_parser))
-        return _train(options, started)
+            raise ValueError(_unknown(unknown[0], commands[options.command]))
+        return _convert(options) if options.command == "convert" else _train(options, started)
     except KeyboardInterrupt:
         print("smt: interrupted", file=sys.stderr)
         return 130
@@ -55,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     from smt.training.settings import PARTS
 
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "epilog": EXAMPLES}
@@ -75,9 +80,24 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         group = train.add_argument_group(f"{part} (replaces the field of the configuration)")
         for field in fields(settings):
             names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
-            metavar = kind_of(settings, field.name).replace(" | None", "").upper()
-            group.add_argument(*names, dest=f"field_{field.name}", metavar=metavar)
-    return parser, train
+            group.add_argument(*names, dest=f"field_{field.name}", metavar=_metavar(kind_of(settings, field.name)))
+    return parser, {"train": train, "convert": _convert_parser(commands, style)}
+
+
+def _convert_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentParser:
+    about = "put a pretrained GPT-2, a Mamba or both into one model, and write it as a checkpoint"
+    parser = commands.add_parser("convert", help=about, description=f"{about[0].upper()}{about[1:]}.", **style)
+    parser.add_argument("--gpt2", metavar="SOURCE", help="folder or hub name of a GPT-2, for decoder and embedding")
+    parser.add_argument("--mamba", metavar="SOURCE", help="folder or hub name of a Mamba-1, for the memory")
+    parser.add_argument("--config", metavar="YAML", help="the model's configuration (default: the sources' sizes)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write the checkpoint; new or empty")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="replace a field of the model")
+    parser.add_argument("--embedding", metavar="WHOSE", help="gpt2, mamba or none (default: of the first source)")
+    parser.add_argument("--match-scale", action="store_true", help="give the memory's output the scale of the embedding")
+    parser.add_argument("--first-layers", action="store_true", help="of a deeper source, take the first layers")
+    parser.add_argument("--seed", type=int, default=42, help="of what stays fresh (default: 42)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def _train(options: argparse.Namespace, started: float) -> int:
@@ -91,6 +111,33 @@ def _train(options: argparse.Namespace, started: float) -> int:
     config = RunConfig.from_yaml(options.config, overrides)
     _report(run(config, options.out, started=started))
     return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from smt.conversion import convert
+
+    for setting in options.set:
+        if "=" not in setting:
+            raise ValueError(f"--set takes FIELD=VALUE, got {setting!r}")
+    config, report = convert(
+        options.out,
+        gpt2=options.gpt2,
+        mamba=options.mamba,
+        config=options.config,
+        fields=dict(setting.split("=", 1) for setting in options.set),
+        embedding=options.embedding,
+        match_scale=options.match_scale,
+        first_layers=options.first_layers,
+        seed=options.seed,
+    )
+    print(f"{config.summary()}\n\n{report}\n\nfiles           {options.out}")
+    return 0
+
+
+def _metavar(kind: str) -> str:
+    if kind.startswith("dict"):
+        return "NAME=VALUE,..."
+    return "NAME,..." if kind.startswith("tuple") else kind.replace(" | None", "").upper()
 
 
 def _report(outcome: Outcome) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt.batch import encode_batch, token_counts
+from smt.checkpoint import load_model, save_model
 from smt.chunk import initial_state
 from smt.config import SMTConfig
 from smt.decoder import Decoder
 from smt.generation import generate, stream
 from smt.loss import IGNORE_INDEX, linear_cross_entropy
 from smt.memory import StrideMemory
-from smt.pretrained import LoadReport, load_gpt2, load_mamba
+from smt.pretrained import load_gpt2, load_mamba
 from smt.state import SMTState
+from smt.transfer import LoadReport
+
+# The parts that parameters are counted, trained and frozen by.
+PARTS = {"embedding": "embedding", "transformer": "decoder", "attention_pooling": "memory.pooling", "ssm": "memory.ssm"}
 
 
 @dataclass(frozen=True)
@@ -176,22 +182,31 @@ class StrideMemoryTransformer(nn.Module):
         return {
             "total": count(self),
             "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
-            "breakdown": {
-                "embedding": count(self.embedding),
-                "transformer": count(self.decoder),
-                "attention_pooling": count(self.memory.pooling),
-                "ssm": count(self.memory.ssm),
-                "lm_head": 0,
-            },
+            "breakdown": {**{name: count(part) for name, part in self.parts().items()}, "lm_head": 0},
         }
 
-    def load_gpt2(self, source: Any, *, embedding: bool | None = None) -> LoadReport:
-        """Load a Hugging Face GPT-2 into decoder and embedding: see ``smt.pretrained.load_gpt2``."""
-        return load_gpt2(self, source, embedding=embedding)
+    def parts(self) -> dict[str, nn.Module]:
+        """``embedding``, ``transformer``, ``attention_pooling`` and ``ssm``; every parameter is in one of them."""
+        return {name: self.get_submodule(path) for name, path in PARTS.items()}
 
-    def load_mamba(self, source: Any, *, embedding: bool = False, match_scale: bool = False) -> LoadReport:
-        """Load a Hugging Face Mamba into the memory: see ``smt.pretrained.load_mamba``."""
-        return load_mamba(self, source, embedding=embedding, match_scale=match_scale)
+    def load_gpt2(self, source: Any, *, embedding: bool | None = None, first_layers: bool = False) -> LoadReport:
+        """Load a GPT-2 into decoder and embedding: see ``smt.pretrained.load_gpt2``."""
+        return load_gpt2(self, source, embedding=embedding, first_layers=first_layers)
+
+    def load_mamba(
+        self, source: Any, *, embedding: bool | None = False, match_scale: bool = False, first_layers: bool = False
+    ) -> LoadReport:
+        """Load a Mamba into the memory: see ``smt.pretrained.load_mamba``."""
+        return load_mamba(self, source, embedding=embedding, match_scale=match_scale, first_layers=first_layers)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write configuration and weights into ``folder``: see ``smt.checkpoint.save_model``."""
+        save_model(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> StrideMemoryTransformer:
+        """The model that ``save_pretrained`` or a training run left in ``folder``: see ``smt.checkpoint.load_model``."""
+        return load_model(cls, folder, device=device)
 
     def _check(self, input_ids: Tensor, state: SMTState | None) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):

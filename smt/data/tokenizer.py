@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_DOCUMENT = "<|end_of_document|>"
+PRETRAINED_END = "<|endoftext|>"  # of GPT-2 and of GPT-NeoX, whose vocabulary Mamba has
 N_BYTES = 256
 
 
@@ -26,9 +27,10 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        end = tokenizer.token_to_id(END_OF_DOCUMENT)
+        ends = [tokenizer.token_to_id(name) for name in (END_OF_DOCUMENT, PRETRAINED_END)]
+        end = next((token for token in ends if token is not None), None)
         if end is None:
-            raise ValueError(f"the tokenizer must have the token {END_OF_DOCUMENT!r}")
+            raise ValueError(f"the tokenizer must have the token {END_OF_DOCUMENT!r} or {PRETRAINED_END!r}")
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.end_of_document = end

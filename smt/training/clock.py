@@ -32,10 +32,9 @@ class Clock:
         return (self._now() - self._began) / available if available > 0 else 1.0
 
 
-def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """Linear warm-up from a hundredth of the peak, then ``config.lr_schedule`` down to 0 at progress 1."""
+def schedule(config: TrainingConfig, progress: float) -> float:
+    """Share of the peak learning rate: linear warm-up from a hundredth, then ``config.lr_schedule`` down to 0 at progress 1."""
     if progress < config.warmup:
-        return config.learning_rate * max(0.01, progress / config.warmup)
+        return max(0.01, progress / config.warmup)
     remaining = min(1.0, max(0.0, (1 - progress) / (1 - config.warmup)))
-    shapes = {"cosine": 0.5 * (1 - math.cos(math.pi * remaining)), "linear": remaining, "constant": 1.0}
-    return config.learning_rate * shapes[config.lr_schedule]
+    return {"cosine": 0.5 * (1 - math.cos(math.pi * remaining)), "linear": remaining, "constant": 1.0}[config.lr_schedule]

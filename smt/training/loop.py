@@ -1,4 +1,4 @@
-"""The training loop: chunks of whole documents, carried and detached state, AdamW, one learning rate that follows the clock."""
+"""The training loop: chunks of whole documents, carried and detached state, AdamW, learning rates that follow the clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from smt.evaluation.perplexity import Evaluation, carried_state
 from smt.model import StrideMemoryTransformer
 from smt.precision import precision
 from smt.state import SMTState
-from smt.training.clock import Clock, learning_rate
+from smt.training.clock import Clock, schedule
+from smt.training.parameter_groups import parameter_groups
 from smt.training.run_folder import History
 from smt.training.settings import DataConfig, TrainingConfig
 
@@ -71,7 +72,8 @@ def train(
         on_evaluation: evaluates the model; called ``training.evaluations`` times, evenly over the run, the last at its end.
     """
     model.train()
-    optimiser = _optimiser(model, training)
+    groups = parameter_groups(model, training)
+    optimiser = torch.optim.AdamW(groups, betas=(training.beta_1, training.beta_2), fused=True)
     chunks = training_chunks(
         documents, batch_size=data.batch_size, length=data.chunk_length, lanes=data.lanes, seed=training.seed
     )
@@ -83,7 +85,7 @@ def train(
     while (progress := clock.progress) < 1:
         started = time.perf_counter()
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(training, progress)
+            group["lr"] = group["peak"] * schedule(training, progress)
         chunk = next(chunks)
         loss, states[chunk.lane] = _step(model, optimiser, chunk, carried_state(states, chunk), data, training)
         clock.steps = done.step = done.step + 1
@@ -121,19 +123,12 @@ def _step(
         loss, aux = model.loss(chunk.input_ids.to(device), chunk.targets.to(device), state)
     # Every target weighs the same, in a full chunk or in one that has lost rows.
     weight = chunk.n_targets / (data.batch_size * data.chunk_length)
-    (loss * weight).backward()
+    if loss.requires_grad:  # with a frozen decoder it does not in a chunk that is too short for a write
+        (loss * weight).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return float(loss.detach()), aux.state.detach()
-
-
-def _optimiser(model: StrideMemoryTransformer, training: TrainingConfig) -> torch.optim.Optimizer:
-    matrices, others = [], []
-    for parameter in model.parameters():
-        (matrices if parameter.ndim >= 2 else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(training.beta_1, training.beta_2), fused=True)
 
 
 def _record(done: Progress, evaluation: Evaluation) -> None:

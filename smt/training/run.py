@@ -24,6 +24,7 @@ from smt.training.clock import Clock
 from smt.training.loop import Progress, train
 from smt.training.run_folder import RunFolder
 from smt.training.settings import RunConfig
+from smt.training.starting_point import StartingPoint
 
 # Kept for plot and exit in a run bounded by time, beside the last evaluation (measured) and the sample.
 CLOSING_SECONDS = 4.0
@@ -76,7 +77,7 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
 
     Raises:
         MissingExtraError: a package of the ``train`` extra is not installed.
-        ValueError: a text that cannot be read, or no GPU where one is asked for.
+        ValueError: a text that cannot be read, weights to start from that do not fit, or no GPU where one is asked for.
     """
     started = time.perf_counter() if started is None else started
     with needs_extra("train"):
@@ -84,12 +85,23 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
         import tokenizers  # noqa: F401
         import tqdm  # noqa: F401
     device = _device(config.training.device)
+    start = StartingPoint(config.training.init_from)
     corpus = read_stdlib() if config.data.text is None else read_text(config.data.text)
     print(corpus.describe(), flush=True)
-    text = _Text(corpus, Tokenizer.train(corpus.train, config.model.vocab_size))
-    config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
+    if start.tokenizer is not None:
+        text = _Text(corpus, Tokenizer.load(start.tokenizer))
+    else:
+        text = _Text(corpus, Tokenizer.train(corpus.train, config.model.vocab_size))
+    vocab_size = start.vocab_size or text.tokenizer.vocab_size
+    if text.tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{start.tokenizer} has {text.tokenizer.vocab_size} tokens, the embedding beside it {vocab_size}")
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     torch.manual_seed(config.training.seed)
-    model = StrideMemoryTransformer(config.model).to(device)
+    model = StrideMemoryTransformer(config.model)
+    loaded = start.load(model)
+    if loaded is not None:
+        print(loaded, flush=True)
+    model.to(device)
     print(
         f"{text.n_train_targets:,} training tokens, {text.n_validation_targets:,} held out, "
         f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters on {device}",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 
+from smt.checkpoint import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, weights_writer, write_files
 from smt.training.settings import RunConfig
 
 
@@ -29,22 +28,19 @@ class History:
 
 
 class RunFolder:
-    """Paths and writers of one run. Every file is written under a temporary name and renamed, so none is ever half there."""
+    """Paths and writers of one run, a checkpoint among them (``smt.checkpoint``); no file is ever half there."""
 
     def __init__(self, out: str | Path, config: RunConfig) -> None:
         parent = Path(out) / config.experiment
         self.path = _new_folder(parent)
-        self.weights = self.path / "model.safetensors"
-        self.tokenizer = self.path / "tokenizer.json"
+        self.weights = self.path / WEIGHTS_FILE
+        self.tokenizer = self.path / TOKENIZER_FILE
         self.curves = self.path / "training_curves.png"
-        _write(self.path / "config.yaml", config.to_yaml)
+        write_files({self.path / CONFIG_FILE: config.to_yaml})
 
     def save_weights(self, model: torch.nn.Module) -> None:
         """Write the parameters as safetensors."""
-        from safetensors.torch import save_file
-
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-        _write(self.weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_files({self.weights: weights_writer(model)})
 
     def save_history(self, history: History) -> None:
         """Write ``metrics_history.json``."""
@@ -56,7 +52,7 @@ class RunFolder:
 
     def _save_json(self, name: str, values: dict[str, Any]) -> None:
         text = json.dumps(values, indent=2) + "\n"
-        _write(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_files({self.path / name: lambda path: path.write_text(text, encoding="utf-8")})
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -79,9 +75,3 @@ def _new_folder(parent: Path) -> Path:
             return path
         except FileExistsError:
             time.sleep(0.2)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
-    write(temporary)
-    os.replace(temporary, path)

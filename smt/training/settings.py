@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from smt.config import SMTConfig
-from smt.fields import check_types, nearest, parse
+from smt.fields import check_names, check_types, nearest, parse
+from smt.model import PARTS as MODEL_PARTS
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 LR_SCHEDULES = ("cosine", "linear", "constant")
 DEVICES = ("auto", "cpu", "cuda")
+BEGINNINGS = ("checkpoint", "gpt2", "mamba")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,11 @@ class TrainingConfig:
         minutes: wall-clock bound of the whole command, evaluation and sample included; the schedule follows the clock.
         steps: bound in optimiser steps instead, which makes a run repeatable; None: the clock decides.
         learning_rate: of AdamW at its peak.
+        learning_rates: peaks of single parts of the model (embedding, transformer, attention_pooling, ssm) in its stead.
+        freeze: parts of the model that are not trained.
+        init_from: where weights come from: ``gpt2`` and ``mamba`` (a folder or a hub name), or a ``checkpoint`` (a folder).
         beta_1, beta_2: of AdamW.
-        weight_decay: on matrices alone.
+        weight_decay: on the weights of projections and convolutions alone.
         warmup: share of the run in which the learning rate rises.
         lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
         clip: largest norm of the gradient.
@@ -62,6 +67,9 @@ class TrainingConfig:
     minutes: float = 4.5
     steps: int | None = None
     learning_rate: float = 2e-3
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
+    init_from: dict[str, str] = field(default_factory=dict)
     beta_1: float = 0.9
     beta_2: float = 0.95
     weight_decay: float = 0.1
@@ -83,6 +91,16 @@ class TrainingConfig:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("learning_rates", "freeze"):
+            check_names(name, getattr(self, name), MODEL_PARTS)
+        for name, rate in self.learning_rates.items():
+            if not rate > 0:
+                raise ValueError(f"learning_rates of {name} must be above 0, got {rate}; freeze={name} stops its training")
+        if set(self.freeze) == set(MODEL_PARTS):
+            raise ValueError("freeze must leave a part of the model to train, got all of them")
+        check_names("init_from", self.init_from, BEGINNINGS)
+        if "checkpoint" in self.init_from and len(self.init_from) > 1:
+            raise ValueError(f"init_from must be a checkpoint, which is a whole model, or gpt2 and mamba, got {self.init_from}")
         _at_least(self, 1, "steps", "evaluations")
         _at_least(self, 0, "seed", "sample_tokens")
         for name, allowed in (("lr_schedule", LR_SCHEDULES), ("device", DEVICES)):

@@ -45,7 +45,7 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
         (["--d_model", "191"], "transformer_n_heads must divide d_model = 191, got 2"),
         (["--vocab_size", "many"], "vocab_size must be of type int, got 'many'"),
         (["--encoding", "tokens"], "encoding must be one of token, stride, stream, got 'tokens'"),
-        (["--config", "missing.yaml"], "config must be a YAML file or one of the examples (stdlib"),
+        (["--config", "missing.yaml"], "config must be a YAML file or one of the examples (finetune, stdlib)"),
         (["--text", "missing.txt"], "text must be a file or a folder, missing.txt does not exist"),
         (["more"], "unexpected argument 'more'"),
     ],

@@ -14,7 +14,7 @@ from smt.data.tokenizer import Tokenizer
 from smt.evaluation.perplexity import Evaluation
 from smt.loss import IGNORE_INDEX
 from smt.training import loop
-from smt.training.clock import Clock, learning_rate
+from smt.training.clock import Clock, schedule
 from smt.training.loop import train
 from smt.training.run import run
 from smt.training.settings import DataConfig, RunConfig, TrainingConfig
@@ -149,13 +149,13 @@ class TestClock:
         assert Clock(TrainingConfig(minutes=1), 0.0, now=lambda: 61.0).progress == 1.0
 
     @pytest.mark.parametrize(
-        ("schedule", "progress", "share"),
+        ("shape", "progress", "share"),
         [("cosine", 0.1, 1.0), ("cosine", 0.55, 0.5), ("linear", 0.55, 0.5), ("linear", 1.2, 0.0), ("constant", 0.9, 1.0)]
-        + [(schedule, 0.05, 0.5) for schedule in ("cosine", "linear", "constant")],
+        + [(shape, 0.05, 0.5) for shape in ("cosine", "linear", "constant")],
     )
-    def test_learning_rate_rises_then_follows_its_schedule(self, schedule, progress, share):
-        config = TrainingConfig(learning_rate=0.01, warmup=0.1, lr_schedule=schedule)
-        assert learning_rate(config, progress) == pytest.approx(0.01 * share)
+    def test_learning_rate_rises_then_follows_its_schedule(self, shape, progress, share):
+        config = TrainingConfig(warmup=0.1, lr_schedule=shape)
+        assert schedule(config, progress) == pytest.approx(share)
 
 
 class TestLoop:
@@ -207,12 +207,20 @@ class TestLoop:
         for got, parameter in zip(gradients[0], model.parameters(), strict=True):
             torch.testing.assert_close(got, parameter.grad)
 
-    def test_weight_decay_is_on_matrices_alone(self):
-        model = StrideMemoryTransformer(SMTConfig(**MODEL))
-        decayed, others = loop._optimiser(model, TrainingConfig(weight_decay=0.3)).param_groups
-        assert decayed["weight_decay"] == 0.3 and all(parameter.ndim >= 2 for parameter in decayed["params"])
-        assert others["weight_decay"] == 0.0 and all(parameter.ndim < 2 for parameter in others["params"])
-        assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    def test_every_part_follows_the_schedule_from_its_own_peak(self, monkeypatch):
+        rates = []
+        step = torch.optim.AdamW.step
+
+        def recorded(optimiser, *arguments):
+            rates.append({group["part"]: group["lr"] for group in optimiser.param_groups})
+            return step(optimiser, *arguments)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+        peaks = {"embedding": 1e-3, "transformer": 5e-6, "attention_pooling": 1e-4, "ssm": 1e-3}
+        listed = {name: peaks[name] for name in ("transformer", "attention_pooling")}
+        train_tiny(4, learning_rate=1e-3, learning_rates=listed, lr_schedule="linear", warmup=0.0)
+        for index, share in enumerate((1.0, 0.75, 0.5, 0.25)):
+            assert rates[index] == pytest.approx({name: share * peak for name, peak in peaks.items()})
 
     def test_evaluations_are_spread_over_the_run_and_the_last_is_at_its_end(self):
         _, done, evaluated = train_tiny(6, evaluations=3)
@@ -301,7 +309,6 @@ class TestRun:
         with pytest.raises(OSError, match="disk full"):
             folder.save_weights(StrideMemoryTransformer(outcome.config.model))
         assert folder.weights.read_bytes() == before
-        (outcome.folder / "model.partial.safetensors").unlink()
 
     def test_a_gpu_that_is_not_there_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

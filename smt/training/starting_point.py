@@ -1,0 +1,63 @@
+"""Where a run's weights come from: fresh ones, a GPT-2 and a Mamba, or a checkpoint (``init_from``).
+
+An embedding means nothing without its vocabulary. So a run reads its text with the tokenizer of its starting point; where that
+has none, the run's own is trained on the text, and the embedding starts fresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from smt.checkpoint import CONFIG_FILE, TOKENIZER_FILE, load_weights, read_config
+from smt.conversion import load_parts
+from smt.families import READERS
+from smt.model import StrideMemoryTransformer
+from smt.sources import open_source
+from smt.transfer import LoadReport
+
+NO_TOKENIZER = "without a tokenizer.json its tokens are not those of this run"
+
+
+class StartingPoint:
+    """The weights and the tokenizer that a run begins with.
+
+    Attributes:
+        tokenizer: path of the ``tokenizer.json`` that the embedding belongs to; None: the run trains its own.
+        vocab_size: rows of that embedding; None: as many as the run's tokenizer has tokens.
+    """
+
+    def __init__(self, init_from: Mapping[str, str]) -> None:
+        """Open what ``TrainingConfig.init_from`` names.
+
+        Raises:
+            ValueError: as ``open_source`` and ``read_config``.
+        """
+        self._sources = {kind: open_source(init_from[kind]) for kind in READERS if kind in init_from}
+        self._checkpoint = Path(init_from["checkpoint"]) if "checkpoint" in init_from else None
+        self.tokenizer: Path | None = None
+        self.vocab_size: int | None = None
+        self._embedding: str | None = None
+        if self._checkpoint is not None:
+            config, path = read_config(self._checkpoint / CONFIG_FILE), self._checkpoint / TOKENIZER_FILE
+            if path.is_file():
+                self.tokenizer, self.vocab_size = path, config.vocab_size
+        for kind, source in self._sources.items():
+            if source.tokenizer is not None:
+                self._embedding, self.tokenizer = kind, source.tokenizer
+                self.vocab_size = READERS[kind](source).vocab_size
+                break
+
+    def load(self, model: StrideMemoryTransformer) -> LoadReport | None:
+        """Fill ``model``; None where everything is fresh.
+
+        Raises:
+            ValueError: weights that do not fit the model.
+        """
+        if self._checkpoint is not None:
+            skipped = {} if self.tokenizer is not None else {"embedding.weight": NO_TOKENIZER}
+            loaded = load_weights(model, self._checkpoint, leave=tuple(skipped))
+            return LoadReport(f"checkpoint {self._checkpoint}", loaded, skipped, list(skipped))
+        if not self._sources:
+            return None
+        return load_parts(model, self._sources, embedding=self._embedding)

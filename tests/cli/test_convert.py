@@ -1,0 +1,68 @@
+"""``smt convert`` writes a checkpoint and says what is in it, or says in one line what is wrong."""
+
+import pytest
+from pretrained_folders import WINDOW, gpt2_folder, mamba_folder
+
+from smt import StrideMemoryTransformer
+from smt.cli import main
+
+FLAGS = [f"--set={name}={value}" for name, value in WINDOW.items()]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return gpt2_folder(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="module")
+def mamba(tmp_path_factory):
+    return mamba_folder(tmp_path_factory.mktemp("mamba"))
+
+
+def test_the_command_writes_a_checkpoint_and_prints_its_report(gpt2, mamba, tmp_path, capsys):
+    out = tmp_path / "start"
+    assert main(["convert", "--gpt2", str(gpt2), "--mamba", str(mamba), "--out", str(out), *FLAGS]) == 0
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    for phrase in (
+        f"GPT-2 from {gpt2}",
+        f"Mamba from {mamba}",
+        "  loaded (",
+        "positions beyond the window",
+        "  fresh (2)",
+        str(out),
+    ):
+        assert phrase in printed.out
+    assert StrideMemoryTransformer.from_pretrained(out).config.stride == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "convert needs a source: gpt2, mamba or both"),
+        (["--gpt2", "GPT2", "--set", "stride"], "--set takes FIELD=VALUE, got 'stride'"),
+        (["--gpt2", "GPT2", "--set", "strid=2"], "SMTConfig has no field 'strid'; did you mean 'stride'?"),
+        (["--gpt2", "GPT2", "--set", "stride=two"], "stride must be of type int, got 'two'"),
+        (["--gpt2", "GPT2", "--set", "d_model=32"], "has n_embd = 16, but d_model = 32: one width for all"),
+        (["--gpt2", "GPT2", "--set", "transformer_n_layers=2"], "n_layer = 1 but transformer_n_layers = 2"),
+        (["--gpt2", "GPT2", "--set", "vocab_size=99"], "cannot be loaded: its vocabulary has 264 tokens, the model 99"),
+        (["--gpt2", "GPT2", "--embedding", "mamba"], "embedding must be one of gpt2, none, got 'mamba'"),
+        (["--gpt2", "GPT2", "--encoding", "token"], "there is no option '--encoding'"),
+        (["--gpt2", "./missing"], "./missing does not exist"),
+        (["--mamba", "GPT2"], "is not a Mamba-1: its config has model_type = 'gpt2'"),
+        (["--gpt2", "GPT2", "--config", "missing.yaml"], "there is no missing.yaml"),
+        (["--gpt2", "GPT2", "--out", "GPT2"], "out must be a new or an empty folder"),
+    ],
+    ids=[
+        *("no-source", "set", "field", "type", "width", "layers", "vocabulary", "embedding", "option", "folder", "kind"),
+        *("config", "out"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing_behind(arguments, message, gpt2, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(gpt2) if argument == "GPT2" else argument for argument in arguments]
+    before = {path.name for path in gpt2.iterdir()}
+    assert main(["convert", "--out", "start", *FLAGS, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("smt: error: ") and message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir()) and {path.name for path in gpt2.iterdir()} == before
