@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["matplotlib>=3.8", "numpy>=1.26", "tokenizers>=0.20", "tqdm>=4.66"]
+TRAIN = ["datasets>=4", "matplotlib>=3.8", "numpy>=1.26", "tokenizers>=0.21", "tqdm>=4.66", "transformers>=5"]
 
 setup(
     name="stride-memory-transformer",
@@ -34,7 +34,6 @@ setup(
             "pytest-benchmark>=4",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
-            "transformers>=5",
         ],
     },
     entry_points={"console_scripts": ["smt=smt.cli:main"]},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smt.config import SMTConfig
 from smt.sources import read_safetensors
 
-CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.yaml", "model.safetensors", "tokenizer.json"
+CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 NAMES_SHOWN = 3
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -24,6 +24,8 @@ EXAMPLES = """examples:
   smt train --steps 500                        bounded by steps, hence repeatable
   smt train --stride 10 --encoding token       any field of the model, the data or the training
   smt train --text my_novels/ --experiment novels
+  smt train --config shakespeare               whole plays; wikitext2, wikitext103 and pg19 likewise
+  smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
   smt train --config my_run.yaml --out runs
   smt convert --gpt2 openai-community/gpt2 --mamba state-spaces/mamba-130m-hf --out start
   smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6
@@ -146,8 +148,10 @@ def _report(outcome: Outcome) -> None:
         print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")
         print(_printable(_indented(f"{prompt}>>>{continuation}")))
     evaluation, progress = outcome.evaluation, outcome.progress
+    bound = outcome.config.data.eval_documents
+    documents = "documents whole" if bound is None else f"the first {bound} documents at most, whole"
     print(
-        f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, documents whole, memory carried\n"
+        f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, {documents}, memory carried\n"
         f"validation loss {evaluation.loss:.4f} nats per token\n"
         f"perplexity      {evaluation.perplexity:.2f}\n"
         f"bits per byte   {evaluation.bits_per_byte:.3f}\n"

@@ -13,11 +13,12 @@ import torch
 
 from smt.checkpoint import read_fields, save_model, write_files
 from smt.config import SMTConfig
+from smt.data.tokenizer import TOKENIZER_FILES
 from smt.families import READERS
 from smt.fields import parse
 from smt.model import StrideMemoryTransformer
 from smt.pretrained import config_of
-from smt.sources import TOKENIZER_FILES, Source, open_source
+from smt.sources import Source, open_source
 from smt.transfer import LoadReport
 
 

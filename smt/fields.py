@@ -83,6 +83,14 @@ def check_names(field: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise ValueError(f"{field} has no {name!r}; did you mean {nearest(name, known)!r}? It takes {', '.join(known)}")
 
 
+def check_at_least(settings: Any, least: int, *names: str) -> None:
+    """Raise ValueError where a field that is not None is below ``least``."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def _is_a(kind: str, value: Any) -> bool:
     outer = re.match(r"\w+", kind).group()
     return isinstance(value, _KINDS[outer]) and not (isinstance(value, bool) and outer != "bool")

@@ -17,6 +17,7 @@ import random
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ if INTERPRETED:
 # Two workers run the tests side by side: a thread each is faster than two threads in turns.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network
 
 _NEEDS = {
     "triton": (TRITON_INSTALLED, "triton is not installed"),
@@ -70,6 +72,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reason, count in _deselected.items():
         terminalreporter.write_line(f"{count} tests deselected: {reason}", yellow=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokens and tokenizers are kept for this session, apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
-from smt.data.tokenizer import END_OF_DOCUMENT, PRETRAINED_END, Tokenizer
+from smt.data.tokenizer import END_OF_DOCUMENT, GPT2_END, Tokenizer
 
 # A window that texts of a few tokens fill.
 WINDOW = {"n_ssm_outputs": 3, "m_input_tokens": 6, "stride": 2}
@@ -15,10 +15,10 @@ def gpt2_folder(folder: Path) -> Path:
     """With a tokenizer that ends texts as GPT-2's does, and an embedding with more rows than that has tokens."""
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": GPT2_VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
+    Tokenizer.train([], GPT2_TOKENS).save(folder)
     tokenizer = folder / "tokenizer.json"
-    Tokenizer.train([], GPT2_TOKENS).save(tokenizer)
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    tokenizer.write_text(tokenizer.read_text().replace(END_OF_DOCUMENT, PRETRAINED_END))
+    tokenizer.write_text(tokenizer.read_text().replace(END_OF_DOCUMENT, GPT2_END))
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')  # all that GPT-2's on the hub says
     return folder
 
 

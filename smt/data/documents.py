@@ -1,13 +1,16 @@
-"""Documents: whole texts with a name, split into training and held-out ones before anything else is done with them."""
+"""Documents: whole texts with a name, in splits that are read while they are iterated: a corpus need not fit in memory."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
-# A folder holds out every twentieth file, a single file its last twentieth.
+# About one document in twenty is held out where a source has no split of its own; of a single document its last twentieth.
 HELD_OUT_EVERY = 20
+_RANKS = 2**64
 
 
 @dataclass(frozen=True)
@@ -23,81 +26,124 @@ class Document:
         return len(self.text.encode("utf-8"))
 
 
+# Yields the documents in their order and counts what it leaves out, by reason.
+Read = Callable[[Counter[str]], Iterator[Document]]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one split, read anew each time they are iterated.
+
+    Attributes:
+        read: given a counter, yields the documents in order and counts what it leaves out, by reason.
+        hash: another one for other names, texts or order.
+    """
+
+    read: Read
+    hash: str
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read(Counter())
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, documents held out, and which files were left out and why.
+    """Disjoint splits of one source.
 
     Attributes:
         source: where the documents come from, in words.
-        train, validation: disjoint, each in sorted order of names.
-        skipped: how many files were left out, by reason.
+        train, validation: to train on, and to choose by.
+        test: for the last word; None where the source has none.
     """
 
     source: str
-    train: list[Document]
-    validation: list[Document]
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def describe(self) -> str:
-        """One line of counts and sizes."""
-        sizes = [f"{len(part)} files, {sum(d.n_bytes for d in part) / 1e6:.2f} MB" for part in (self.train, self.validation)]
-        skipped = "".join(f"; {count} {reason}" for reason, count in sorted(self.skipped.items()))
-        return f"{self.source}: training {sizes[0]}; held out {sizes[1]}{skipped}"
+    train: Documents
+    validation: Documents
+    test: Documents | None = None
 
 
-def read_document(path: Path, name: str, skipped: Counter[str]) -> Document | None:
-    """The file as a document; None, counted in ``skipped``, where it is empty or not UTF-8."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        skipped["not UTF-8"] += 1
-        return None
-    if not text.strip():
-        skipped["empty"] += 1
-        return None
-    return Document(name, text)
+def hash_texts(*texts: str) -> str:
+    """A hexadecimal SHA-256 of the texts and of where one ends and the next begins."""
+    return _hash_encoded(text.encode("utf-8") for text in texts)
 
 
-def read_text(path: str | Path) -> Corpus:
-    """Read a local UTF-8 text file, or every file below a folder that is not hidden.
+def hash_documents(documents: Iterable[Document]) -> str:
+    """A hexadecimal SHA-256 of all names and texts."""
+    return _hash_encoded(text.encode("utf-8") for document in documents for text in (document.name, document.text))
 
-    A folder's files are documents, and every twentieth in sorted order is held out. Of a single file its end is held out.
+
+def in_memory(documents: list[Document]) -> Documents:
+    """A split of documents that are already there."""
+    return Documents(lambda skipped: iter(documents), hash_documents(documents))
+
+
+def split(source: str, read: Read, split_of: Callable[[str], str], content: str, *, test: bool = False) -> Corpus:
+    """Sort the documents of one stream into splits by their names.
+
+    Args:
+        source: where they come from, in words.
+        read: yields all documents.
+        split_of: the name of a document -> ``train``, ``validation`` or ``test``.
+        content: a hash of everything that ``read`` yields.
+        test: whether there is a test split.
+    """
+
+    def chosen(name: str, skipped: Counter[str]) -> Iterator[Document]:
+        # What is left out belongs to no split; it is counted once, with the training documents.
+        counted = skipped if name == "train" else Counter()
+        return (document for document in read(counted) if split_of(document.name) == name)
+
+    names = ("train", "validation", "test")[: 2 + test]
+    return Corpus(source, *(Documents(partial(chosen, name), hash_texts(content, name)) for name in names))
+
+
+def hold_out(source: str, read: Read) -> Corpus:
+    """Hold out about one document in ``HELD_OUT_EVERY``, chosen by the hash of its name: others do not change its split.
+
+    At least one document is held out and at least one is not; a single document is cut in two, and its end held out.
 
     Raises:
-        ValueError: the path does not exist, or too little of it is text.
+        ValueError: no document, or a single one that is too short to cut.
     """
-    root = Path(path)
-    if not root.exists():
-        raise ValueError(f"text must be a file or a folder, {path} does not exist")
+    lowest, highest, n_documents = _RANKS, -1, 0
+    content, skipped = hashlib.sha256(), Counter[str]()
+    for document in read(skipped):
+        content.update(hash_texts(document.name, document.text).encode())
+        rank = _rank(document.name)
+        lowest, highest, n_documents = min(lowest, rank), max(highest, rank), n_documents + 1
+    if n_documents == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "nothing there"
+        raise ValueError(f"text must hold UTF-8 text, {source} holds none: {reasons}")
+    if n_documents == 1:
+        return _hold_out_end(source, read)
+    limit = min(max(_RANKS // HELD_OUT_EVERY, lowest + 1), highest)
+    return split(source, read, lambda name: "validation" if _rank(name) < limit else "train", content.hexdigest())
+
+
+def _hold_out_end(source: str, read: Read) -> Corpus:
     skipped: Counter[str] = Counter()
-    if root.is_file():
-        document = read_document(root, root.name, skipped)
-        if document is None:
-            raise ValueError(f"text must be UTF-8 text, {path} is {next(iter(skipped))}")
-        return _split_file(document, str(path))
-    files = [file for file in sorted(root.rglob("*")) if file.is_file() and not _is_hidden(file.relative_to(root))]
-    read = (read_document(file, file.relative_to(root).as_posix(), skipped) for file in files)
-    documents = [document for document in read if document is not None]
-    if len(documents) == 1:
-        return _split_file(documents[0], str(path))
-    if not documents:
-        raise ValueError(f"text must hold UTF-8 text, of the {len(files)} files in {path} none does")
-    held_out = set(range(HELD_OUT_EVERY - 1, len(documents), HELD_OUT_EVERY)) or {len(documents) - 1}
-    return Corpus(
-        source=str(path),
-        train=[document for index, document in enumerate(documents) if index not in held_out],
-        validation=[document for index, document in enumerate(documents) if index in held_out],
-        skipped=skipped,
-    )
-
-
-def _split_file(document: Document, source: str) -> Corpus:
+    (document,) = read(skipped)
     cut = len(document.text) - len(document.text) // HELD_OUT_EVERY
     if cut == len(document.text):
         raise ValueError(f"text must have at least {HELD_OUT_EVERY} characters, {source} has {len(document.text)}")
-    parts = Document(document.name, document.text[:cut]), Document(f"{document.name} (end)", document.text[cut:])
-    return Corpus(source=source, train=[parts[0]], validation=[parts[1]])
+    parts = {"train": document.text[:cut], "validation": document.text[cut:]}
+
+    def both(counted: Counter[str]) -> Iterator[Document]:
+        counted.update(skipped)
+        return (Document(document.name if name == "train" else f"{document.name} (end)", part) for name, part in parts.items())
+
+    content = hash_texts(document.name, document.text)
+    return split(source, both, lambda name: "train" if name == document.name else "validation", content)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _rank(name: str) -> int:
+    """Uniform in [0, 2^64)."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big")
+
+
+def _hash_encoded(pieces: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "big"))
+        digest.update(piece)
+    return digest.hexdigest()

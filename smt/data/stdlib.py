@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from smt.data.documents import Corpus, Document, read_document
+from smt.data.documents import Corpus, Document, hash_documents, split
+from smt.data.local import read_document
 
 # Tests repeat themselves and what they test; installed packages are not the standard library.
 LEFT_OUT_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -25,19 +27,21 @@ def read_stdlib(root: str | Path | None = None) -> Corpus:
     Raises:
         ValueError: no source there, or none of the packages to hold out.
     """
-    root = Path(root if root is not None else sysconfig.get_path("stdlib"))
-    skipped: Counter[str] = Counter()
-    parts: dict[bool, list[Document]] = {False: [], True: []}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if LEFT_OUT_FOLDERS.intersection(name.parts[:-1]):
-            continue
-        document = read_document(path, name.as_posix(), skipped)
-        if document is not None:
-            parts[name.parts[0] in HELD_OUT_PACKAGES].append(document)
-    if not parts[False] or not parts[True]:
+    folder = Path(root if root is not None else sysconfig.get_path("stdlib"))
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*.py"))}
+    paths = {name: path for name, path in paths.items() if not LEFT_OUT_FOLDERS.intersection(name.parts[:-1])}
+    n_held_out = sum(name.parts[0] in HELD_OUT_PACKAGES for name in paths)
+    if not 0 < n_held_out < len(paths):
         raise ValueError(
-            f"no source of Python's standard library in {root}: {len(parts[False])} training files, {len(parts[True])} to "
+            f"no source of Python's standard library in {folder}: {len(paths) - n_held_out} training files, {n_held_out} to "
             "hold out. Install the full Python, or name a text of your own with --text PATH"
         )
-    return Corpus("Python's standard library", parts[False], parts[True], skipped)
+
+    def read(skipped: Counter[str]) -> Iterator[Document]:
+        for name, path in paths.items():
+            yield from read_document(path, name.as_posix(), skipped)
+
+    def split_of(name: str) -> str:
+        return "validation" if name.split("/")[0] in HELD_OUT_PACKAGES else "train"
+
+    return split("Python's standard library", read, split_of, hash_documents(read(Counter())))

@@ -1,7 +1,10 @@
-"""Byte-level byte-pair encoding, trained on the training documents and saved with the run."""
+"""Text to tokens: byte-pair encoding or unigram pieces trained on the corpus, GPT-2's, or any tokenizer of Hugging Face."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,84 +18,199 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_DOCUMENT = "<|end_of_document|>"
-PRETRAINED_END = "<|endoftext|>"  # of GPT-2 and of GPT-NeoX, whose vocabulary Mamba has
+GPT2_END = "<|endoftext|>"
 N_BYTES = 256
+TRAINED = ("bpe", "unigram")
+TOKENIZER_FILES = TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+# GPT-2's tokens and merges, as Hugging Face names the two files and as they were first published.
+GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+# Characters encoded side by side: enough for every core, few enough for their encodings to fit into memory.
+_ENCODED_TOGETHER = 2**22
 
 
 class Tokenizer:
-    """Text to tokens and back. Every string has an encoding: the 256 bytes are tokens.
+    """Text to tokens and back.
 
     Attributes:
         end_of_document: the token that separates documents; text never contains it, even where it spells its name.
+        end_name: how that token is spelled.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        ends = [tokenizer.token_to_id(name) for name in (END_OF_DOCUMENT, PRETRAINED_END)]
-        end = next((token for token in ends if token is not None), None)
+    def __init__(self, serialised: str, end_name: str = END_OF_DOCUMENT) -> None:
+        with needs_extra("train"):
+            from tokenizers import Tokenizer as Backend
+        # Always made from its text, which ``save`` writes and ``hash`` reads: a second text of the same unigram model would
+        # differ in the last digits of its scores.
+        tokenizer = Backend.from_str(serialised)
+        end = tokenizer.token_to_id(end_name)
         if end is None:
-            raise ValueError(f"the tokenizer must have the token {END_OF_DOCUMENT!r} or {PRETRAINED_END!r}")
+            raise ValueError(f"the tokenizer must have the token {end_name!r}")
         tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._serialised = serialised
         self._tokenizer = tokenizer
         self.end_of_document = end
+        self.end_name = end_name
+        self._vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
 
     @classmethod
-    def train(cls, documents: list[Document], vocab_size: int) -> Tokenizer:
-        """Learn ``vocab_size`` tokens: the end of a document, the 256 bytes, and the most frequent merges.
+    def train(cls, documents: Iterable[Document], vocab_size: int, kind: str = "bpe") -> Tokenizer:
+        """Learn ``vocab_size`` tokens: the end of a document, the 256 bytes, and pieces of text. Every string has an encoding.
+
+        Args:
+            documents: read once.
+            vocab_size: at most so many tokens.
+            kind: ``bpe``, the most frequent merges (Sennrich et al., 2016, arXiv:1508.07909); or ``unigram``, the pieces
+                under which the text is most likely (Kudo, 2018, arXiv:1804.10959).
 
         Raises:
-            ValueError: ``vocab_size`` has no room for the bytes.
+            ValueError: ``vocab_size`` has no room for the bytes, or there is no such kind.
         """
+        if kind not in TRAINED:
+            raise ValueError(f"kind must be one of {', '.join(TRAINED)}, got {kind!r}")
         if vocab_size <= N_BYTES:
             raise ValueError(f"vocab_size must be at least {N_BYTES + 1} for byte-level tokens, got {vocab_size}")
         with needs_extra("train"):
-            from tokenizers import Tokenizer as Backend
-            from tokenizers import decoders, models, pre_tokenizers, trainers
+            from tokenizers import models, pre_tokenizers, trainers
 
-        backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_DOCUMENT],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
+        options = {
+            "vocab_size": vocab_size,
+            "special_tokens": [END_OF_DOCUMENT],
+            "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
+            "show_progress": False,
+        }
+        trainer = trainers.BpeTrainer(**options) if kind == "bpe" else trainers.UnigramTrainer(**options)
+        backend = _byte_level(models.BPE() if kind == "bpe" else models.Unigram())
         backend.train_from_iterator((document.text for document in documents), trainer)
-        return cls(backend)
+        return cls(backend.to_str())
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def pretrained(cls, source: str | Path) -> Tokenizer:
+        """Any tokenizer of Hugging Face, or GPT-2's.
+
+        Args:
+            source: a folder with ``tokenizer.json``, and mostly ``tokenizer_config.json`` (what ``save`` writes), with GPT-2's
+                two files, or with another format that ``transformers`` reads; or a name on the Hub.
+
+        Raises:
+            ValueError: it is not there, cannot be reached, or has no token that ends a text; the message says what was tried.
+        """
+        folder = Path(source)
+        with needs_extra("train"):
+            from tokenizers import models
+        if (folder / TOKENIZER_FILE).is_file():
+            settings = {}
+            if (folder / SETTINGS_FILE).is_file():
+                settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+            ends = [settings.get(name) for name in ("eos_token", "sep_token")]
+            serialised = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+            return cls(serialised, _end([end["content"] if isinstance(end, dict) else end for end in ends], serialised, source))
+        for vocabulary, merges in GPT2_FILES:
+            if (folder / vocabulary).is_file() and (folder / merges).is_file():
+                backend = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
+                backend.add_special_tokens([GPT2_END])
+                return cls(backend.to_str(), GPT2_END)
+        return cls(*_from_transformers(source))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
         """Read what ``save`` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such files.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}")
-        with needs_extra("train"):
-            from tokenizers import Tokenizer as Backend
+        for name in TOKENIZER_FILES:
+            if not (Path(folder) / name).is_file():
+                raise FileNotFoundError(f"no tokenizer in {folder}: there is no {name}")
+        return cls.pretrained(folder)
 
-        return cls(Backend.from_file(str(path)))
+    def save(self, folder: str | Path) -> None:
+        """Write two files into a folder, from which ``transformers.AutoTokenizer`` reads the tokenizer too."""
+        (Path(folder) / TOKENIZER_FILE).write_text(self._serialised, encoding="utf-8")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.end_name, "eos_token": self.end_name}
+        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def save(self, path: str | Path) -> None:
-        """Write the tokenizer as JSON."""
-        self._tokenizer.save(str(path))
+    @property
+    def hash(self) -> str:
+        """Another one wherever any text could have other tokens."""
+        return hashlib.sha256(f"{self.end_of_document} {self._serialised}".encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
-        """Tokens; at most what was asked for, fewer where the text has no more pairs to merge."""
-        return self._tokenizer.get_vocab_size()
+        """The largest token plus one; of a trained one at most what was asked for, less where the text has no more pairs."""
+        return self._vocab_size
 
     def encode(self, text: str) -> Tensor:
-        """Text -> (L,) int64."""
-        return torch.tensor(self._tokenizer.encode(text).ids, dtype=torch.int64)
+        """Text -> (L,) int64, without special tokens."""
+        return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
-    def encode_documents(self, documents: list[Document]) -> list[Tensor]:
-        """Each document as (L + 2,) int64: its L tokens between two ends of documents, so that the first is predicted too."""
-        encodings = self._tokenizer.encode_batch([document.text for document in documents])
+    def encode_documents(self, documents: Iterable[Document]) -> Iterator[tuple[Document, list[int]]]:
+        """Each document with its L + 2 tokens: its text's between two ends of documents, so that the first is predicted too."""
         end = self.end_of_document
-        return [torch.tensor([end, *encoding.ids, end], dtype=torch.int64) for encoding in encodings]
+        for together in _groups(documents):
+            encodings = self._tokenizer.encode_batch_fast([document.text for document in together], add_special_tokens=False)
+            for document, encoding in zip(together, encodings, strict=True):
+                yield document, [end, *encoding.ids, end]
 
     def decode(self, tokens: Tensor) -> str:
         """(L,) tokens -> text; ends of documents are spelled out, bytes that are not UTF-8 become replacement characters."""
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    n_characters = 0
+    for document in documents:
+        group.append(document)
+        n_characters += len(document.text)
+        if n_characters >= _ENCODED_TOGETHER:
+            yield group
+            group, n_characters = [], 0
+    if group:
+        yield group
+
+
+def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _from_transformers(source: str | Path) -> tuple[str, str]:
+    with needs_extra("train"):
+        from transformers import AutoTokenizer
+    loaded, tried = None, []
+    # The cache first: asking the Hub takes most of a minute where there is no network.
+    for local in (True, False):
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
+            break
+        except (OSError, ValueError) as error:
+            tried.append(error)
+    if loaded is None:
+        raise ValueError(
+            f"tokenizer must be {', '.join(TRAINED)}, a folder with a tokenizer, or a name on the Hugging Face Hub, got "
+            f"{str(source)!r}: no such folder holds one, and neither the Hub nor the cache of earlier downloads gave it "
+            f"({' '.join(str(tried[-1]).split())})"
+        ) from tried[-1]
+    if not loaded.is_fast:
+        raise ValueError(f"tokenizer {str(source)!r} must have a form that the tokenizers library runs, it has none")
+    serialised = loaded.backend_tokenizer.to_str()
+    return serialised, _end([loaded.eos_token, loaded.sep_token], serialised, source)
+
+
+def _end(names: list[str | None], serialised: str, source: str | Path) -> str:
+    """The first name that is one; else GPT-2's, whose settings on the Hub leave to its class to know it."""
+    for name in names:
+        if name:
+            return name
+    if any(token["content"] == GPT2_END for token in json.loads(serialised)["added_tokens"]):
+        return GPT2_END
+    raise ValueError(
+        f"tokenizer {str(source)!r} needs an eos_token, a sep_token or {GPT2_END} to end documents with, it has none of them"
+    )

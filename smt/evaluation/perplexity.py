@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from smt.data.batches import Chunk
+from smt.data.walk import Batch
 from smt.model import StrideMemoryTransformer
 from smt.precision import precision
 from smt.state import SMTState
@@ -49,17 +49,35 @@ class Evaluation:
         return self.nats / (math.log(2) * self.n_bytes)
 
 
-def carried_state(states: dict[int, SMTState], chunk: Chunk) -> SMTState | None:
-    """The state that ``chunk`` continues, of the rows whose documents go on; None at the start of documents."""
-    if chunk.first:
-        return None
-    state = states[chunk.lane]
-    return state if chunk.rows is None else state.rows(chunk.rows)
+class CarriedStates:
+    """The state of each lane, for a model whose rows are all at the same step: rows that wait are left out of its batches."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[SMTState, torch.Tensor]] = {}
+
+    def continued(self, batch: Batch) -> tuple[Batch, SMTState | None]:
+        """The rows of ``batch`` that read, and the state that they continue; None where they begin.
+
+        Raises:
+            ValueError: some rows begin a document and others do not.
+        """
+        rows = batch.reading.nonzero()[:, 0]
+        begun = batch.reset[rows]
+        if begun.any() and not begun.all():
+            raise ValueError("the rows of a batch must begin their documents together; walk with together=True")
+        if begun.all():
+            return batch.rows(rows), None
+        state, before = self._of[batch.lane]
+        return batch.rows(rows), state if len(rows) == len(before) else state.rows(torch.isin(before, rows).nonzero()[:, 0])
+
+    def keep(self, batch: Batch, state: SMTState) -> None:
+        """Remember the state after the rows of ``batch`` that read."""
+        self._of[batch.lane] = state, batch.reading.nonzero()[:, 0]
 
 
 @torch.no_grad()
-def evaluate(model: StrideMemoryTransformer, chunks: Iterable[Chunk], n_bytes: int) -> Evaluation:
-    """Run ``model`` over ``chunks`` without dropout, carrying its state through each document.
+def evaluate(model: StrideMemoryTransformer, batches: Iterable[Batch], n_bytes: int) -> Evaluation:
+    """Run ``model`` over ``batches`` without dropout, carrying its state through each document.
 
     Raises:
         ValueError: nothing to predict.
@@ -67,15 +85,15 @@ def evaluate(model: StrideMemoryTransformer, chunks: Iterable[Chunk], n_bytes: i
     device = model.embedding.weight.device
     was_training = model.training
     model.eval()
-    states: dict[int, SMTState] = {}
+    states = CarriedStates()
     nats, total = 0.0, 0
     try:
-        for chunk in chunks:
-            state = carried_state(states, chunk)
+        for batch in batches:
+            reading, state = states.continued(batch)
             with precision(device):
-                loss, aux = model.loss(chunk.input_ids.to(device), chunk.targets.to(device), state)
-            states[chunk.lane] = aux.state
-            n_targets = chunk.n_targets
+                loss, aux = model.loss(reading.input_ids.to(device), reading.targets.to(device), state)
+            states.keep(batch, aux.state)
+            n_targets = reading.n_targets
             nats += float(loss) * n_targets
             total += n_targets
     finally:

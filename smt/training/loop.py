@@ -1,15 +1,16 @@
-"""The training loop: chunks of whole documents, carried and detached state, AdamW, learning rates that follow the clock."""
+"""The training loop: rows walk along whole documents, state is carried and detached, AdamW, rates that follow the clock."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from smt.data.batches import Chunk, training_chunks
-from smt.evaluation.perplexity import Evaluation, carried_state
+from smt.data.walk import Batch, DocumentWalk
+from smt.evaluation.perplexity import CarriedStates, Evaluation
 from smt.model import StrideMemoryTransformer
 from smt.precision import precision
 from smt.state import SMTState
@@ -56,7 +57,7 @@ class Progress:
 
 def train(
     model: StrideMemoryTransformer,
-    documents: list[torch.Tensor],
+    documents: Sequence[Any],
     data: DataConfig,
     training: TrainingConfig,
     clock: Clock,
@@ -67,17 +68,19 @@ def train(
     """Train until the clock says that the run is over.
 
     Args:
-        documents: tokens (L,) int64 of each.
+        documents: tokens of each, (L,) integers: a ``TokenStore``, arrays or tensors.
         on_step: called after every optimiser step.
-        on_evaluation: evaluates the model; called ``training.evaluations`` times, evenly over the run, the last at its end.
+        on_evaluation: evaluates the model; called ``training.evaluations`` times, evenly over the run, the last at its end;
+            in a run of fewer steps, after each of them.
     """
     model.train()
     groups = parameter_groups(model, training)
     optimiser = torch.optim.AdamW(groups, betas=(training.beta_1, training.beta_2), fused=True)
-    chunks = training_chunks(
-        documents, batch_size=data.batch_size, length=data.chunk_length, lanes=data.lanes, seed=training.seed
+    walk = DocumentWalk(
+        documents, batch_size=data.batch_size, length=data.chunk_length, lanes=data.lanes, seed=training.seed, together=True
     )
-    states: dict[int, SMTState] = {}
+    batches = iter(walk)
+    states = CarriedStates()
     done = Progress()
     recent: list[tuple[float, int]] = []
     n_evaluations = 0
@@ -86,12 +89,14 @@ def train(
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * schedule(training, progress)
-        chunk = next(chunks)
-        loss, states[chunk.lane] = _step(model, optimiser, chunk, carried_state(states, chunk), data, training)
+        batch = next(batches)
+        reading, state = states.continued(batch)
+        loss, state = _step(model, optimiser, reading, state, data, training)
+        states.keep(batch, state)
         clock.steps = done.step = done.step + 1
-        n_targets = chunk.n_targets
+        n_targets = reading.n_targets
         done.n_targets += n_targets
-        done.n_positions += chunk.targets.numel()
+        done.n_positions += reading.targets.numel()
         recent = [*recent[1 - LOSS_STEPS :], (loss * n_targets, n_targets)]
         done.loss = sum(nats for nats, _ in recent) / sum(count for _, count in recent)
         done.seconds += time.perf_counter() - started
@@ -106,24 +111,25 @@ def train(
         if n_evaluations + 1 < training.evaluations and clock.progress >= (n_evaluations + 1) / training.evaluations:
             _record(done, on_evaluation(done))
             n_evaluations += 1
-    _record(done, on_evaluation(done))
+    if done.step not in done.history.eval_steps:  # else the last step has been evaluated already
+        _record(done, on_evaluation(done))
     return done
 
 
 def _step(
     model: StrideMemoryTransformer,
     optimiser: torch.optim.Optimizer,
-    chunk: Chunk,
+    batch: Batch,
     state: SMTState | None,
     data: DataConfig,
     training: TrainingConfig,
 ) -> tuple[float, SMTState]:
     device = model.embedding.weight.device
     with precision(device):
-        loss, aux = model.loss(chunk.input_ids.to(device), chunk.targets.to(device), state)
-    # Every target weighs the same, in a full chunk or in one that has lost rows.
-    weight = chunk.n_targets / (data.batch_size * data.chunk_length)
-    if loss.requires_grad:  # with a frozen decoder it does not in a chunk that is too short for a write
+        loss, aux = model.loss(batch.input_ids.to(device), batch.targets.to(device), state)
+    # Every target weighs the same, in a full batch or in one in which rows wait.
+    weight = batch.n_targets / (data.batch_size * data.chunk_length)
+    if loss.requires_grad:  # with a frozen decoder it does not in a batch that is too narrow for a write
         (loss * weight).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
     optimiser.step()

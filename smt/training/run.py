@@ -6,15 +6,13 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from smt.data.batches import evaluation_chunks
-from smt.data.documents import Corpus, read_text
-from smt.data.stdlib import read_stdlib
-from smt.data.tokenizer import Tokenizer
+from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
+from smt.data.tokenizer import TRAINED, Tokenizer
+from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.extras import needs_extra
 from smt.model import StrideMemoryTransformer
@@ -25,6 +23,9 @@ from smt.training.loop import Progress, train
 from smt.training.run_folder import RunFolder
 from smt.training.settings import RunConfig
 from smt.training.starting_point import StartingPoint
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Kept for plot and exit in a run bounded by time, beside the last evaluation (measured) and the sample.
 CLOSING_SECONDS = 4.0
@@ -42,7 +43,7 @@ class Outcome:
     Attributes:
         config: exactly what ran.
         folder: where its files are.
-        evaluation: of the final weights, on the whole held-out text.
+        evaluation: of the final weights, on the held-out documents, or those that ``data.eval_documents`` leaves.
         progress: what the training loop did.
         sample: prompt and continuation.
         results: what ``results.json`` records.
@@ -54,18 +55,6 @@ class Outcome:
     progress: Progress
     sample: tuple[str, str]
     results: dict[str, Any]
-
-
-class _Text:
-    """Documents as tokens."""
-
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.train = tokenizer.encode_documents(corpus.train)
-        self.validation = tokenizer.encode_documents(corpus.validation)
-        self.validation_bytes = sum(document.n_bytes for document in corpus.validation)
-        self.n_validation_targets = sum(len(tokens) - 1 for tokens in self.validation)
-        self.n_train_targets = sum(len(tokens) - 1 for tokens in self.train)
 
 
 def run(config: RunConfig, out: str | Path = "results", *, started: float | None = None) -> Outcome:
@@ -86,29 +75,27 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
         import tqdm  # noqa: F401
     device = _device(config.training.device)
     start = StartingPoint(config.training.init_from)
-    corpus = read_stdlib() if config.data.text is None else read_text(config.data.text)
-    print(corpus.describe(), flush=True)
+    config = start.adopted_by(config)
     if start.tokenizer is not None:
-        text = _Text(corpus, Tokenizer.load(start.tokenizer))
-    else:
-        text = _Text(corpus, Tokenizer.train(corpus.train, config.model.vocab_size))
-    vocab_size = start.vocab_size or text.tokenizer.vocab_size
-    if text.tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{start.tokenizer} has {text.tokenizer.vocab_size} tokens, the embedding beside it {vocab_size}")
-    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+        print(f"tokens of the weights to start from: {config.data.tokenizer}", flush=True)
+    text = tokenize_corpus(config.data, config.model.vocab_size)
+    print(text.describe(), flush=True)
+    if warning := text.warning(config.model.window_size):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if config.data.tokenizer in TRAINED:
+        config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
     torch.manual_seed(config.training.seed)
     model = StrideMemoryTransformer(config.model)
-    loaded = start.load(model)
+    loaded = start.load(model, match_scale=config.training.match_scale)
     if loaded is not None:
         print(loaded, flush=True)
     model.to(device)
     print(
-        f"{text.n_train_targets:,} training tokens, {text.n_validation_targets:,} held out, "
         f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters on {device}",
         flush=True,
     )
     folder = RunFolder(out, config)
-    text.tokenizer.save(folder.tokenizer)
+    text.tokenizer.save(folder.path)
 
     progress, evaluation, best = _train(model, text, config, folder, Clock(config.training, started))
     sample = _sample(model, text.validation[0], config, text.tokenizer)
@@ -131,20 +118,23 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
 
 
 def _train(
-    model: StrideMemoryTransformer, text: _Text, config: RunConfig, folder: RunFolder, clock: Clock
+    model: StrideMemoryTransformer, text: TokenizedCorpus, config: RunConfig, folder: RunFolder, clock: Clock
 ) -> tuple[Progress, Evaluation, dict[str, Any]]:
     from tqdm import tqdm
 
     best: dict[str, Any] = {"best_val_loss": float("inf")}
     latest: list[Evaluation] = []
     evaluation_seconds: float | None = None
+    bound = config.data.eval_documents  # None: all
+    held_out = [text.validation[index] for index in range(len(text.validation))[:bound]]
+    n_targets, n_bytes = sum(len(document) - 1 for document in held_out), sum(text.validation.n_bytes[:bound])
     # In hundredths of a run, since a run may be bounded by time.
     bar = tqdm(total=100, file=sys.stderr, bar_format="{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}")
 
     def on_step(done: Progress) -> None:
         per_token = done.seconds_per_token
         measured = evaluation_seconds
-        expected = EVALUATION_COST * per_token * text.n_validation_targets if measured is None else measured
+        expected = EVALUATION_COST * per_token * n_targets if measured is None else measured
         clock.reserve = 1.1 * expected + SAMPLE_COST * per_token * config.training.sample_tokens + CLOSING_SECONDS
         bar.set_postfix_str(f"step {done.step}, loss {done.loss:.3f}, {done.tokens_per_second:,.0f} tokens/s", refresh=False)
         bar.update(min(100.0, 100 * clock.progress) - bar.n)
@@ -152,10 +142,9 @@ def _train(
     def on_evaluation(done: Progress) -> Evaluation:
         nonlocal evaluation_seconds
         started = time.perf_counter()
-        chunks = evaluation_chunks(
-            text.validation, batch_size=config.data.eval_batch_size, length=config.data.eval_chunk_length
-        )
-        evaluation = evaluate(model, chunks, text.validation_bytes)
+        sizes = {"batch_size": config.data.eval_batch_size, "length": config.data.eval_chunk_length}
+        batches = DocumentWalk(held_out, **sizes, epochs=1, shuffle=False, together=True)
+        evaluation = evaluate(model, batches, n_bytes)
         evaluation_seconds = time.perf_counter() - started
         latest[:] = [evaluation]
         bar.write(f"step {done.step}: held-out loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per byte")
@@ -170,10 +159,10 @@ def _train(
     return progress, latest[0], best
 
 
-def _sample(model: StrideMemoryTransformer, document: Tensor, config: RunConfig, tokenizer: Tokenizer) -> tuple[str, str]:
+def _sample(model: StrideMemoryTransformer, document: np.ndarray, config: RunConfig, tokenizer: Tokenizer) -> tuple[str, str]:
     """The beginning of a held-out document, and how the model goes on."""
     device = model.embedding.weight.device
-    prompt = document[: config.model.m_input_tokens].to(device)
+    prompt = torch.tensor(document[: config.model.m_input_tokens].tolist(), device=device)
     generator = torch.Generator(device).manual_seed(config.training.seed)
     with precision(device):
         (tokens,) = model.generate(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from smt.checkpoint import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, weights_writer, write_files
+from smt.checkpoint import CONFIG_FILE, WEIGHTS_FILE, weights_writer, write_files
 from smt.training.settings import RunConfig
 
 
@@ -34,7 +34,6 @@ class RunFolder:
         parent = Path(out) / config.experiment
         self.path = _new_folder(parent)
         self.weights = self.path / WEIGHTS_FILE
-        self.tokenizer = self.path / TOKENIZER_FILE
         self.curves = self.path / "training_curves.png"
         write_files({self.path / CONFIG_FILE: config.to_yaml})
 

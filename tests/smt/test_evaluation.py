@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
-from smt.data.batches import evaluation_chunks
+from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
 
 SIZES = dict(
@@ -27,6 +27,10 @@ def documents(lengths=(5, 30, 23, 12)):
     return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator) for length in lengths]
 
 
+def walk(documents, **sizes):
+    return DocumentWalk(documents, epochs=1, shuffle=False, together=True, **sizes)
+
+
 def test_bits_per_byte_by_hand():
     # Four tokens of probabilities 1/2, 1/4, 1/8 and 1/4 spell two bytes: 1 + 2 + 3 + 2 bits over 2 bytes.
     nats = -sum(math.log(p) for p in (1 / 2, 1 / 4, 1 / 8, 1 / 4))
@@ -42,29 +46,35 @@ def test_perplexity_of_a_hopeless_model_is_infinite():
 
 @pytest.mark.parametrize("length", [7, 100], ids="T{}".format)
 @pytest.mark.parametrize("batch_size", [1, 3], ids="B{}".format)
-def test_chunks_with_carried_state_cost_what_whole_documents_cost(model, batch_size, length):
+def test_batches_with_carried_state_cost_what_whole_documents_cost(model, batch_size, length):
     whole = 0.0
     for document in documents():
         logits = model(document[None, :-1])[0][0]
         whole += torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum").item()
-    evaluation = evaluate(model, evaluation_chunks(documents(), batch_size=batch_size, length=length), n_bytes=100)
+    evaluation = evaluate(model, walk(documents(), batch_size=batch_size, length=length), n_bytes=100)
     assert evaluation.nats == pytest.approx(whole, rel=1e-9)
     assert evaluation.n_targets == sum(len(document) - 1 for document in documents())
 
 
 def test_forgetting_the_state_between_chunks_would_be_noticed(model):
     pieces = [document[start : start + 8] for document in documents() for start in range(0, len(document) - 1, 7)]
-    carried = evaluate(model, evaluation_chunks(documents(), batch_size=1, length=7), n_bytes=1)
-    forgotten = evaluate(model, evaluation_chunks(pieces, batch_size=1, length=7), n_bytes=1)
+    carried = evaluate(model, walk(documents(), batch_size=1, length=7), n_bytes=1)
+    forgotten = evaluate(model, walk(pieces, batch_size=1, length=7), n_bytes=1)
     assert carried.n_targets == forgotten.n_targets
     assert abs(carried.nats - forgotten.nats) > 1e-3 * carried.nats
 
 
 def test_evaluating_leaves_the_model_in_training_mode_and_without_gradients(model):
     model.train()
-    evaluate(model, evaluation_chunks(documents(), batch_size=2, length=8), n_bytes=1)
+    evaluate(model, walk(documents(), batch_size=2, length=8), n_bytes=1)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_rows_that_begin_documents_apart_are_refused(model):
+    batches = DocumentWalk(documents(), epochs=1, shuffle=False, batch_size=2, length=7)
+    with pytest.raises(ValueError, match="must begin their documents together; walk with together=True"):
+        evaluate(model, batches, n_bytes=1)
 
 
 def test_nothing_to_evaluate_is_an_error(model):

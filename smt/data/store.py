@@ -1,0 +1,151 @@
+"""Tokens of a split in one file, made once, mapped into memory, and shared by every process that reads it.
+
+A folder holds ``tokens.bin``, all documents one after another in the narrowest unsigned integers that the vocabulary fits,
+and ``documents.json``, which says what they are. Its name is the hash of texts and tokenizer, so that a store that is there
+is the right one; it appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smt.data.documents import Documents, hash_texts
+from smt.data.tokenizer import Tokenizer
+from smt.extras import needs_extra
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Of the layout of the two files; another one does not read what an earlier one wrote.
+LAYOUT = 1
+TOKENS_FILE, DOCUMENTS_FILE = "tokens.bin", "documents.json"
+
+
+class TokenStore(Sequence["np.ndarray"]):
+    """The documents of a split as tokens: ``store[i]`` is the i-th, (L,) uint16 or uint32, a view of the mapped file.
+
+    Sending one to another process sends its folder, not its tokens.
+
+    Attributes:
+        folder: where it is.
+        names: of the documents.
+        n_bytes: of UTF-8 text of each document.
+        skipped: how many documents were left out, by reason.
+        vocab_size: of the tokenizer.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a store.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or another version's.
+        """
+        with needs_extra("train"):
+            import numpy as np
+        self.folder = Path(folder)
+        if not (self.folder / DOCUMENTS_FILE).is_file():
+            raise FileNotFoundError(f"no tokens in {folder}: there is no {DOCUMENTS_FILE}")
+        self._info: dict[str, Any] = json.loads((self.folder / DOCUMENTS_FILE).read_text(encoding="utf-8"))
+        layout = self._info.get("layout")
+        if layout != LAYOUT:
+            raise ValueError(f"{folder} must have layout {LAYOUT}, got {layout!r}; delete it to tokenise again")
+        self.names: list[str] = self._info["names"]
+        self.n_bytes: list[int] = self._info["n_bytes"]
+        self.skipped = Counter(self._info["skipped"])
+        self.vocab_size: int = self._info["vocab_size"]
+        self._offsets: list[int] = self._info["offsets"]
+        dtype = np.dtype(self._info["dtype"])
+        there, expected = (self.folder / TOKENS_FILE).stat().st_size, dtype.itemsize * self._offsets[-1]
+        if there != expected:
+            raise ValueError(f"{self.folder / TOKENS_FILE} must have {expected} bytes, it has {there}; delete {folder}")
+        self._tokens = np.memmap(self.folder / TOKENS_FILE, dtype=dtype, mode="r").view(np.ndarray)
+
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+        return TokenStore, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document must lie in 0..{len(self) - 1}, got {index}")
+        return self._tokens[self._offsets[index] : self._offsets[index + 1]]
+
+    @property
+    def hash(self) -> str:
+        """Of texts and tokenizer."""
+        return self._info["hash"]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document, its two ends included."""
+        return [stop - start for start, stop in zip(self._offsets, self._offsets[1:], strict=False)]
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens to predict: all but the first of each document."""
+        return self._offsets[-1] - len(self)
+
+
+def tokenise(documents: Documents, tokenizer: Tokenizer, cache: str | Path) -> TokenStore:
+    """The store of ``documents`` in a folder of stores; made now unless it is there. Of several processes one makes it.
+
+    Raises:
+        ValueError: there is nothing to tokenise, or the store that is there is damaged.
+    """
+    key = hash_texts(str(LAYOUT), documents.hash, tokenizer.hash)
+    made_once(Path(cache) / key[:32], lambda folder: _write(folder, documents, tokenizer, key))
+    return TokenStore(Path(cache) / key[:32])
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Call ``make`` with an empty folder that is then renamed to ``folder``, unless that exists; other processes wait."""
+    from filelock import FileLock
+
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if folder.is_dir():
+            return
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted process left
+        unfinished.mkdir()
+        make(unfinished)
+        os.replace(unfinished, folder)
+
+
+def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -> None:
+    import numpy as np
+
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    names, n_bytes, offsets, skipped = [], [], [0], Counter[str]()
+    with (folder / TOKENS_FILE).open("wb") as file:
+        for document, tokens in tokenizer.encode_documents(documents.read(skipped)):
+            file.write(np.array(tokens, dtype=dtype).tobytes())
+            names.append(document.name)
+            n_bytes.append(document.n_bytes)
+            offsets.append(offsets[-1] + len(tokens))
+    if not names:
+        left_out = "".join(f", {count} {reason}" for reason, count in sorted(skipped.items()))
+        raise ValueError(f"a split must have a document, this one has none{left_out}")
+    info = {
+        "layout": LAYOUT,
+        "hash": key,
+        "documents_hash": documents.hash,
+        "tokenizer_hash": tokenizer.hash,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "names": names,
+        "n_bytes": n_bytes,
+        "offsets": offsets,
+        "skipped": dict(skipped),
+    }
+    (folder / DOCUMENTS_FILE).write_text(json.dumps(info), encoding="utf-8")

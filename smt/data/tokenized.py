@@ -1,0 +1,85 @@
+"""From settings to tokens: read the source, train or load the tokenizer, tokenise the splits; what was done is reused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from smt.data.documents import Corpus, Documents, hash_texts
+from smt.data.settings import DataConfig
+from smt.data.sources import cache_folder, read_corpus
+from smt.data.store import TokenStore, made_once, tokenise
+from smt.data.tokenizer import TRAINED, Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """The splits of a source as tokens.
+
+    Attributes:
+        source: where the text comes from, in words.
+        tokenizer: what made the tokens.
+        train, validation: to train on, and to choose by.
+        test: for the last word; None where the source has none.
+    """
+
+    source: str
+    tokenizer: Tokenizer
+    train: TokenStore
+    validation: TokenStore
+    test: TokenStore | None
+
+    def describe(self) -> str:
+        """One line of counts and sizes, and of what was left out."""
+        parts = {"training": self.train, "held out": self.validation, "for a test": self.test}
+        sizes = [
+            f"{name} {len(store)} documents, {sum(store.n_bytes) / 1e6:.2f} MB, {store.n_targets:,} tokens"
+            for name, store in parts.items()
+            if store is not None
+        ]
+        skipped: Counter[str] = Counter()
+        for store in parts.values():
+            skipped.update({} if store is None else store.skipped)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        return f"{self.source}: {'; '.join(sizes)}" + (f"; left out: {left_out}" if left_out else "")
+
+    def warning(self, window: int) -> str | None:
+        """How many training documents never fill a window of ``window`` tokens: no memory is needed to read them."""
+        short = sum(length - 1 < window for length in self.train.lengths)
+        if not short:
+            return None
+        return f"{short:,} of {len(self.train):,} training documents are shorter than one window of {window} tokens"
+
+
+def tokenize_corpus(settings: DataConfig, vocab_size: int) -> TokenizedCorpus:
+    """Read, tokenise and keep under ``cache_folder(settings)`` what ``settings`` name.
+
+    Args:
+        vocab_size: of the model: a tokenizer that is trained learns at most so many tokens, any other may not have more.
+
+    Raises:
+        MissingExtraError: a package that the source or the tokenizer needs is not installed.
+        ValueError: a source or a tokenizer that cannot be read or reached, or a tokenizer with too many tokens.
+    """
+    corpus = read_corpus(settings)
+    cache = cache_folder(settings)
+    tokenizer = _tokenizer(settings.tokenizer, corpus, vocab_size, cache / "tokenizers")
+    splits = [corpus.train, corpus.validation, corpus.test]
+    return TokenizedCorpus(corpus.source, tokenizer, *(_tokenise(documents, tokenizer, cache) for documents in splits))
+
+
+def _tokenise(documents: Documents | None, tokenizer: Tokenizer, cache: Path) -> TokenStore | None:
+    return None if documents is None else tokenise(documents, tokenizer, cache / "tokens")
+
+
+def _tokenizer(name: str, corpus: Corpus, vocab_size: int, cache: Path) -> Tokenizer:
+    if name not in TRAINED:
+        tokenizer = Tokenizer.pretrained(name)
+        if tokenizer.vocab_size > vocab_size:
+            raise ValueError(f"vocab_size must be at least {tokenizer.vocab_size} for the tokenizer {name!r}, got {vocab_size}")
+        return tokenizer
+    # Kept, because training a unigram model twice need not give the same pieces to the last bit.
+    folder = cache / hash_texts(corpus.train.hash, name, str(vocab_size))[:32]
+    made_once(folder, lambda empty: Tokenizer.train(corpus.train, vocab_size, name).save(empty))
+    return Tokenizer.load(folder)

@@ -1,0 +1,77 @@
+"""From settings to tokens: what was done before is reused, and what was left out is told."""
+
+import pytest
+
+from smt.data import tokenized
+from smt.data.documents import Document, in_memory
+from smt.data.settings import DataConfig
+from smt.data.tokenized import tokenize_corpus
+from smt.data.tokenizer import Tokenizer
+
+
+def documents(texts):
+    return [Document(f"{index}", text) for index, text in enumerate(texts)]
+
+
+def refuse(*arguments):
+    raise AssertionError("it was done again")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for index in range(5):
+        (folder / f"{index}.txt").write_text(" ".join(f"word{(index + j) % 7}" for j in range(20 + 9 * index)))
+    (folder / "short.txt").write_text("short")
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_the_second_time_nothing_is_trained_or_tokenised(kind, texts, tmp_path, monkeypatch):
+    settings = DataConfig(text=str(texts), tokenizer=kind, cache=str(tmp_path / "cache"))
+    first = tokenize_corpus(settings, 280)
+    monkeypatch.setattr(Tokenizer, "train", refuse)
+    monkeypatch.setattr(Tokenizer, "encode_documents", refuse)
+    again = tokenize_corpus(settings, 280)
+    assert again.tokenizer.hash == first.tokenizer.hash and again.train.folder == first.train.folder
+
+
+def test_a_changed_file_is_tokenised_again(texts, tmp_path):
+    settings = DataConfig(text=str(texts), cache=str(tmp_path / "cache"))
+    before = tokenize_corpus(settings, 280)
+    (texts / "3.txt").write_text("another text, as long as it needs to be")
+    assert tokenize_corpus(settings, 280).train.folder != before.train.folder
+
+
+def test_it_says_what_there_is_and_what_was_left_out(texts, tmp_path):
+    corpus = tokenize_corpus(DataConfig(text=str(texts), cache=str(tmp_path / "cache")), 280)
+    train, validation = corpus.train, corpus.validation
+    assert len(train) + len(validation) == 6
+    assert corpus.describe() == (
+        f"{texts}: training {len(train)} documents, 0.00 MB, {train.n_targets:,} tokens; "
+        f"held out {len(validation)} documents, 0.00 MB, {validation.n_targets:,} tokens; left out: 1 empty"
+    )
+
+
+def test_documents_shorter_than_a_window_are_counted_in_a_warning(texts, tmp_path):
+    corpus = tokenize_corpus(DataConfig(text=str(texts), cache=str(tmp_path / "cache")), 280)
+    shortest, n = min(corpus.train.lengths) - 1, len(corpus.train)
+    assert corpus.warning(shortest) is None
+    assert corpus.warning(shortest + 1) == f"1 of {n} training documents are shorter than one window of {shortest + 1} tokens"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(texts, tmp_path):
+    Tokenizer.train(documents(["text " * 9]), 258).save(tmp_path)
+    settings = DataConfig(text=str(texts), tokenizer=str(tmp_path), cache=str(tmp_path / "cache"))
+    assert tokenize_corpus(settings, 258).tokenizer.vocab_size == 258
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 258 for the tokenizer .*, got 257"):
+        tokenize_corpus(settings, 257)
+
+
+def test_splits_that_a_source_has_are_all_tokenised(tmp_path, monkeypatch):
+    splits = [in_memory(documents([text])) for text in ("train " * 9, "validation", "test")]
+    monkeypatch.setattr(tokenized, "read_corpus", lambda settings: tokenized.Corpus("three", *splits))
+    corpus = tokenize_corpus(DataConfig(cache=str(tmp_path)), 280)
+    assert corpus.test.n_bytes == [4] and "; for a test 1 documents" in corpus.describe()
