@@ -14,6 +14,7 @@ from smt.extras import needs_extra
 from smt.hf_cache import SMTCache
 from smt.hf_config import SMTPreTrainedConfig
 from smt.hf_padding import right_padding_taken
+from smt.loss import IGNORE_INDEX
 from smt.model import StrideMemoryTransformer
 from smt.model_card import CARD_FILE, model_card
 
@@ -105,7 +106,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 count. Tokens of a row stand together. Padding behind them is harmless, as nothing before it sees it, but a
                 state would take it in.
             past_key_values: what to continue, and what is advanced by the call.
-            labels: (B, T), the tokens themselves, shifted inside; -100 is left out.
+            labels: (B, T), the tokens themselves, shifted inside; -100 is left out, and so is what would follow padding.
             use_cache: return the state; None: as ``config.use_cache`` says, where it can be and is likely used: not in
                 training, not beside labels, not with padding on the right.
             logits_to_keep: so many last steps, or the steps (K,) int64, have logits; 0: all.
@@ -122,6 +123,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask.ndim == 2 and attention_mask.shape[1] == seen + input_ids.shape[1]:
                 attention_mask = attention_mask[:, seen:]
             attention_mask, padded = right_padding_taken(attention_mask)
+            if labels is not None and labels.shape == attention_mask.shape:
+                labels = labels.masked_fill(F.pad(attention_mask, (1, -1), value=1) == 0, IGNORE_INDEX)
             if padded and (use_cache or past_key_values is not None):
                 raise ValueError("attention_mask must be padded on the left to keep a state, some rows end with padding")
         if use_cache is None:
@@ -158,9 +161,10 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         """None: no module is tied to the embedding, which itself is the head."""
         return None
 
-    def prepare_inputs_for_generation(self, *arguments: Any, is_first_iteration: bool | None = False, **options: Any) -> Any:
+    def prepare_inputs_for_generation(self, *arguments: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
         """As in ``transformers``, without the mask of decoding steps: it is all ones, and reading it waits for the device."""
-        inputs = super().prepare_inputs_for_generation(*arguments, is_first_iteration=is_first_iteration, **options)
+        # generate lets the arguments of forward through where it finds the name kwargs.
+        inputs = super().prepare_inputs_for_generation(*arguments, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and inputs.get("past_key_values") is not None:
             inputs["attention_mask"] = None
         return inputs
@@ -187,7 +191,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         options: dict[str, Any],
     ) -> None:
         for name, reason in _REFUSED.items():
-            if options.pop(name, None) not in (None, False):
+            given = options.pop(name, None)
+            if given is not None and given is not False:
                 raise ValueError(f"{name} cannot be used: {reason}")
         if input_ids is None:
             raise ValueError("input_ids must be given")
