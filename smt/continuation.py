@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from smt.checkpoint import CONFIG_FILE, TOKENIZER_FILE
-from smt.data.tokenizer import Tokenizer
+from smt.checkpoint import CONFIG_FILE
+from smt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from smt.model import StrideMemoryTransformer
 from smt.precision import precision
 
