@@ -235,6 +235,14 @@ def test_a_configuration_is_checked_when_it_is_built():
     assert SMTPreTrainedConfig(**SIZES).hidden_size == 16 and SMTPreTrainedConfig(hidden_size=24).d_model == 24
 
 
+def test_a_batch_padded_on_the_right_without_a_mask_scores_rows_as_alone():
+    model = build()  # lm-eval calls it like this
+    ids, _, alone = padded([6, 20, 11], "right")
+    logits = model(ids).logits
+    for row, prompt in enumerate(alone):
+        torch.testing.assert_close(logits[row, : len(prompt)], model(prompt[None]).logits[0])
+
+
 def test_evaluation_harnesses_find_no_longest_context():
     config = SMTPreTrainedConfig(**SIZES)
     assert not any(hasattr(config, name) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
