@@ -15,7 +15,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["smt", "smt.*", "smt_kernels", "smt_kernels.*"]),
-    package_data={"smt": ["configs/*.yaml"]},
+    package_data={"smt": ["configs/*.yaml", "model_card.md"]},
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",
@@ -24,6 +24,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "hf": ["transformers>=5"],
         "pretrained": ["huggingface-hub>=0.26"],  # to load from hub names; folders need nothing
         "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
         "test": [

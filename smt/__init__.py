@@ -5,15 +5,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from smt.registration import register
+
 if TYPE_CHECKING:
     from smt.config import SMTConfig
+    from smt.hf import SMTForCausalLM
+    from smt.hf_cache import SMTCache
+    from smt.hf_config import SMTPreTrainedConfig
     from smt.model import Aux, StrideMemoryTransformer
     from smt.state import SMTState
 
-__all__ = ["Aux", "SMTConfig", "SMTState", "StrideMemoryTransformer"]
-
 # Imported on first use: the command line must set up torch's threads before torch is there.
-_HOMES = {"Aux": "smt.model", "SMTConfig": "smt.config", "SMTState": "smt.state", "StrideMemoryTransformer": "smt.model"}
+_HOMES = {
+    "Aux": "smt.model",
+    "SMTCache": "smt.hf_cache",
+    "SMTConfig": "smt.config",
+    "SMTForCausalLM": "smt.hf",
+    "SMTPreTrainedConfig": "smt.hf_config",
+    "SMTState": "smt.state",
+    "StrideMemoryTransformer": "smt.model",
+}
+__all__ = ["Aux", "SMTCache", "SMTConfig", "SMTForCausalLM", "SMTPreTrainedConfig", "SMTState", "StrideMemoryTransformer"]
+
+register()
 
 
 def __getattr__(name: str) -> Any:

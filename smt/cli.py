@@ -1,4 +1,4 @@
-"""The command line: ``smt train`` and ``smt convert``.
+"""The command line: ``smt train``, ``smt generate`` and ``smt convert``.
 
 Errors are one line on standard error, with a traceback only under ``--debug``.
 """
@@ -6,11 +6,13 @@ Errors are one line on standard error, with a traceback only under ``--debug``.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smt.fields import kind_of, nearest
@@ -27,6 +29,8 @@ EXAMPLES = """examples:
   smt train --config shakespeare               whole plays; wikitext2, wikitext103 and pg19 likewise
   smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
   smt train --config my_run.yaml --out runs
+  smt generate --model results/stdlib/20260131_120000 --prompt "def main(" --greedy
+  smt generate --model start --file prompts.txt --batch > continuations.jsonl
   smt convert --gpt2 openai-community/gpt2 --mamba state-spaces/mamba-130m-hf --out start
   smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6
 """
@@ -50,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if unknown:
             raise ValueError(_unknown(unknown[0], commands[options.command]))
-        return _convert(options) if options.command == "convert" else _train(options, started)
+        if options.command == "train":
+            return _train(options, started)
+        return {"convert": _convert, "generate": _generate}[options.command](options)
     except KeyboardInterrupt:
         print("smt: interrupted", file=sys.stderr)
         return 130
@@ -83,7 +89,33 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         for field in fields(settings):
             names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
             group.add_argument(*names, dest=f"field_{field.name}", metavar=_metavar(kind_of(settings, field.name)))
-    return parser, {"train": train, "convert": _convert_parser(commands, style)}
+    return parser, {
+        "train": train,
+        "generate": _generate_parser(commands, style),
+        "convert": _convert_parser(commands, style),
+    }
+
+
+def _generate_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentParser:
+    about = "continue a prompt, writing text as it is drawn, or many prompts in batches"
+    parser = commands.add_parser("generate", help=about, description=f"{about[0].upper()}{about[1:]}.", **style)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="the folder of a run or a checkpoint")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    source.add_argument("--file", metavar="PATH", help="a file to continue, as it is; - is standard input")
+    parser.add_argument("--batch", action="store_true", help="each line of the file is a prompt; JSON lines are written")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts that run together (default: 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to draw at most (default: 200)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="divides the logits; 0 is greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the k likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, metavar="P", help="draw from that much probability (default: 0.95)"
+    )
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument("--seed", type=int, default=42, help="of what is drawn (default: 42)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def _convert_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentParser:
@@ -113,6 +145,47 @@ def _train(options: argparse.Namespace, started: float) -> int:
     config = RunConfig.from_yaml(options.config, overrides)
     _report(run(config, options.out, started=started))
     return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if options.greedy and options.temperature:
+        raise ValueError(
+            f"--greedy takes the likeliest token, --temperature {options.temperature:g} does not: give one of them"
+        )
+    if options.batch and options.file is None:
+        raise ValueError("--batch needs --file, with a prompt on each line")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    text = options.prompt if options.file is None else _read(options.file)
+    temperature = 0.0 if options.greedy else 0.8 if options.temperature is None else options.temperature
+
+    from smt.continuation import Continuer, Sampling
+    from smt.device import find_device
+
+    sampling = Sampling(options.max_new_tokens, temperature, options.top_k, options.top_p, options.seed)
+    continuer = Continuer.from_folder(options.model, sampling, find_device(options.device))
+    if not options.batch:
+        for piece in continuer.stream(text):
+            print(_printable(piece), end="", flush=True)
+        print()
+        return 0
+    prompts = text.splitlines()
+    for start in range(0, len(prompts), options.batch_size):
+        together = prompts[start : start + options.batch_size]
+        for prompt, continuation in zip(together, continuer.batch(together), strict=True):
+            print(json.dumps({"prompt": prompt, "continuation": continuation}), flush=True)
+    return 0
+
+
+def _read(path: str) -> str:
+    if path == "-":
+        return sys.stdin.read()
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -7,11 +7,14 @@ layers once, and every token attends to the keys and values of its window.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smt.config import SMTConfig
 from smt.rings import from_ring, to_ring
@@ -58,7 +61,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """GPT-2 blocks and a final LayerNorm, with learned positions in the window or rotary ones in the stream."""
+    """GPT-2 blocks and a final LayerNorm, with learned positions in the window or rotary ones in the stream.
+
+    With ``gradient_checkpointing``, training keeps the input of every block and computes the rest of it again backward.
+    ``transformers`` sets it by this name, and with what by the other.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
 
     def __init__(self, config: SMTConfig) -> None:
         super().__init__()
@@ -128,20 +138,32 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.blocks):
             # Nothing reads the last layer's output but at the queries.
             n_queries = tail if index == len(self.blocks) - 1 else x.shape[1]
-            q, k, v = block.attention.heads(block.norm_1(x))
-            attended = window_attention(
-                q,
-                k,
-                v,
-                n_memory=self.config.n_ssm_outputs,
-                valid_memory=valid_memory,
-                valid_tokens=valid_tokens,
-                tail=n_queries,
-            )
-            x = block.finish(x[:, -n_queries:], attended)
-            k, v = k.detach(), v.detach()
-            layers.append((k, v) if kept is None else (k.index_select(0, kept), v.index_select(0, kept)))
+            x, k, v = self._run(self._window_layer, block, x, valid_memory, valid_tokens, n_queries, kept)
+            layers.append((k, v))
         return self.norm(x), layers
+
+    def _window_layer(
+        self,
+        block: Block,
+        x: Tensor,
+        valid_memory: Tensor | None,
+        valid_tokens: Tensor | None,
+        n_queries: int,
+        kept: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = block.attention.heads(block.norm_1(x))
+        attended = window_attention(
+            q,
+            k,
+            v,
+            n_memory=self.config.n_ssm_outputs,
+            valid_memory=valid_memory,
+            valid_tokens=valid_tokens,
+            tail=n_queries,
+        )
+        x = block.finish(x[:, -n_queries:], attended)
+        k, v = k.detach(), v.detach()
+        return (x, k, v) if kept is None else (x, k.index_select(0, kept), v.index_select(0, kept))
 
     def encode_stream(
         self,
@@ -166,49 +188,64 @@ class Decoder(nn.Module):
         """
         config, n_slots = self.config, slots.values.shape[1]
         n_held_tokens, n_held_slots = n_held
-        among_slots = WindowSpec(0, max(1, config.n_ssm_outputs), None)
         slot_step = config.window.write_step(torch.arange(slots.first, slots.stop, device=tokens.values.device))
         token_step = torch.arange(tokens.first, tokens.stop, device=tokens.values.device)
         turn = rotation(torch.cat([slot_step, token_step]), config.head_dim, config.rope_theta)
         x = self.dropout(torch.cat([slots.values + self.slot_type, tokens.values], dim=1))
+        firsts = tokens.first - n_held_tokens, slots.first - n_held_slots
+        of_tokens = partial(to_ring, first=firsts[0], stops=stops, size=config.m_input_tokens)
+        of_slots = partial(to_ring, first=firsts[1], stops=slot_stops, size=config.n_ssm_outputs)
         kept = []
-        first_step, first_slot = tokens.first - n_held_tokens, slots.first - n_held_slots
         for index, (block, layer) in enumerate(zip(self.blocks, held, strict=True)):
+            before = (
+                from_ring(layer.token_k, tokens.first, n_held_tokens),
+                from_ring(layer.token_v, tokens.first, n_held_tokens),
+                from_ring(layer.slot_k, slots.first, n_held_slots),
+                from_ring(layer.slot_v, slots.first, n_held_slots),
+            )
             last = index == len(self.blocks) - 1
-            q, k, v = _rotated_heads(block, x, turn)
-            slot_k, slot_v = (
-                torch.cat([from_ring(ring, slots.first, n_held_slots).to(new.dtype), new[:, :n_slots]], dim=1)
-                for ring, new in ((layer.slot_k, k), (layer.slot_v, v))
-            )
-            token_k, token_v = (
-                torch.cat([from_ring(ring, tokens.first, n_held_tokens).to(new.dtype), new[:, n_slots:]], dim=1)
-                for ring, new in ((layer.token_k, k), (layer.token_v, v))
-            )
-            attended = stream_attention(
-                q[:, n_slots:],
-                token_k,
-                token_v,
-                slot_k,
-                slot_v,
-                window=config.window,
-                first_step=first_step,
-                first_slot=first_slot,
-            )
-            if last:
-                x = x[:, n_slots:]  # nothing reads the slots' last output
-            elif n_slots:
-                of_slots = stream_attention(q[:, :n_slots], slot_k, slot_v, window=among_slots)
-                attended = torch.cat([of_slots, attended], dim=1)
-            x = block.finish(x, attended)
-            kept.append(
-                KeyValues(
-                    to_ring(token_k, first_step, stops, config.m_input_tokens),
-                    to_ring(token_v, first_step, stops, config.m_input_tokens),
-                    to_ring(slot_k, first_slot, slot_stops, config.n_ssm_outputs),
-                    to_ring(slot_v, first_slot, slot_stops, config.n_ssm_outputs),
-                )
-            )
+            x, token_k, token_v, slot_k, slot_v = self._run(self._stream_layer, block, x, n_slots, turn, firsts, last, *before)
+            kept.append(KeyValues(of_tokens(token_k), of_tokens(token_v), of_slots(slot_k), of_slots(slot_v)))
         return self.norm(x), tuple(kept)
+
+    def _stream_layer(
+        self,
+        block: Block,
+        x: Tensor,
+        n_slots: int,
+        turn: Rotation,
+        firsts: tuple[int, int],
+        last: bool,
+        *before: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """x (B, n_slots + T, d) -> the block's output and keys and values of tokens and of slots, behind those ``before``."""
+        q, k, v = _rotated_heads(block, x, turn)
+        new = k[:, n_slots:], v[:, n_slots:], k[:, :n_slots], v[:, :n_slots]
+        token_k, token_v, slot_k, slot_v = (
+            torch.cat([held.to(of_layer.dtype), of_layer], dim=1) for held, of_layer in zip(before, new, strict=True)
+        )
+        attended = stream_attention(
+            q[:, n_slots:],
+            token_k,
+            token_v,
+            slot_k,
+            slot_v,
+            window=self.config.window,
+            first_step=firsts[0],
+            first_slot=firsts[1],
+        )
+        if last:
+            x = x[:, n_slots:]  # nothing reads the slots' last output
+        elif n_slots:
+            among_slots = WindowSpec(0, max(1, self.config.n_ssm_outputs), None)
+            of_slots = stream_attention(q[:, :n_slots], slot_k, slot_v, window=among_slots)
+            attended = torch.cat([of_slots, attended], dim=1)
+        return block.finish(x, attended), token_k, token_v, slot_k, slot_v
+
+    def _run(self, layer: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(layer, *arguments)
+        return layer(*arguments)
 
 
 def _rotated_heads(block: Block, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:

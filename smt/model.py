@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,13 @@ class StrideMemoryTransformer(nn.Module):
     def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
         """The next tokens (B,) of prompts (B, T), one step at a time: see ``smt.generation.stream``."""
         return stream(self, input_ids, max_new_tokens, **options)
+
+    def set_embedding(self, embedding: nn.Embedding) -> None:
+        """Replace the embedding, and with it the head: another vocabulary over the same memory and decoder."""
+        if embedding.embedding_dim != self.config.d_model:
+            raise ValueError(f"embedding must have width d_model = {self.config.d_model}, got {embedding.embedding_dim}")
+        self.embedding = embedding
+        self.config = replace(self.config, vocab_size=embedding.num_embeddings)
 
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""

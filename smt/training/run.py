@@ -13,6 +13,7 @@ import torch
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
 from smt.data.tokenizer import TRAINED, Tokenizer
 from smt.data.walk import DocumentWalk
+from smt.device import find_device
 from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.extras import needs_extra
 from smt.model import StrideMemoryTransformer
@@ -73,7 +74,7 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
         import matplotlib  # noqa: F401 - what is missing is found before the training, not after it
         import tokenizers  # noqa: F401
         import tqdm  # noqa: F401
-    device = _device(config.training.device)
+    device = find_device(config.training.device)
     start = StartingPoint(config.training.init_from)
     config = start.adopted_by(config)
     if start.tokenizer is not None:
@@ -169,11 +170,3 @@ def _sample(model: StrideMemoryTransformer, document: np.ndarray, config: RunCon
             prompt[None], config.training.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, generator=generator
         )
     return tokenizer.decode(prompt[1:].cpu()), tokenizer.decode(tokens[len(prompt) :].cpu())
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but PyTorch finds no GPU; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

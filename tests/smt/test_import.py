@@ -24,3 +24,20 @@ assert aux.n_writes == 2
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], env=hidden, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_transformers_only_its_own_classes_are_missing():
+    script = """
+import sys
+sys.modules["transformers"] = None
+import smt
+smt.StrideMemoryTransformer
+try:
+    smt.SMTForCausalLM
+except ImportError as error:
+    assert 'pip install -e ".[hf]"' in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,22 @@
+"""Where a command computes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def find_device(name: str) -> torch.device:
+    """A device by name; ``auto``: a GPU if there is one.
+
+    Raises:
+        ValueError: a GPU that is not there, or no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but PyTorch finds no GPU; use --device cpu")
+    return device
