@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from attention_cases import AttentionSizes, flex_attention
@@ -74,6 +75,36 @@ def check_models(config: SMTConfig, device: torch.device) -> None:
             plain = _loss_and_gradients(model, input_ids)
             exact = _loss_and_gradients(model.double(), input_ids)
         _compare(f"model with {changes}", fast, exact, plain)
+
+
+def check_decoding(config: SMTConfig, encodings: Sequence[str], device: torch.device) -> None:
+    """Compare prefill and single steps with one forward pass of each encoding in float64, on a small model.
+
+    Raises:
+        WrongResult: an error larger than twice that of the forward pass in the precision of ``config``'s models.
+    """
+    head_dim, length = 32, config.m_input_tokens + 3 * config.stride
+    small = dataclasses.replace(
+        config,
+        vocab_size=128,
+        d_model=2 * head_dim,
+        d_k=2 * head_dim,
+        transformer_n_layers=2,
+        transformer_n_heads=2,
+        ssm_n_layers=1,
+    )
+    for encoding in encodings:
+        model = StrideMemoryTransformer(dataclasses.replace(small, encoding=encoding)).to(device).eval()
+        input_ids = torch.randint(128, (2, length), generator=torch.Generator().manual_seed(3)).to(device)
+        with torch.no_grad():
+            logits, aux = model(input_ids[:, : length // 2])
+            pieces = [logits]
+            for step in range(length // 2, length):
+                logits, aux = model(input_ids[:, step : step + 1], aux.state, overwrite_state=True)
+                pieces.append(logits)
+            plain = model(input_ids)[0]
+            exact = model.double()(input_ids)[0]
+        _compare(f"decoding, {encoding}", {"logits": torch.cat(pieces, dim=1)}, {"logits": exact}, {"logits": plain})
 
 
 def _compare(what: str, actual: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]) -> None:

@@ -158,6 +158,14 @@ def _calibrate(cases: list[Case], length: int, max_seconds: float, device: torch
     return known
 
 
+def time_in_turns(
+    calls: dict[str, Callable[[], object]], max_seconds: float, max_repeats: int, device: torch.device
+) -> dict[str, Samples]:
+    """``interleave`` after a first call of each."""
+    first = {name: _time(call, device) for name, call in calls.items()}
+    return interleave(calls, first, max_seconds, max_repeats, device)
+
+
 def interleave(
     calls: dict[str, Callable[[], object]], first: dict[str, float], max_seconds: float, max_repeats: int, device: torch.device
 ) -> dict[str, Samples]:

@@ -12,12 +12,14 @@ from measure import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = ("length", "case", "time", "per token", "tokens/s", "n", "ratio", "FLOP limit", "of limit", "published")
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
 OFF_SCALE = 50
+STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False}
 
 
 def print_header(task: str, baseline: str, case_width: int) -> None:
@@ -76,22 +78,55 @@ def draw(path: Path, environment: dict, rows: list[Row], published: tuple[float,
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(row.task for row in rows))
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False}
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(len(tasks), 2, figsize=(9.5, 3.1 * len(tasks) + 0.4), squeeze=False, layout="constrained")
         for (left, right), task in zip(axes, tasks, strict=True):
             of_task = [row for row in rows if row.task == task]
             _draw_times(left, task, of_task)
             _draw_ratios(right, of_task, published)
-        device = environment["processor"] if environment["device"] == "cpu" else environment["device"]
-        figure.supxlabel(
-            f"{device}, {environment['threads']} threads, torch {environment['torch']}, {environment['date']}, "
-            f"revision {environment['revision']}",
-            fontsize=7,
-            color="0.4",
-        )
-        figure.savefig(path, dpi=180)
+        _save(figure, path, environment)
         plt.close(figure)
+
+
+def draw_decoding(path: Path, environment: dict, rows: list[Row]) -> None:
+    """Per task (a batch size), time per decoded token and the bytes carried, over the context; only measured points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(len(tasks), 2, figsize=(9.5, 3.1 * len(tasks) + 0.4), squeeze=False, layout="constrained")
+        for (left, right), task in zip(axes, tasks, strict=True):
+            of_task = [row for row in rows if row.task == task]
+            for index, case in enumerate(dict.fromkeys(row.case for row in of_task)):
+                measured = [row for row in of_task if row.case == case and row.seconds is not None]
+                line = {"marker": MARKERS[index], "color": COLOURS[index], "ms": 3.5, "lw": 1.2, "label": case}
+                contexts = [row.length for row in measured]
+                left.plot(contexts, [row.seconds_per_token * 1e3 for row in measured], **line)
+                right.plot(contexts, [row.state_bytes / 2**20 for row in measured], **line)
+            left.set_title(task.replace(": ", "\n", 1), loc="left")
+            left.set(ylabel="ms per token", yscale="log")
+            right.set_title("state or KV cache", loc="left")
+            right.set(ylabel="MiB", yscale="log")
+            for panel in (left, right):
+                _finish(panel, of_task, "{:,g}", "context")
+            left.legend(fontsize=7)
+        _save(figure, path, environment)
+        plt.close(figure)
+
+
+def _save(figure: Figure, path: Path, environment: dict) -> None:
+    """Write the figure, with what it was measured on below."""
+    device = environment["processor"] if environment["device"] == "cpu" else environment["device"]
+    figure.supxlabel(
+        f"{device}, {environment['threads']} threads, torch {environment['torch']}, {environment['date']}, "
+        f"revision {environment['revision']}",
+        fontsize=7,
+        color="0.4",
+    )
+    figure.savefig(path, dpi=180)
 
 
 def _draw_times(axes: Axes, task: str, rows: list[Row]) -> None:
@@ -137,13 +172,13 @@ def _draw_ratios(axes: Axes, rows: list[Row], published: tuple[float, str]) -> N
     axes.legend(fontsize=7, loc="best")
 
 
-def _finish(axes: Axes, rows: list[Row], number: str) -> None:
+def _finish(axes: Axes, rows: list[Row], number: str, of: str = "sequence length") -> None:
     axes.yaxis.set_major_formatter(lambda value, position: number.format(value))
     lengths = sorted({row.length for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths])
     axes.minorticks_off()
-    axes.set_xlabel("sequence length")
+    axes.set_xlabel(of)
     axes.grid(axis="y", lw=0.4, color="0.88")
 
 

@@ -163,8 +163,8 @@ def state_floats(config: SMTConfig) -> int:
     """Numbers per sequence that ``SMTState`` carries from call to call."""
     ssm = config.ssm_n_layers * config.ssm_d_inner * (config.ssm_d_state + config.ssm_d_conv - 1)
     entries = (config.m_input_tokens + config.n_state_slots) * config.d_model
-    keys_values = 2 * config.transformer_n_layers * config.window_size * config.n_kv_heads * config.head_dim
-    return ssm + entries + (keys_values if config.encoding == "stream" else 0)
+    kept = config.n_ssm_outputs if config.encoding == "token" else config.window_size
+    return ssm + entries + 2 * config.transformer_n_layers * kept * config.n_kv_heads * config.head_dim
 
 
 def break_even_state_context(config: SMTConfig) -> int:

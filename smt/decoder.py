@@ -7,31 +7,20 @@ layers once, and every token attends to the keys and values of its window.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
+from smt.rings import from_ring, to_ring
 from smt.rotary import Rotation, rotate, rotation
-from smt.state import KeyValues, keep_last
+from smt.state import KeyValues
+from smt.windows import Span, cut_windows, window_cache, window_layout
 from smt_kernels import WindowSpec, stream_attention, window_attention
 
 NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive entries: values (B, L, d), and the step (of a token) or index (of a slot) of the first."""
-
-    values: Tensor
-    first: int
-
-    @property
-    def stop(self) -> int:
-        """One past the last index."""
-        return self.first + self.values.shape[1]
 
 
 class Attention(nn.Module):
@@ -93,25 +82,53 @@ class Decoder(nn.Module):
                 nn.init.normal_(residual.weight, std=std / math.sqrt(2 * len(self.blocks)))
         nn.init.normal_(self.slot_type if self.config.encoding == "stream" else self.positions, std=std)
 
-    def encode_windows(self, tokens: Span, slots: Span, first: int) -> Tensor:
+    def encode_windows(
+        self, tokens: Span, slots: Span, first: int, stops: Sequence[int]
+    ) -> tuple[Tensor, tuple[KeyValues, ...]]:
         """Encode steps ``first`` to the end of ``tokens``, each inside its window (``token`` and ``stride``).
 
         Args:
             tokens: (B, T, d) embeddings, at least n_tokens - 1 steps of history before ``first`` where they exist.
             slots: (B, K, d), all that any of the steps sees.
             first: the first step to encode.
+            stops: for each row the step after its last.
 
         Returns:
-            (B, tokens.stop - first, d), after the final norm.
+            (B, tokens.stop - first, d), after the final norm, and per layer what to keep of each row's last window.
         """
-        layout = _window_layout(self.config, first, tokens.stop)
-        x, valid_memory, valid_tokens = _cut_windows(self.config, layout, tokens, slots)
-        x = self.dropout(x + self.positions[: x.shape[1]])
+        config, batch = self.config, tokens.values.shape[0]
+        layout = window_layout(config, first, tokens.stop)
+        windows, valid_memory, valid_tokens = cut_windows(config, layout, tokens, slots)
+        of_step = config.window.block_of if config.encoding == "stride" else lambda step: step
+        n_windows, first_window = len(layout.ends), of_step(first)
+        last = [row * n_windows + of_step(stop - 1) - first_window for row, stop in enumerate(stops)]
+        kept = torch.tensor(last, device=windows.device)
+        x, layers = self.through_windows(windows, valid_memory, valid_tokens, layout.tail, kept)
+        queries = x.reshape(batch, -1, config.d_model)  # every window's queries, in order of their steps
+        hidden = queries[:, layout.skip : layout.skip + tokens.stop - first]
+        return hidden, tuple(window_cache(config, k, v, [stop - 1 for stop in stops]) for k, v in layers)
+
+    def through_windows(
+        self, windows: Tensor, valid_memory: Tensor | None, valid_tokens: Tensor | None, tail: int, kept: Tensor | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run windows through all layers.
+
+        Args:
+            windows: (N, n + L, d) slots and the first L tokens of the window, L <= m.
+            valid_memory, valid_tokens: (N,) int32, how many of each right-aligned half exist; None: all.
+            tail: how many of the last entries to return.
+            kept: int64 indices of the windows whose keys and values to return; None: all.
+
+        Returns:
+            (N, tail, d) after the final norm, and per layer keys and values (kept, n + L, H_kv, D), without gradient: only
+            decoding reads them.
+        """
+        x = self.dropout(windows + self.positions[: windows.shape[1]])
+        layers = []
         for index, block in enumerate(self.blocks):
             # Nothing reads the last layer's output but at the queries.
-            tail = layout.tail if index == len(self.blocks) - 1 else x.shape[1]
-            normed = block.norm_1(x)
-            q, k, v = block.attention.heads(normed)
+            n_queries = tail if index == len(self.blocks) - 1 else x.shape[1]
+            q, k, v = block.attention.heads(block.norm_1(x))
             attended = window_attention(
                 q,
                 k,
@@ -119,23 +136,30 @@ class Decoder(nn.Module):
                 n_memory=self.config.n_ssm_outputs,
                 valid_memory=valid_memory,
                 valid_tokens=valid_tokens,
-                tail=tail,
+                tail=n_queries,
             )
-            x = block.finish(x[:, -tail:], attended)
-        batch = tokens.values.shape[0]
-        queries = x.reshape(batch, -1, self.config.d_model)  # every window's queries, in order of their steps
-        return self.norm(queries[:, layout.skip : layout.skip + tokens.stop - first])
+            x = block.finish(x[:, -n_queries:], attended)
+            k, v = k.detach(), v.detach()
+            layers.append((k, v) if kept is None else (k.index_select(0, kept), v.index_select(0, kept)))
+        return self.norm(x), layers
 
     def encode_stream(
-        self, tokens: Span, slots: Span, held: tuple[KeyValues, ...], n_held: tuple[int, int]
+        self,
+        tokens: Span,
+        slots: Span,
+        held: tuple[KeyValues, ...],
+        n_held: tuple[int, int],
+        stops: Sequence[int],
+        slot_stops: Sequence[int],
     ) -> tuple[Tensor, tuple[KeyValues, ...]]:
         """Encode new tokens and new slots on top of the keys and values that each layer holds (``stream``).
 
         Args:
             tokens: (B, T, d) embeddings of the new steps.
             slots: (B, K, d) the new slots.
-            held: per layer, the keys and values of earlier tokens and slots.
+            held: per layer, rings of the keys and values of earlier tokens and slots.
             n_held: how many tokens and slots of ``held`` exist.
+            stops, slot_stops: for each row, the step after its last and the slot after its last.
 
         Returns:
             (B, T, d) after the final norm, and per layer what to hold next.
@@ -148,13 +172,18 @@ class Decoder(nn.Module):
         turn = rotation(torch.cat([slot_step, token_step]), config.head_dim, config.rope_theta)
         x = self.dropout(torch.cat([slots.values + self.slot_type, tokens.values], dim=1))
         kept = []
+        first_step, first_slot = tokens.first - n_held_tokens, slots.first - n_held_slots
         for index, (block, layer) in enumerate(zip(self.blocks, held, strict=True)):
             last = index == len(self.blocks) - 1
             q, k, v = _rotated_heads(block, x, turn)
-            slot_k = torch.cat([_newest(layer.slot_k, n_held_slots), k[:, :n_slots]], dim=1)
-            slot_v = torch.cat([_newest(layer.slot_v, n_held_slots), v[:, :n_slots]], dim=1)
-            token_k = torch.cat([_newest(layer.token_k, n_held_tokens), k[:, n_slots:]], dim=1)
-            token_v = torch.cat([_newest(layer.token_v, n_held_tokens), v[:, n_slots:]], dim=1)
+            slot_k, slot_v = (
+                torch.cat([from_ring(ring, slots.first, n_held_slots).to(new.dtype), new[:, :n_slots]], dim=1)
+                for ring, new in ((layer.slot_k, k), (layer.slot_v, v))
+            )
+            token_k, token_v = (
+                torch.cat([from_ring(ring, tokens.first, n_held_tokens).to(new.dtype), new[:, n_slots:]], dim=1)
+                for ring, new in ((layer.token_k, k), (layer.token_v, v))
+            )
             attended = stream_attention(
                 q[:, n_slots:],
                 token_k,
@@ -162,8 +191,8 @@ class Decoder(nn.Module):
                 slot_k,
                 slot_v,
                 window=config.window,
-                first_step=tokens.first - n_held_tokens,
-                first_slot=slots.first - n_held_slots,
+                first_step=first_step,
+                first_slot=first_slot,
             )
             if last:
                 x = x[:, n_slots:]  # nothing reads the slots' last output
@@ -173,73 +202,15 @@ class Decoder(nn.Module):
             x = block.finish(x, attended)
             kept.append(
                 KeyValues(
-                    keep_last(token_k, config.m_input_tokens),
-                    keep_last(token_v, config.m_input_tokens),
-                    keep_last(slot_k, config.n_ssm_outputs),
-                    keep_last(slot_v, config.n_ssm_outputs),
+                    to_ring(token_k, first_step, stops, config.m_input_tokens),
+                    to_ring(token_v, first_step, stops, config.m_input_tokens),
+                    to_ring(slot_k, first_slot, slot_stops, config.n_ssm_outputs),
+                    to_ring(slot_v, first_slot, slot_stops, config.n_ssm_outputs),
                 )
             )
         return self.norm(x), tuple(kept)
 
 
-@dataclass(frozen=True)
-class _WindowLayout:
-    """Which windows encode a run of steps: window i ends at step ends[i] and holds n slots and ``n_tokens`` tokens.
-
-    ``tail`` queries of each window are computed; the first step asked for is query ``skip`` of the first window.
-    """
-
-    ends: range
-    n_tokens: int
-    tail: int
-    skip: int
-
-
-def _window_layout(config: SMTConfig, first: int, stop: int) -> _WindowLayout:
-    if config.encoding == "token":
-        return _WindowLayout(ends=range(first, stop), n_tokens=config.m_input_tokens, tail=1, skip=0)
-    window, stride = config.window, config.stride
-    first_block, last_block = window.block_of(first), window.block_of(stop - 1)
-    if first_block == last_block:
-        # One block, perhaps unfinished: leave out the entries after the last step, which do not exist yet.
-        missing = window.block_end(last_block) - (stop - 1)
-        return _WindowLayout(ends=range(stop - 1, stop), n_tokens=config.m_input_tokens - missing, tail=stop - first, skip=0)
-    ends = range(window.block_end(first_block), window.block_end(last_block) + 1, stride)
-    return _WindowLayout(ends=ends, n_tokens=config.m_input_tokens, tail=stride, skip=first - (ends.start - stride + 1))
-
-
-def _cut_windows(
-    config: SMTConfig, layout: _WindowLayout, tokens: Span, slots: Span
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The windows (B * len(ends), n + n_tokens, d) and how many slots and tokens of each exist (None: all, everywhere)."""
-    batch, n_windows = tokens.values.shape[0], len(layout.ends)
-    start, stop = layout.ends.start - layout.n_tokens + 1, layout.ends[-1] + 1
-    padded = F.pad(tokens.values, (0, 0, tokens.first - start, stop - tokens.stop))
-    token_windows = padded.unfold(1, layout.n_tokens, layout.ends.step).transpose(2, 3)  # (B, N, n_tokens, d)
-
-    window = config.window
-    written = [window.writes_before(end) if config.writes else 0 for end in layout.ends]
-    padded = F.pad(slots.values, (0, 0, window.n_memory - (written[0] - slots.first), written[-1] - slots.stop))
-    distinct = padded.unfold(1, window.n_memory, 1).transpose(2, 3) if window.n_memory else padded[:, :, None, :0]
-    which = torch.tensor(written, device=padded.device) - written[0]
-    slot_windows = distinct.index_select(1, which) if window.n_memory else token_windows[:, :, :0]
-
-    windows = torch.cat([slot_windows, token_windows], dim=2).flatten(0, 1)
-    slots_held = [min(window.n_memory, count - slots.first) for count in written]
-    tokens_held = [min(layout.n_tokens, end + 1 - tokens.first) for end in layout.ends]
-    valid = [
-        None
-        if min(held) == full
-        else torch.tensor(held, dtype=torch.int32, device=padded.device).expand(batch, n_windows).flatten()
-        for held, full in ((slots_held, window.n_memory), (tokens_held, layout.n_tokens))
-    ]
-    return windows, valid[0], valid[1]
-
-
 def _rotated_heads(block: Block, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = block.attention.heads(block.norm_1(x))
     return rotate(q, turn), rotate(k, turn), v
-
-
-def _newest(held: Tensor, count: int) -> Tensor:
-    return held[:, held.shape[1] - count :]

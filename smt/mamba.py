@@ -51,19 +51,19 @@ class MambaMixer(nn.Module):
             "x_proj_weight": self.x_proj.weight,
             "dt_proj_weight": self.dt_proj.weight,
             "dt_proj_bias": self.dt_proj.bias,
-            "a": -torch.exp(self.A_log.float()),
+            "a": -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             "d": self.D,
         }
         return Parameters(SharedLinear(self.in_proj), SharedLinear(self.out_proj), write)
 
     def forward(
-        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters, gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, K, d), conv_state (B, E, C - 1), ssm_state (B, E, N) -> (B, K, d) and both states after K steps."""
+        """x (B, K, d), states (B, E, C - 1) and (B, E, N), gate (B, K) -> (B, K, d) and both states after K steps."""
         u, z = parameters.in_proj(x).chunk(2, dim=-1)
         # Under autocast the projections are in low precision and the weights are not.
         weights = {name: weight.to(u.dtype) for name, weight in parameters.write.items()}
-        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights)
+        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights, gate=gate)
         return parameters.out_proj(y), conv_state, ssm_state
 
 
@@ -76,10 +76,10 @@ class MambaLayer(nn.Module):
         self.mixer = MambaMixer(config)
 
     def forward(
-        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters, gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``MambaMixer.forward``."""
-        update, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, parameters)
+        update, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, parameters, gate)
         return x + update, conv_state, ssm_state
 
 
@@ -96,12 +96,17 @@ class MambaStack(nn.Module):
         return [layer.mixer.prepare() for layer in self.layers]
 
     def forward(
-        self, x: Tensor, conv: tuple[Tensor, ...], ssm: tuple[Tensor, ...], parameters: list[Parameters]
+        self,
+        x: Tensor,
+        conv: tuple[Tensor, ...],
+        ssm: tuple[Tensor, ...],
+        parameters: list[Parameters],
+        gate: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x (B, K, d) and one conv and SSM state per layer -> slots (B, K, d) and the states after K steps."""
+        """x (B, K, d), one conv and SSM state per layer, gate (B, K) -> slots (B, K, d) and the states after K steps."""
         new_conv, new_ssm = [], []
         for layer, conv_state, ssm_state, prepared in zip(self.layers, conv, ssm, parameters, strict=True):
-            x, conv_state, ssm_state = layer(x, conv_state, ssm_state, prepared)
+            x, conv_state, ssm_state = layer(x, conv_state, ssm_state, prepared, gate)
             new_conv.append(conv_state)
             new_ssm.append(ssm_state)
         return self.norm_f(x), tuple(new_conv), tuple(new_ssm)

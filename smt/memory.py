@@ -103,6 +103,7 @@ class StrideMemory(nn.Module):
         first_step: int,
         first_slot: int,
         writes: range,
+        gate: Tensor | None = None,
         return_weights: bool = False,
     ) -> Written:
         """Make ``writes``, group by group.
@@ -112,6 +113,8 @@ class StrideMemory(nn.Module):
             slots: (B, K, d) the slots before the first write, from ``first_slot`` on.
             conv, ssm: the Mamba layers' states before the first write.
             writes: indices of the writes to make.
+            gate: (B, len(writes)) bool, which of them each row makes; None: all. A row's states are those after its own last
+                write, and the slots of writes that it does not make mean nothing.
         """
         pools_slots = self.config.pool_source == "window" and self.config.n_ssm_outputs > 0
         groups = self._groups(writes) if pools_slots else [writes] if writes else []
@@ -128,7 +131,8 @@ class StrideMemory(nn.Module):
                 writes=group,
                 group=self.config.write_group,
             )
-            written, conv, ssm = self.ssm(pooled, conv, ssm, parameters)
+            of_group = None if gate is None else gate[:, group.start - writes.start : group.stop - writes.start]
+            written, conv, ssm = self.ssm(pooled, conv, ssm, parameters, of_group)
             new_slots.append(written)
             if return_weights:
                 all_weights.append(F.pad(weights, (self.config.window_size - weights.shape[-1], 0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smt.batch import encode_batch, token_counts
 from smt.checkpoint import load_model, save_model
+from smt.chunk import initial_state
 from smt.config import SMTConfig
-from smt.decoder import Decoder, Span
-from smt.generation import generate
+from smt.decoder import Decoder
+from smt.generation import generate, stream
 from smt.loss import IGNORE_INDEX, linear_cross_entropy
 from smt.memory import StrideMemory
 from smt.pretrained import load_gpt2, load_mamba
-from smt.state import SMTState, keep_last
+from smt.state import SMTState
 from smt.transfer import LoadReport
 
 # The parts that parameters are counted, trained and frozen by.
@@ -26,21 +29,43 @@ PARTS = {"embedding": "embedding", "transformer": "decoder", "attention_pooling"
 
 @dataclass(frozen=True)
 class Aux:
-    """What a forward pass tells besides its logits; fields are also items (``aux["n_writes"]``).
+    """What a forward pass tells besides its logits; fields and properties are also items (``aux["n_writes"]``).
 
     Attributes:
-        write_steps: the steps at whose end a slot was written in this call.
-        n_writes: how many these are.
-        write_frequency: writes per step of this call.
-        attention_weights: (B, n_writes, W) pooling weights of each write before dropout, slots first; None unless asked for.
+        config: the model's.
+        writes: for each row the indices of the writes that it made in this call.
+        n_tokens: tokens that all rows took together.
+        attention_weights: (B, K, W) pooling weights of each row's K writes before dropout, slots first, zeros behind those of a
+            row that made fewer; None unless asked for.
         state: what to pass to the next call.
     """
 
-    write_steps: list[int]
-    n_writes: int
-    write_frequency: float
+    config: SMTConfig
+    writes: tuple[range, ...]
+    n_tokens: int
     attention_weights: Tensor | None
     state: SMTState
+
+    @property
+    def write_steps(self) -> list[int]:
+        """The steps at whose end a slot was written, when they are those of every row.
+
+        Raises:
+            ValueError: the rows made different writes; ``writes`` tells each row's.
+        """
+        if any(of_row != self.writes[0] for of_row in self.writes):
+            raise ValueError("the rows made different writes: see writes, one range per row")
+        return [self.config.window.write_step(write) for write in self.writes[0]]
+
+    @property
+    def n_writes(self) -> int:
+        """How many writes these are, under the same condition."""
+        return len(self.write_steps)
+
+    @property
+    def write_frequency(self) -> float:
+        """Writes per token of all rows."""
+        return sum(map(len, self.writes)) / max(1, self.n_tokens)
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -68,25 +93,40 @@ class StrideMemoryTransformer(nn.Module):
         self.decoder.initialise()
 
     def forward(
-        self, input_ids: Tensor, state: SMTState | None = None, *, return_weights: bool = False, last_only: bool = False
+        self,
+        input_ids: Tensor,
+        state: SMTState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        return_weights: bool = False,
+        last_only: bool = False,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, Aux]:
-        """Next-token logits of every step.
+        """Next-token logits of every step; each row gives what it gives alone.
+
+        Any number of tokens runs in parallel. One token per row, without gradients and not in training mode, is a decoding
+        step: its time and memory are constant, whatever the length of the past.
 
         Args:
             input_ids: (B, T) integer tokens; on CPU their range is checked.
-            state: the ``aux.state`` of the call before, to continue its sequences; None: start.
+            state: the ``aux.state`` of the call before, to continue its sequences; None: start. Rows may be at any steps.
+            attention_mask: (B, T), 0 at padding, which is on the left, and 1 at tokens; a row of zeros takes nothing. Logits at
+                padding mean nothing, but are finite. None: no padding.
             return_weights: also return the pooling weights of each write.
             last_only: logits of the last step alone, (B, 1, V).
+            overwrite_state: the new state may take the tensors of ``state``, which must not be used again.
 
         Returns:
             logits (B, T, V) and ``Aux``.
 
         Raises:
             TypeError: input_ids is not an integer tensor.
-            ValueError: wrong rank, an empty batch, another device, a token out of range, or a state of another config or
-                batch size.
+            ValueError: wrong rank, an empty batch, another device, a token out of range, a state of another config or batch
+                size, or a mask that is not left padding.
         """
-        hidden, aux = self.encode(input_ids, state, return_weights=return_weights)
+        hidden, aux = self.encode(
+            input_ids, state, attention_mask=attention_mask, return_weights=return_weights, overwrite_state=overwrite_state
+        )
         return F.linear(hidden[:, -1:] if last_only else hidden, self.embedding.weight), aux
 
     def loss(self, input_ids: Tensor, targets: Tensor | None = None, state: SMTState | None = None) -> tuple[Tensor, Aux]:
@@ -108,60 +148,33 @@ class StrideMemoryTransformer(nn.Module):
             raise ValueError(f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
         return linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, targets.flatten().long()), aux
 
-    def encode(self, input_ids: Tensor, state: SMTState | None = None, *, return_weights: bool = False) -> tuple[Tensor, Aux]:
-        """Hidden states (B, T, d) after the final norm, before the head; arguments and errors as in ``forward``."""
-        self._check(input_ids, state)
-        config, window = self.config, self.config.window
-        embedded = self.embedding(input_ids)
-        state = state if state is not None else self._initial_state(embedded)
-        first, stop = state.step, state.step + input_ids.shape[1]
-        n_tokens, n_slots = _existing(config, first)
-        written = window.writes_made(first) if config.writes else 0
-        writes = range(written, window.writes_made(stop) if config.writes else 0)
-
-        tokens = Span(torch.cat([state.tokens[:, config.m_input_tokens - n_tokens :], embedded], dim=1), first - n_tokens)
-        old_slots = state.slots[:, config.n_state_slots - n_slots :]
-        new = self.memory(
-            tokens.values,
-            old_slots,
-            state.conv,
-            state.ssm,
-            first_step=tokens.first,
-            first_slot=written - n_slots,
-            writes=writes,
-            return_weights=return_weights,
-        )
-        slots = Span(torch.cat([old_slots, new.slots], dim=1), written - n_slots)
-        layers = state.layers
-        if config.encoding == "stream":
-            held = min(n_tokens, config.m_input_tokens), min(n_slots, config.n_ssm_outputs)
-            hidden, layers = self.decoder.encode_stream(Span(embedded, first), Span(new.slots, written), layers, held)
-        else:
-            hidden = self.decoder.encode_windows(tokens, slots, first)
-        next_state = SMTState(
-            config=config,
-            steps=(stop,) * input_ids.shape[0],
-            tokens=keep_last(tokens.values, config.m_input_tokens),
-            slots=keep_last(slots.values, config.n_state_slots),
-            conv=new.conv,
-            ssm=new.ssm,
-            layers=layers,
-        )
-        write_steps = [window.write_step(write) for write in writes]
-        return hidden, Aux(write_steps, len(writes), len(writes) / input_ids.shape[1], new.weights, next_state)
-
-    def generate(
+    def encode(
         self,
         input_ids: Tensor,
-        max_new_tokens: int,
+        state: SMTState | None = None,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue ``input_ids`` (B, T): see ``smt.generation.generate``."""
-        return generate(self, input_ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        attention_mask: Tensor | None = None,
+        return_weights: bool = False,
+        overwrite_state: bool = False,
+    ) -> tuple[Tensor, Aux]:
+        """Hidden states (B, T, d) after the final norm, before the head; arguments and errors as in ``forward``."""
+        self._check(input_ids, state)
+        batch, length = input_ids.shape
+        counts = (length,) * batch if attention_mask is None else token_counts(attention_mask, input_ids)
+        if state is None:
+            state = initial_state(self, batch)
+        encoded = encode_batch(self, input_ids, state, counts, return_weights=return_weights, overwrite_state=overwrite_state)
+        made = self.config.window.writes_made if self.config.writes else lambda step: 0
+        writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
+        return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Prompts (B, T) and their continuations, (B, T + new): see ``smt.generation.generate``."""
+        return generate(self, input_ids, max_new_tokens, **options)
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """The next tokens (B,) of prompts (B, T), one step at a time: see ``smt.generation.stream``."""
+        return stream(self, input_ids, max_new_tokens, **options)
 
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""
@@ -195,18 +208,6 @@ class StrideMemoryTransformer(nn.Module):
         """The model that ``save_pretrained`` or a training run left in ``folder``: see ``smt.checkpoint.load_model``."""
         return load_model(cls, folder, device=device)
 
-    def _initial_state(self, embedded: Tensor) -> SMTState:
-        config = self.config
-        state = SMTState.initial(config, embedded.shape[0], device=embedded.device, dtype=embedded.dtype)
-        if config.empty_slots == "mask" or config.encoding != "stream":
-            return state
-        # "zero" in the stream: the entries before the first step are zero vectors that have gone through the layers.
-        n_tokens, n_slots = _existing(config, 0)
-        tokens = Span(state.tokens, -n_tokens)
-        slots = Span(state.slots[:, config.n_state_slots - n_slots :], -n_slots)
-        _, layers = self.decoder.encode_stream(tokens, slots, state.layers, (0, 0))
-        return SMTState(config, state.steps, state.tokens, state.slots, state.conv, state.ssm, layers)
-
     def _check(self, input_ids: Tensor, state: SMTState | None) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
             got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
@@ -224,11 +225,5 @@ class StrideMemoryTransformer(nn.Module):
                 raise ValueError(f"input_ids must lie in {valid}, got {low}..{high}")
         if state is not None:
             state.check(self.config, input_ids.shape[0])
-
-
-def _existing(config: SMTConfig, step: int) -> tuple[int, int]:
-    """How many tokens and slots of a state exist after ``step`` steps."""
-    n_slots = config.window.writes_made(step)
-    if config.empty_slots == "zero":  # the entries before the first are there, as zeros
-        step, n_slots = config.m_input_tokens, n_slots + config.n_ssm_outputs
-    return min(step, config.m_input_tokens), min(n_slots, config.n_state_slots) if config.writes else 0
+            if state.tokens.device != device:
+                raise ValueError(f"state must be on the model's device {device}, got {state.tokens.device}")

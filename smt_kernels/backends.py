@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -31,6 +30,7 @@ TRITON_LIMITS: dict[str, int | None] = {
     "window_attention": 256,
 }
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,12 @@ def _triton_obstacle(operation: str, tensor: Tensor) -> str | None:
     longest = TRITON_LIMITS[operation]
     if longest is not None and tensor.shape[-1] > longest:
         return f"its kernel takes a last dimension of at most {longest}, got {tensor.shape[-1]}"
-    if not _triton_is_installed():
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         where = f"the tensors are on {tensor.device.type}"
         return f"{where}; set TRITON_INTERPRET=1 before the first import of triton to run its interpreter"
     return None
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _check_name(name: str) -> None:

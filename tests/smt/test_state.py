@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smt import SMTConfig, StrideMemoryTransformer
+from smt import SMTConfig, SMTState, StrideMemoryTransformer
 
 VOCAB = 37
 
@@ -88,11 +88,11 @@ def test_a_state_is_a_value(encoding):
     ids = torch.randint(VOCAB, (2, 60))
     with torch.no_grad():
         state = model(ids[:, :33])[1].state
-        before = [tensor.clone() for tensor in (state.tokens, state.slots, *state.conv, *state.ssm)]
+        before = state.clone().tensors()
         first, _ = model(ids[:, 33:], state=state)
         second, _ = model(ids[:, 33:], state=state)
     assert torch.equal(first, second)
-    assert all(map(torch.equal, before, (state.tokens, state.slots, *state.conv, *state.ssm)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
     assert state.steps == (33, 33)
 
 
@@ -121,6 +121,28 @@ def test_gradients_flow_through_a_carried_state():
         torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-8)
 
 
+def test_joined_states_are_the_rows_of_their_states():
+    model = build(encoding="stream")
+    ids = torch.randint(VOCAB, (3, 70))
+    with torch.no_grad():
+        states = [model(ids[row : row + 1, : 20 + 7 * row])[1].state for row in range(3)]
+        joined = SMTState.join(states)
+        logits, _ = model(torch.stack([ids[row, 20 + 7 * row] for row in range(3)])[:, None], joined)
+        whole, _ = model(ids)
+    assert joined.steps == (20, 27, 34)
+    torch.testing.assert_close(logits[:, 0], torch.stack([whole[row, 20 + 7 * row] for row in range(3)]), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="join needs at least one state"):
+        SMTState.join([])
+
+
+def test_a_state_moves_to_another_device_and_the_model_says_when_it_is_elsewhere():
+    model = build(encoding="stream")
+    state = model(torch.randint(VOCAB, (2, 9)))[1].state.to("meta")
+    assert {tensor.device.type for tensor in state.tensors().values()} == {"meta"}
+    with pytest.raises(ValueError, match="state must be on the model's device cpu, got meta"):
+        model(torch.randint(VOCAB, (2, 9)), state=state)
+
+
 def test_rows_are_chosen_reordered_and_repeated():
     model = build(encoding="stream")
     ids = torch.randint(VOCAB, (3, 70))
@@ -132,12 +154,37 @@ def test_rows_are_chosen_reordered_and_repeated():
     torch.testing.assert_close(chosen, whole[index, 50:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
-def test_the_size_of_a_state_is_constant(encoding):
-    model = build(encoding=encoding)
+def test_the_size_of_a_state_is_known_and_constant(encoding, dtype):
+    model = build(encoding=encoding).to(dtype)
     ids = torch.randint(VOCAB, (2, 400))
-    sizes = {model(ids[:, :length])[1].state.n_bytes() for length in (1, 17, 65, 400)}
-    assert len(sizes) == 1
+    with torch.no_grad():
+        states = [model(ids[:, :length])[1].state for length in (1, 17, 65, 400)]
+        states.append(model(ids[:, :1], states[-1])[1].state)
+    expected = SMTState.size_in_bytes(model.config, 2, dtype)
+    for state in (*states, SMTState.initial(model.config, 2, device="cpu", dtype=dtype)):
+        assert state.n_bytes() == expected
+        # Nothing larger is kept alive behind a view either.
+        assert sum(tensor.untyped_storage().nbytes() for tensor in state.tensors().values()) == expected
+
+
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
+def test_a_state_keeps_its_dtypes_under_autocast(encoding):
+    model = build(encoding=encoding)
+    ids = torch.randint(VOCAB, (2, 40))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        whole, _ = model(ids)
+        logits, aux = model(ids[:, :30])
+        for step in range(30, 40):
+            logits, aux = model(ids[:, step : step + 1], aux.state)
+    dtypes = {name.split(".")[0]: tensor.dtype for name, tensor in aux.state.tensors().items()}
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    assert dtypes == {"tokens": float32, "slots": float32, "conv": float32, "ssm": float32, "layers": bfloat16}
+    assert aux.state.n_bytes() == SMTState.size_in_bytes(model.config, 2, float32, bfloat16)
+    assert (logits[:, -1] - whole[:, -1]).abs().max() < 0.1 * whole.std()
+    with torch.no_grad():
+        model(ids[:, :1], aux.state)  # and it goes on without autocast
 
 
 def test_a_state_of_another_config_is_refused():

@@ -1,0 +1,97 @@
+"""Generation of a batch: every row as if it were alone, each until its own end."""
+
+import pytest
+import torch
+
+from smt import SMTConfig, StrideMemoryTransformer
+
+VOCAB = 37
+ENCODINGS = ["token", "stride", "stream"]
+
+
+def build(**switches):
+    torch.manual_seed(3)
+    sizes = dict(
+        vocab_size=VOCAB, d_model=16, d_k=16, transformer_n_layers=2, transformer_n_heads=2, ssm_n_layers=2, ssm_d_state=4,
+        initializer_range=0.3, n_ssm_outputs=4, m_input_tokens=9, stride=3,
+    )  # fmt: skip
+    return StrideMemoryTransformer(SMTConfig(**{**sizes, **switches})).eval()
+
+
+def prompts(lengths):
+    """Left-padded prompts, their mask, and each alone."""
+    alone = [torch.randint(VOCAB, (length,)) for length in lengths]
+    ids = torch.full((len(lengths), max(lengths)), 5)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(alone):
+        ids[row, -len(prompt) :] = prompt
+        mask[row, -len(prompt) :] = 1
+    return ids, mask, alone
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_padded_prompts_continue_as_each_does_alone(encoding):
+    model = build(encoding=encoding)
+    ids, mask, alone = prompts([3, 17, 1, 8])
+    together = model.generate(ids, 20, attention_mask=mask, temperature=0)
+    assert torch.equal(together[:, : ids.shape[1]], ids)
+    for row, prompt in enumerate(alone):
+        expected = model.generate(prompt[None], 20, temperature=0)[0, len(prompt) :]
+        assert torch.equal(together[row, ids.shape[1] :], expected)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_row_ends_at_its_end_token_and_the_others_go_on(encoding):
+    model = build(encoding=encoding)
+    ids, mask, _ = prompts([3, 17, 1, 8])
+    endless = model.generate(ids, 30, attention_mask=mask, temperature=0)[:, ids.shape[1] :]
+    ends = [int(endless[1, 4]), int(endless[3, 11])]
+    pad = next(token for token in range(VOCAB) if token not in ends)
+    output = model.generate(ids, 30, attention_mask=mask, temperature=0, eos_token_id=ends, pad_token_id=pad)
+    for row, tokens in enumerate(endless.tolist()):
+        stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        length = output.shape[1] - ids.shape[1]
+        expected = tokens[: min(stop, length)] + [pad] * (length - stop)
+        assert output[row, ids.shape[1] :].tolist() == expected
+
+
+def test_generation_stops_when_all_rows_have_ended():
+    model = build()
+    ids = torch.randint(VOCAB, (1, 10))
+    first = int(model.generate(ids, 1, temperature=0)[0, -1])
+    assert model.generate(ids, 30, temperature=0, eos_token_id=first).shape == (1, 11)
+    several = list(range(VOCAB))
+    assert model.generate(ids.repeat(2, 1), 30, eos_token_id=several).shape == (2, 11)
+
+
+def test_streaming_yields_the_tokens_of_generate_as_they_are_drawn():
+    model = build().train()
+    ids, mask, _ = prompts([4, 9])
+    tokens = model.stream(ids, 12, attention_mask=mask, temperature=0)
+    first = next(tokens)
+    assert model.training, "between two tokens the model is as it was"
+    streamed = torch.stack([first, *tokens], dim=1)
+    assert torch.equal(streamed, model.generate(ids, 12, attention_mask=mask, temperature=0)[:, 9:])
+    assert model.training and not streamed.requires_grad
+
+
+def test_ends_and_padding_leave_the_prompt_as_it_is():
+    ids, mask, _ = prompts([4, 9])
+    output = build().generate(ids, 5, attention_mask=mask, eos_token_id=5)  # the padding of the prompts is an end token
+    assert torch.equal(output[:, :9], ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eos_token_id": VOCAB}, "eos_token_id must lie in 0..vocab_size - 1 = 0..36, got 37"),
+        ({"pad_token_id": -1}, "pad_token_id must lie in 0..vocab_size - 1 = 0..36, got -1"),
+        ({"attention_mask": torch.tensor([[1, 1], [0, 0]])}, r"must have a token, rows \[1\] have none"),
+        ({"attention_mask": torch.tensor([[1, 0], [1, 1]])}, "left padding"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+    ],
+    ids=["end", "padding", "empty row", "right padding", "temperature"],
+)
+def test_bad_options_are_explained_before_anything_runs(options, message):
+    with pytest.raises(ValueError, match=message):
+        build().stream(torch.ones(2, 2, dtype=torch.long), 3, **options)
