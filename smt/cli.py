@@ -1,4 +1,4 @@
-"""The command line: ``smt train`` and ``smt convert``.
+"""The command line: ``smt train``, ``smt eval`` and ``smt convert``.
 
 Errors are one line on standard error, with a traceback only under ``--debug``.
 """
@@ -27,6 +27,10 @@ EXAMPLES = """examples:
   smt train --config shakespeare               whole plays; wikitext2, wikitext103 and pg19 likewise
   smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
   smt train --config my_run.yaml --out runs
+  smt eval results/stdlib/20260101_120000      everything that smt eval measures, on the run's held-out documents
+  smt eval RUN --tasks perplexity,position --data pg19 --hf openai-community/gpt2
+  smt train --config mqar                      recall far beyond the window, in 14 minutes; then
+  smt eval results/mqar/20260101_120000 --tasks recall,needle
   smt convert --gpt2 openai-community/gpt2 --mamba state-spaces/mamba-130m-hf --out start
   smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6
 """
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if unknown:
             raise ValueError(_unknown(unknown[0], commands[options.command]))
-        return _convert(options) if options.command == "convert" else _train(options, started)
+        return _COMMANDS[options.command](options, started)
     except KeyboardInterrupt:
         print("smt: interrupted", file=sys.stderr)
         return 130
@@ -66,7 +70,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     from smt.training.settings import PARTS
 
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "epilog": EXAMPLES}
-    parser = argparse.ArgumentParser(prog="smt", description="Train Stride Memory Transformers.", **style)
+    parser = argparse.ArgumentParser(prog="smt", description="Train and evaluate Stride Memory Transformers.", **style)
     commands = parser.add_subparsers(dest="command", metavar="command")
     train = commands.add_parser(
         "train",
@@ -83,7 +87,24 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         for field in fields(settings):
             names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
             group.add_argument(*names, dest=f"field_{field.name}", metavar=_metavar(kind_of(settings, field.name)))
-    return parser, {"train": train, "convert": _convert_parser(commands, style)}
+    return parser, {"train": train, "eval": _eval_parser(commands, style), "convert": _convert_parser(commands, style)}
+
+
+def _eval_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentParser:
+    about = "measure a trained model: perplexity, loss by position, recall, and what its memory is worth"
+    parser = commands.add_parser("eval", help=about, description=f"{about[0].upper()}{about[1:]}.", **style)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder that smt train or smt convert left")
+    parser.add_argument("--hf", metavar="NAME", help="a causal language model of Hugging Face, alone or to compare with")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="that --hf sees at most (default: all that it takes)")
+    parser.add_argument("--data", metavar="SOURCE", help="a file, a folder or a source (default: that of the run)")
+    parser.add_argument("--tasks", metavar="NAME,...", help="perplexity,position,needle,recall,ablation,pooling (default: all)")
+    parser.add_argument("--documents", type=int, metavar="N", help="the first N held-out documents (default: all)")
+    parser.add_argument("--trials", type=int, default=8, metavar="N", help="needles per cell of the grid (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the needles (default: 0)")
+    parser.add_argument("--out", metavar="FOLDER", help="for evaluation.json and plots (default: the run's folder)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def _convert_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentParser:
@@ -102,6 +123,33 @@ def _convert_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentPa
     return parser
 
 
+def _eval(options: argparse.Namespace, started: float) -> int:
+    if options.run is None and options.hf is None:
+        raise ValueError("smt eval needs a run's folder or --hf NAME")
+    out = options.out or options.run
+    if out is None:
+        raise ValueError("smt eval --hf needs --out FOLDER for its files")
+    from smt.evaluation.run import EvaluationConfig, data_named, evaluate_subjects
+    from smt.evaluation.subjects import data_of_run, open_causal_lm, open_run
+    from smt.precision import device_named
+
+    tasks = {} if options.tasks is None else {"tasks": tuple(filter(None, options.tasks.split(",")))}
+    config = EvaluationConfig(documents=options.documents, trials=options.trials, seed=options.seed, **tasks)
+    device = device_named(options.device)
+    subjects = [] if options.run is None else [open_run(options.run, device)]
+    data = data_named(options.data) if options.data else data_of_run(options.run) if options.run else None
+    if data is None:
+        raise ValueError("smt eval needs --data: the model does not say what it was trained on")
+    if options.hf is not None:
+        subjects.append(open_causal_lm(options.hf, device, options.context))
+    report = evaluate_subjects(subjects, data, config, out)
+    print(report.table())
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"\nfiles           {', '.join(str(path) for path in report.files)}")
+    return 0
+
+
 def _train(options: argparse.Namespace, started: float) -> int:
     given = {name.removeprefix("field_"): value for name, value in vars(options).items() if name.startswith("field_")}
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -115,7 +163,7 @@ def _train(options: argparse.Namespace, started: float) -> int:
     return 0
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _convert(options: argparse.Namespace, started: float) -> int:
     from smt.conversion import convert
 
     for setting in options.set:
@@ -134,6 +182,9 @@ def _convert(options: argparse.Namespace) -> int:
     )
     print(f"{config.summary()}\n\n{report}\n\nfiles           {options.out}")
     return 0
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "convert": _convert}
 
 
 def _metavar(kind: str) -> str:

@@ -17,7 +17,7 @@ from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.extras import needs_extra
 from smt.model import StrideMemoryTransformer
 from smt.plots import training_curves
-from smt.precision import precision
+from smt.precision import device_named, precision
 from smt.training.clock import Clock
 from smt.training.loop import Progress, train
 from smt.training.run_folder import RunFolder
@@ -73,7 +73,7 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
         import matplotlib  # noqa: F401 - what is missing is found before the training, not after it
         import tokenizers  # noqa: F401
         import tqdm  # noqa: F401
-    device = _device(config.training.device)
+    device = device_named(config.training.device)
     start = StartingPoint(config.training.init_from)
     config = start.adopted_by(config)
     if start.tokenizer is not None:
@@ -169,11 +169,3 @@ def _sample(model: StrideMemoryTransformer, document: np.ndarray, config: RunCon
             prompt[None], config.training.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, generator=generator
         )
     return tokenizer.decode(prompt[1:].cpu()), tokenizer.decode(tokens[len(prompt) :].cpu())
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but PyTorch finds no GPU; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
