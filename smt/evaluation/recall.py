@@ -52,7 +52,8 @@ class Recall:
 
 def usual_distances(window_tokens: int, window_size: int) -> tuple[int, ...]:
     """Two distances within the window, and then 1, 2, 3, 4, 6 and 8 times its length."""
-    return (window_tokens // 4, window_tokens // 2, *(factor * window_size for factor in (1, 2, 3, 4, 6, 8)))
+    within = {max(2, window_tokens // part) for part in (4, 2)}
+    return tuple(sorted(within | {factor * window_size for factor in (1, 2, 3, 4, 6, 8)}))
 
 
 def recall(

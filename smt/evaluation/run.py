@@ -211,9 +211,9 @@ def _position(run: EvaluationRun) -> None:
         curves[subject.name] = loss_by_position(scores)
         fall = fall_between(scores, (window, reach), (reach, 2 * reach))
         margin = "" if fall is None or fall.margin is None else f" ± {fall.margin:.4f}"
-        shown = (
-            f"no document of {2 * reach} tokens" if fall is None else f"{fall.nats:.4f}{margin}, {fall.n_documents} documents"
-        )
+        shown = f"no document of {2 * reach} tokens"
+        if fall is not None:
+            shown = f"{fall.nats:.4f}{margin}, {fall.n_documents} documents"
         figures = {f"fall of the loss from {window}..{reach} to {reach}..{2 * reach}": shown}
         result = {**asdict(curves[subject.name]), "fall": fall and asdict(fall)}
         run.report.add("position", subject.name, result, figures)

@@ -1,7 +1,9 @@
-"""Position, needle, recall and pooling: what is measured is what the names say, checked against models whose answers are known."""
+"""Position, needle, recall and pooling: what is measured is what the names say, for models of known answers."""
 
 import math
 import random
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,17 +29,18 @@ def tokenizer():
 
 
 class Reader:
-    """A scorer that knows the whole document, and finds in it the token that followed the last three when they last occurred."""
+    """A scorer that names what followed the last ``order`` tokens when they last occurred, ``memory`` tokens back at most."""
 
-    def __init__(self, memory=10**6):
-        self.memory = memory
+    def __init__(self, memory=10**6, order=3):
+        self.memory, self.order = memory, order
 
     def score(self, documents):
         scores = []
         for document in documents:
             tokens, score = document.tolist(), TokenScores.of_length(len(document))
-            for t in range(3, len(tokens)):
-                seen = [s for s in range(max(3, t - self.memory), t) if tokens[s - 3 : s] == tokens[t - 3 : t]]
+            for t in range(self.order, len(tokens)):
+                last, first = tokens[t - self.order : t], max(self.order, t - self.memory)
+                seen = [s for s in range(first, t) if tokens[s - self.order : s] == last]
                 right = bool(seen) and tokens[seen[-1]] == tokens[t]
                 score.log_probs[t - 1], score.greedy[t - 1] = math.log(0.9 if right else 0.01), right
             scores.append(score)
@@ -91,7 +94,7 @@ def test_a_fall_is_measured_within_documents_that_are_long_enough():
 def test_log_spaced_edges_grow_and_end_where_they_are_told():
     edges = log_spaced(1, 1000, 2)
     assert edges[0] == 1 and edges[-1] == 1000 and list(edges) == sorted(set(edges))
-    assert all(b / a < 2.1 for a, b in zip(edges, edges[1:], strict=False))
+    assert all(b / a < 2.1 for a, b in pairwise(edges))
 
 
 def test_recall_documents_show_each_pair_once_and_ask_for_it_at_the_distance_that_is_named():
@@ -139,14 +142,16 @@ def test_words_in_any_tokens_spell_the_text_of_the_document(tokenizer):
     assert tokenizer.decode(tokens[starts[5] : starts[6]]) == f" {document.words[5]}"
 
 
-def test_recall_is_whole_for_one_who_can_look_back_and_none_for_one_who_cannot(tokenizer):
-    able = recall(Reader(), tokenizer, TASK, [10, 40], n_documents=4)
-    assert [there.n_questions for there in able.distances] == [8, 8]
+def test_recall_is_whole_for_one_who_can_look_back_and_none_for_one_who_cannot():
+    tokenizer = Tokenizer.train(read_recall(replace(TASK, documents=64)).train, 512)
+    assert encode_words(TASK.document(0).words, tokenizer)[1] == list(range(1, TASK.length + 2))  # a word is a token
+    able = recall(Reader(order=1), tokenizer, TASK, [10, 40], n_documents=4)
+    assert [(there.distance, there.n_questions) for there in able.distances] == [(10, 8), (40, 8)]
     assert able.chance == 1 / 5
     assert all(there.accuracy == 1 for there in able.distances)
-    unable = recall(Reader(memory=1), tokenizer, TASK, [10, 40], n_documents=4)
-    assert all(there.accuracy == 0 for there in unable.distances)
-    assert unable.distances[0].nats > able.distances[0].nats
+    assert able.distances[0].nats == pytest.approx(-math.log(0.9))
+    unable = recall(Reader(order=1, memory=30), tokenizer, TASK, [10, 40], n_documents=4)
+    assert [there.accuracy for there in unable.distances] == [1, 0]
 
 
 @pytest.mark.parametrize("style", [ENGLISH, recall_style(TASK)], ids=["English", "recall"])
