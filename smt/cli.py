@@ -29,8 +29,7 @@ EXAMPLES = """examples:
   smt train --config my_run.yaml --out runs
   smt eval results/stdlib/20260101_120000      everything that smt eval measures, on the run's held-out documents
   smt eval RUN --tasks perplexity,position --data pg19 --hf openai-community/gpt2
-  smt train --config mqar                      recall far beyond the window, in 14 minutes; then
-  smt eval results/mqar/20260101_120000 --tasks recall,needle
+  smt eval RUN --data recall --tasks recall --trials 16
   smt convert --gpt2 openai-community/gpt2 --mamba state-spaces/mamba-130m-hf --out start
   smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6
 """

@@ -47,7 +47,7 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
         (["--encoding", "tokens"], "encoding must be one of token, stride, stream, got 'tokens'"),
         (
             ["--config", "missing.yaml"],
-            "one of the examples (finetune, mqar, pg19, shakespeare, stdlib, tiny, wikitext103, wikitext2)",
+            "one of the examples (finetune, pg19, shakespeare, stdlib, tiny, wikitext103, wikitext2)",
         ),
         (["--text", "missing.txt"], "text must be a file or a folder, missing.txt does not exist"),
         (["--source", "wikitext"], "got 'wikitext'; did you mean 'wikitext2'?"),
