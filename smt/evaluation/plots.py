@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,8 +97,8 @@ def plot_recall(results: Mapping[str, Recall], marks: Mapping[str, int], path: s
         axes.plot(x, y, **style, markersize=5)
     chance = next(iter(results.values())).chance
     axes.axhline(100 * chance, color="0.5", linestyle=":", label=f"chance, {chance:.1%}")
-    for name, distance in marks.items():
-        axes.axvline(distance, color="0.3", linestyle="--", linewidth=1, label=f"{name}: {distance}")
+    for (name, distance), dashes in zip(marks.items(), itertools.cycle(["--", "-."])):
+        axes.axvline(distance, color="0.3", linestyle=dashes, linewidth=1, label=f"{name}: {distance}")
     axes.set_xscale("log", base=2)
     ticks = sorted({there.distance for result in results.values() for there in result.distances})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
@@ -123,7 +125,7 @@ def plot_ablations(results: Mapping[str, Ablation], spans: Mapping[str, str], pa
     axes.axhline(0, color="0.3", linewidth=0.8)
     axes.set_xticks(
         range(len(there)),
-        [f"{spans[span]}\nloss of the whole model {getattr(whole, span).nats:.3f}" for span in there],
+        [f"{spans[span]}\nwhole model: {getattr(whole, span).nats:.3f}" for span in there],
         fontsize=9,
     )
     axes.set(xlabel="position in the document", ylabel="additional loss (nats per token)")
@@ -151,16 +153,18 @@ def plot_pooling(result: PoolingAnalysis, path: str | Path) -> None:
     )
     _legend_below(figure, bars)
     x = range(result.first_write, result.first_write + len(result.by_write))
-    lines.plot(x, [100 * write.ssm_total for write in result.by_write], color="tab:orange", marker=".", label="slots, all")
+    lines.plot(x, [100 * write.ssm_total for write in result.by_write], color="tab:orange", linewidth=1, label="slots, all")
     lines.plot(x, [100 * write.ssm_max for write in result.by_write], color="tab:orange", linestyle=":", label="largest slot")
     lines.plot(x, [100 * write.input_max for write in result.by_write], color="tab:blue", linestyle=":", label="largest token")
     lines.set(xlabel="number of the write", ylabel="weight (%)")
     lines.set_ylim(bottom=0)
     lines.grid(alpha=0.3)
     entropy = lines.twinx()
-    entropy.plot(x, [write.entropy for write in result.by_write], color="tab:green", label="entropy (right-hand axis)")
+    entropy.plot(
+        x, [write.entropy for write in result.by_write], color="tab:green", linewidth=1, label="entropy (right-hand axis)"
+    )
     entropy.set_ylabel("entropy (nats)")
-    entropy.set_ylim(bottom=0)
+    entropy.set_ylim(0, 1.15 * math.log(size))
     handles = [line for axes in (lines, entropy) for line in axes.get_lines()]
     _legend_below(figure, lines, handles)
     _save(figure, path)

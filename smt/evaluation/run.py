@@ -180,7 +180,7 @@ def evaluate_subjects(subjects: Sequence[Subject], data: DataConfig, config: Eva
         "notes": report.notes,
         "results": report.results,
     }
-    text = json.dumps(_finite(values), indent=2, default=_plain) + "\n"
+    text = json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
     path = run.out / RESULTS_FILE
     write_files({path: lambda partial: partial.write_text(text, encoding="utf-8")})
     report.files.insert(0, path)
@@ -328,7 +328,3 @@ def _finite(values: Any) -> Any:
     if isinstance(values, list | tuple):
         return [_finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
-def _plain(value: Any) -> Any:
-    raise TypeError(f"{type(value).__name__} is no JSON")
