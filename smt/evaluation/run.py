@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from smt.evaluation.perplexity import Evaluation
 from smt.evaluation.pooling import analyse_pooling
 from smt.evaluation.position import fall_between, loss_by_position
 from smt.evaluation.recall import encode_words, recall, usual_distances
+from smt.evaluation.report import Report
 from smt.evaluation.scorer import SMTScorer, TokenScores
 from smt.evaluation.subjects import Subject
 from smt.evaluation.text import HeldOutText, held_out_text
@@ -58,35 +59,6 @@ class EvaluationConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not self.tasks:
             raise ValueError(f"tasks must name at least one of {', '.join(TASKS)}, got none")
-
-
-@dataclass
-class Report:
-    """What an evaluation ends with.
-
-    Attributes:
-        results: by task and model, as ``evaluation.json`` has them.
-        rows: of the table: task, model, what was measured, and its value.
-        notes: what was left out, and why.
-        files: written so far.
-    """
-
-    results: dict[str, Any] = field(default_factory=dict)
-    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
-
-    def add(self, task: str, model: str, result: Any, figures: Mapping[str, str]) -> None:
-        """Keep ``result`` and the lines that the table has of it."""
-        self.results.setdefault(task, {})[model] = result
-        self.rows += [(task, model, name, value) for name, value in figures.items()]
-
-    def table(self) -> str:
-        """The figures of all tasks and models in columns."""
-        header = ("task", "model", "figure", "value")
-        widths = [max(len(row[column]) for row in [header, *self.rows]) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *self.rows]]
-        return "\n".join([lines[0].rstrip(), "-" * sum(widths, 6), *(line.rstrip() for line in lines[1:])])
 
 
 class EvaluationRun:
