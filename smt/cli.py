@@ -1,4 +1,4 @@
-"""The command line: ``smt train``, ``smt generate`` and ``smt convert``.
+"""The command line: ``smt train``, ``smt eval``, ``smt generate`` and ``smt convert``.
 
 Errors are one line on standard error, with a traceback only under ``--debug``.
 """
@@ -29,6 +29,9 @@ EXAMPLES = """examples:
   smt train --config shakespeare               whole plays; wikitext2, wikitext103 and pg19 likewise
   smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
   smt train --config my_run.yaml --out runs
+  smt eval results/stdlib/20260101_120000      everything that smt eval measures, on the run's held-out documents
+  smt eval RUN --tasks perplexity,position --data pg19 --hf openai-community/gpt2
+  smt eval RUN --data recall --tasks recall --trials 16
   smt generate --model results/stdlib/20260131_120000 --prompt "def main(" --greedy
   smt generate --model start --file prompts.txt --batch > continuations.jsonl
   smt convert --gpt2 openai-community/gpt2 --mamba state-spaces/mamba-130m-hf --out start
@@ -54,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if unknown:
             raise ValueError(_unknown(unknown[0], commands[options.command]))
-        if options.command == "train":
-            return _train(options, started)
-        return {"convert": _convert, "generate": _generate}[options.command](options)
+        return _COMMANDS[options.command](options, started)
     except KeyboardInterrupt:
         print("smt: interrupted", file=sys.stderr)
         return 130
@@ -72,7 +73,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     from smt.training.settings import PARTS
 
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "epilog": EXAMPLES}
-    parser = argparse.ArgumentParser(prog="smt", description="Train Stride Memory Transformers.", **style)
+    parser = argparse.ArgumentParser(prog="smt", description="Train and evaluate Stride Memory Transformers.", **style)
     commands = parser.add_subparsers(dest="command", metavar="command")
     train = commands.add_parser(
         "train",
@@ -91,9 +92,27 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             group.add_argument(*names, dest=f"field_{field.name}", metavar=_metavar(kind_of(settings, field.name)))
     return parser, {
         "train": train,
+        "eval": _eval_parser(commands, style),
         "generate": _generate_parser(commands, style),
         "convert": _convert_parser(commands, style),
     }
+
+
+def _eval_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentParser:
+    about = "measure a trained model: perplexity, loss by position, recall, and what its memory is worth"
+    parser = commands.add_parser("eval", help=about, description=f"{about[0].upper()}{about[1:]}.", **style)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder that smt train or smt convert left")
+    parser.add_argument("--hf", metavar="NAME", help="a causal language model of Hugging Face, alone or to compare with")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="that --hf sees at most (default: all that it takes)")
+    parser.add_argument("--data", metavar="SOURCE", help="a file, a folder or a source (default: that of the run)")
+    parser.add_argument("--tasks", metavar="NAME,...", help="perplexity,position,needle,recall,ablation,pooling (default: all)")
+    parser.add_argument("--documents", type=int, metavar="N", help="the first N held-out documents (default: all)")
+    parser.add_argument("--trials", type=int, default=8, metavar="N", help="needles per cell of the grid (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the needles (default: 0)")
+    parser.add_argument("--out", metavar="FOLDER", help="for evaluation.json and plots (default: the run's folder)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def _generate_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentParser:
@@ -134,6 +153,33 @@ def _convert_parser(commands: Any, style: dict[str, Any]) -> argparse.ArgumentPa
     return parser
 
 
+def _eval(options: argparse.Namespace, started: float) -> int:
+    if options.run is None and options.hf is None:
+        raise ValueError("smt eval needs a run's folder or --hf NAME")
+    out = options.out or options.run
+    if out is None:
+        raise ValueError("smt eval --hf needs --out FOLDER for its files")
+    from smt.device import find_device
+    from smt.evaluation.run import EvaluationConfig, data_named, evaluate_subjects
+    from smt.evaluation.subjects import data_of_run, open_causal_lm, open_run
+
+    tasks = {} if options.tasks is None else {"tasks": tuple(filter(None, options.tasks.split(",")))}
+    config = EvaluationConfig(documents=options.documents, trials=options.trials, seed=options.seed, **tasks)
+    device = find_device(options.device)
+    subjects = [] if options.run is None else [open_run(options.run, device)]
+    data = data_named(options.data) if options.data else data_of_run(options.run) if options.run else None
+    if data is None:
+        raise ValueError("smt eval needs --data: the model does not say what it was trained on")
+    if options.hf is not None:
+        subjects.append(open_causal_lm(options.hf, device, options.context))
+    report = evaluate_subjects(subjects, data, config, out)
+    print(report.table())
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"\nfiles           {', '.join(str(path) for path in report.files)}")
+    return 0
+
+
 def _train(options: argparse.Namespace, started: float) -> int:
     given = {name.removeprefix("field_"): value for name, value in vars(options).items() if name.startswith("field_")}
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -147,7 +193,7 @@ def _train(options: argparse.Namespace, started: float) -> int:
     return 0
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _generate(options: argparse.Namespace, started: float) -> int:
     if options.greedy and options.temperature:
         raise ValueError(
             f"--greedy takes the likeliest token, --temperature {options.temperature:g} does not: give one of them"
@@ -188,7 +234,7 @@ def _read(path: str) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _convert(options: argparse.Namespace, started: float) -> int:
     from smt.conversion import convert
 
     for setting in options.set:
@@ -207,6 +253,9 @@ def _convert(options: argparse.Namespace) -> int:
     )
     print(f"{config.summary()}\n\n{report}\n\nfiles           {options.out}")
     return 0
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "generate": _generate, "convert": _convert}
 
 
 def _metavar(kind: str) -> str:

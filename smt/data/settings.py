@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
+from smt.data.recall import RecallTask
 from smt.data.sources import SOURCES
-from smt.fields import check_at_least, check_types, nearest
+from smt.fields import check_at_least, check_names, check_types, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class DataConfig:
 
     Args:
         source: ``stdlib`` (the source of Python's standard library), ``shakespeare``, ``wikitext2``, ``wikitext103``,
-            ``pg19``, ``dataset`` or ``text``.
+            ``pg19``, ``recall`` (made-up associative recall), ``dataset`` or ``text``.
         text: a local file or folder, plain, .gz or .jsonl; naming one chooses the source ``text``.
         dataset: for the sources that are data sets, another name on the Hub or a local copy; None: the source's own. For
             ``dataset`` it must be given: each of its rows is a document.
@@ -22,6 +23,7 @@ class DataConfig:
         text_field: the column of a data set, or the field of .jsonl, that holds the text.
         tokenizer: ``bpe`` or ``unigram``, trained on the training documents with the model's ``vocab_size``; else a folder
             with a Hugging Face tokenizer or GPT-2's two files, or a name on the Hub.
+        recall: for the source ``recall``: fields of ``smt.data.recall.RecallTask``.
         cache: the folder that keeps tokens, tokenizers and downloads from run to run; None: the user's cache folder.
         batch_size: rows; each walks along one document at a time.
         chunk_length: steps of each row in one batch; gradients stop at its start, memory does not.
@@ -36,6 +38,7 @@ class DataConfig:
     dataset_config: str | None = None
     text_field: str = "text"
     tokenizer: str = "bpe"
+    recall: dict[str, int] = field(default_factory=dict)
     cache: str | None = None
     batch_size: int = 8
     chunk_length: int = 128
@@ -54,4 +57,6 @@ class DataConfig:
         for name in ("text", "dataset"):
             if self.source == name and getattr(self, name) is None:
                 raise ValueError(f"{name} must be given for the source {name!r}, got None")
+        check_names("recall", self.recall, [item.name for item in fields(RecallTask)])
+        RecallTask(**self.recall)
         check_at_least(self, 1, "batch_size", "chunk_length", "lanes", "eval_batch_size", "eval_chunk_length", "eval_documents")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from smt.data.books import dataset_of_documents, pg19
 from smt.data.documents import Corpus
 from smt.data.local import read_text
+from smt.data.recall import RecallTask, read_recall
 from smt.data.shakespeare import read_plays
 from smt.data.stdlib import read_stdlib
 from smt.data.wikitext import wikitext
@@ -53,6 +54,7 @@ SOURCES: dict[str, Callable[[DataConfig], Corpus]] = {
     "wikitext2": lambda settings: wikitext("wikitext-2-raw-v1").read(settings.dataset),
     "wikitext103": lambda settings: wikitext("wikitext-103-raw-v1").read(settings.dataset),
     "pg19": lambda settings: pg19(settings.text_field).read(settings.dataset),
+    "recall": lambda settings: read_recall(RecallTask(**settings.recall)),
     "dataset": _dataset,
     "text": lambda settings: read_text(settings.text, text_field=settings.text_field),
 }

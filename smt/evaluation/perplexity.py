@@ -1,8 +1,9 @@
-"""Loss, perplexity and bits per byte over whole documents, with the memory carried through each of them.
+"""Loss, perplexity and bits per byte and per character over whole documents, memory carried through each of them.
 
     loss = nats / targets,   perplexity = e^loss,   bits per byte = nats / (ln 2 * bytes of UTF-8 text)
 
-Bits per byte compares models whatever their tokens. The nats include the end of each document, the bytes do not.
+Bits per byte, and per character, compare models whatever their tokens. The nats include the end of each document, the bytes and
+characters do not.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ class Evaluation:
         nats: the sum of -ln p(target).
         n_targets: how many tokens were predicted.
         n_bytes: how many bytes of text they spell.
+        n_characters: how many characters; None: not counted.
     """
 
     nats: float
     n_targets: int
     n_bytes: int
+    n_characters: int | None = None
 
     @property
     def loss(self) -> float:
@@ -47,6 +50,11 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         """Bits to encode a byte of text."""
         return self.nats / (math.log(2) * self.n_bytes)
+
+    @property
+    def bits_per_character(self) -> float | None:
+        """Bits to encode a character; None where characters were not counted."""
+        return None if self.n_characters is None else self.nats / (math.log(2) * self.n_characters)
 
 
 class CarriedStates:

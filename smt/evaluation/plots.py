@@ -1,0 +1,196 @@
+"""Plots of evaluations, as PNG files."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smt.evaluation.ablation import Ablation
+from smt.evaluation.needle import NeedleGrid
+from smt.evaluation.pooling import PoolingAnalysis
+from smt.evaluation.position import LossByPosition
+from smt.evaluation.recall import Recall
+from smt.extras import needs_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+MARKERS = "osD^vP"
+
+
+def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, int], path: str | Path) -> None:
+    """Loss over position for each model, with its 95 % interval; ``marks`` are vertical lines at positions, by name."""
+    figure, axes = _figure()
+    for index, (name, result) in enumerate(results.items()):
+        # The middle of a bin on the logarithmic axis.
+        bins = [
+            ((start * (stop - 1)) ** 0.5, mean)
+            for start, stop, mean in zip(result.edges, result.edges[1:], result.bins, strict=False)
+            if mean is not None
+        ]
+        x, y = [middle for middle, _ in bins], [mean.nats for _, mean in bins]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(x, y, color=colour, marker=MARKERS[index % len(MARKERS)], markersize=4, label=name)
+        known = [(middle, mean) for middle, mean in bins if mean.margin is not None]
+        low, high = ([mean.nats + sign * mean.margin for _, mean in known] for sign in (-1, 1))
+        axes.fill_between([middle for middle, _ in known], low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.set_xscale("log")
+    axes.set(xlabel="position in the document (tokens before)", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3, which="both")
+    for name, position in marks.items():
+        axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{name}: {position}",
+            (position, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, -6),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color="0.3",
+        )
+    axes.set_title("loss by position, with 95 % intervals over documents", fontsize=11)
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def plot_needles(results: Mapping[str, NeedleGrid], path: str | Path) -> None:
+    """A heat map of accuracy over depth and length for each model, side by side, with its numbers."""
+    with needs_extra("train"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    width = sum(1.2 + 0.75 * len(grid.lengths) for grid in results.values())
+    figure = Figure(figsize=(max(5.0, width + 1.0), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (name, grid) in zip(panels, results.items(), strict=True):
+        image = axes.imshow(grid.accuracy, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths])
+        axes.set_yticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
+        axes.set_xlabel("length of the haystack (tokens)")
+        axes.set_title(f"{name}\nmean {_mean(grid):.0%}, chance {grid.chance:.0%}", fontsize=10)
+        for row, values in enumerate(grid.accuracy):
+            for column, value in enumerate(values):
+                colour = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    panels[0].set_ylabel("depth of the needle (0 %: at the beginning)")
+    bar = figure.colorbar(image, ax=list(panels))
+    bar.set_label("share of needles found")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _save(figure, path)
+
+
+def plot_recall(results: Mapping[str, Recall], marks: Mapping[str, int], path: str | Path) -> None:
+    """Accuracy over distance for each model, with chance and ``marks``."""
+    figure, axes = _figure()
+    for index, (name, result) in enumerate(results.items()):
+        x = [there.distance for there in result.distances]
+        y = [100 * there.accuracy for there in result.distances]
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": name}
+        axes.plot(x, y, **style, markersize=5)
+    chance = next(iter(results.values())).chance
+    axes.axhline(100 * chance, color="0.5", linestyle=":", label=f"chance, {chance:.1%}")
+    for (name, distance), dashes in zip(marks.items(), itertools.cycle(["--", "-."])):
+        axes.axvline(distance, color="0.3", linestyle=dashes, linewidth=1, label=f"{name}: {distance}")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({there.distance for result in results.values() for there in result.distances})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    axes.minorticks_off()
+    axes.set(xlabel="words since the pair was shown", ylabel="values recalled (%)", ylim=(-3, 103))
+    axes.set_title("associative recall by distance", fontsize=11)
+    axes.grid(alpha=0.3)
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def plot_ablations(results: Mapping[str, Ablation], spans: Mapping[str, str], path: str | Path) -> None:
+    """What each hindrance costs in loss, by where the token stands; ``spans`` name the positions of window, slots, beyond."""
+    figure, axes = _figure()
+    whole, hindered = results["whole"], {name: result for name, result in results.items() if name != "whole"}
+    there = [span for span in spans if getattr(whole, span) is not None]
+    width = 0.8 / len(hindered)
+    for index, (name, result) in enumerate(hindered.items()):
+        x = [place + (index - (len(hindered) - 1) / 2) * width for place in range(len(there))]
+        y = [getattr(result, span).nats - getattr(whole, span).nats for span in there]
+        bars = axes.bar(x, y, width, color=COLOURS[index % len(COLOURS)], label=name)
+        axes.bar_label(bars, [f"{value:+.3f}" for value in y], padding=2, fontsize=8)
+    axes.margins(y=0.15)
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    axes.set_xticks(
+        range(len(there)),
+        [f"{spans[span]}\nwhole model: {getattr(whole, span).nats:.3f}" for span in there],
+        fontsize=9,
+    )
+    axes.set(xlabel="position in the document", ylabel="additional loss (nats per token)")
+    axes.set_title("what the loss rises by when the memory is hindered", fontsize=11)
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def plot_pooling(result: PoolingAnalysis, path: str | Path) -> None:
+    """Mean pooling weight by entry of the window with the boundary between slots and tokens, and shares by write."""
+    figure, (bars, lines) = _figure(2, (8, 6.4))
+    size, n_memory = len(result.weights), result.n_memory
+    colours = ["tab:orange"] * n_memory + ["tab:blue"] * (size - n_memory)
+    bars.bar(range(size), [100 * weight for weight in result.weights], color=colours, width=0.85)
+    bars.axhline(100 / size, color="0.4", linestyle=":", linewidth=1, label=f"uniform, {100 / size:.2f} %")
+    if n_memory:
+        bars.axvline(n_memory - 0.5, color="0.2", linestyle="--", linewidth=1, label="boundary: slots left, tokens right")
+    mean = result.mean
+    bars.set(xlabel="entry of the window (oldest slot to newest token)", ylabel="mean weight (%)", xlim=(-1, size))
+    bars.margins(y=0.12)
+    bars.set_title(
+        f"attention pooling over {result.n_writes:,} writes: slots {mean.ssm_total:.0%}, tokens {mean.input_total:.0%}, "
+        f"entropy {mean.entropy:.2f} nats",
+        fontsize=11,
+    )
+    _legend_below(figure, bars)
+    x = range(result.first_write, result.first_write + len(result.by_write))
+    lines.plot(x, [100 * write.ssm_total for write in result.by_write], color="tab:orange", linewidth=1, label="slots, all")
+    lines.plot(x, [100 * write.ssm_max for write in result.by_write], color="tab:orange", linestyle=":", label="largest slot")
+    lines.plot(x, [100 * write.input_max for write in result.by_write], color="tab:blue", linestyle=":", label="largest token")
+    lines.set(xlabel="number of the write", ylabel="weight (%)")
+    lines.set_ylim(bottom=0)
+    lines.grid(alpha=0.3)
+    entropy = lines.twinx()
+    entropy.plot(
+        x, [write.entropy for write in result.by_write], color="tab:green", linewidth=1, label="entropy (right-hand axis)"
+    )
+    entropy.set_ylabel("entropy (nats)")
+    entropy.set_ylim(0, 1.15 * math.log(size))
+    handles = [line for axes in (lines, entropy) for line in axes.get_lines()]
+    _legend_below(figure, lines, handles)
+    _save(figure, path)
+
+
+def _figure(n_rows: int = 1, size: tuple[float, float] = (8, 4.8)) -> tuple[Figure, Any]:
+    with needs_extra("train"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(n_rows, 1)
+
+
+def _legend_below(figure: Figure, axes: Axes, handles: list[Any] | None = None) -> None:
+    """A legend outside the axes, where it covers no curve."""
+    handles = handles or axes.get_legend_handles_labels()[0]
+    labels = [handle.get_label() for handle in handles]
+    columns = max(1, min(len(labels), 4, 92 // (8 + max(map(len, labels)))))
+    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=8, frameon=False)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    figure.savefig(path, dpi=120)
+
+
+def _mean(grid: NeedleGrid) -> float:
+    values = [value for row in grid.accuracy for value in row]
+    return sum(values) / len(values)

@@ -1,0 +1,87 @@
+"""What is evaluated: a checkpoint or run of ours, or a causal language model of Hugging Face, each with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from smt.checkpoint import CONFIG_FILE
+from smt.data.settings import DataConfig
+from smt.data.tokenizer import Tokenizer
+from smt.evaluation.scorer import CausalLMScorer, Scorer, SMTScorer
+from smt.extras import needs_extra
+from smt.fields import parse
+from smt.model import StrideMemoryTransformer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its tokenizer.
+
+    Attributes:
+        name: how tables and plots call it.
+        scorer: gives the likelihoods of its tokens.
+        tokenizer: makes its tokens.
+        model: where it is one of ours; None: it is not, and has no memory to look at.
+    """
+
+    name: str
+    scorer: Scorer
+    tokenizer: Tokenizer
+    model: StrideMemoryTransformer | None = None
+
+
+def open_run(folder: str | Path, device: torch.device, **sizes: int) -> Subject:
+    """A folder that ``smt train`` or ``save_pretrained`` left.
+
+    Raises:
+        ValueError: no such folder, a file that is missing or damaged, or no tokenizer beside the model.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"run must be a folder that smt train left, {folder} is none")
+    model = StrideMemoryTransformer.from_pretrained(path, device=device)
+    try:
+        tokenizer = Tokenizer.load(path)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    if tokenizer.vocab_size > model.config.vocab_size:
+        most = model.config.vocab_size
+        raise ValueError(f"{folder} must have a tokenizer of at most vocab_size = {most} tokens, got {tokenizer.vocab_size}")
+    return Subject("SMT", SMTScorer(model, **sizes), tokenizer, model)
+
+
+def open_causal_lm(source: str, device: torch.device, context: int | None = None) -> Subject:
+    """A folder or the name on the Hub of a model that ``AutoModelForCausalLM`` reads, with its tokenizer.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        ValueError: neither the cache nor the Hub gives it, or a context that it does not take.
+    """
+    with needs_extra("train"):
+        from transformers import AutoModelForCausalLM
+    model, tried = None, []
+    for local in (True, False):  # the cache first: asking the Hub takes most of a minute where there is no network
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, dtype=torch.float32)
+            break
+        except (OSError, ValueError) as error:
+            tried.append(error)
+    if model is None:
+        raise ValueError(
+            f"hf must be a folder with a causal language model or a name on the Hugging Face Hub, got {source!r}: neither the "
+            f"Hub nor the cache of earlier downloads gave it ({' '.join(str(tried[-1]).split())})"
+        ) from tried[-1]
+    scorer = CausalLMScorer(model.to(device).eval(), context)
+    return Subject(Path(source).name, scorer, Tokenizer.pretrained(source))
+
+
+def data_of_run(folder: str | Path) -> DataConfig | None:
+    """The data that a run was trained on; None for a checkpoint that names none."""
+    values: Any = yaml.safe_load((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    fields = values.get("data") if isinstance(values, dict) else None
+    return None if fields is None else DataConfig(**{name: parse(DataConfig, name, value) for name, value in fields.items()})
