@@ -53,7 +53,6 @@ class Outcome:
 def parts(out: Path, cuda: bool, quick: bool) -> list[Part]:
     """What is run, in order: correctness first, so that a time is never read without it."""
     minutes = 60.0
-    script = lambda name: str((BENCHMARKS / name).relative_to(ROOT))  # noqa: E731
     tests = ("-m", "pytest", "tests")
     found = [Part("tests", tests, 40 * minutes)]
     if cuda:
@@ -61,20 +60,19 @@ def parts(out: Path, cuda: bool, quick: bool) -> list[Part]:
             Part("tests of what kernels read and write", (*tests, "-m", "interpreter"), 20 * minutes, interpreted=True)
         )
     audit = ("--quick",) if quick else ("--sizes", "64,128,256,512,768,1536", "--dtypes", "bf16")
-    found.append(Part("audit", (script("audit_kernels.py"), "--markdown", *audit), 30 * minutes))
+    found.append(Part("audit", (_script("audit_kernels.py"), "--markdown", *audit), 30 * minutes))
     flags = ("--quick",) if quick else ()
     dtypes = ("bf16", "fp32") if cuda else ("fp32",)
     for dtype in dtypes:
         files = [part for form in ("json", "csv", "png") for part in (_flag(form), str(out / f"bench_window_{dtype}.{form}"))]
         sections = () if dtype == "fp32" else ("--sections", "attention")  # training steps are in fp32
-        arguments = (script("bench_window.py"), "--dtype", dtype, *sections, *flags, *files)
+        arguments = (_script("bench_window.py"), "--dtype", dtype, *sections, *flags, *files)
         found.append(Part(f"bench_window, {dtype}", arguments, 30 * minutes))
-    if (BENCHMARKS / "bench_decode.py").is_file():
-        decode = (script("bench_decode.py"), *flags, "--json", str(out / "bench_decode.json"))
-        found.append(Part("bench_decode", decode, 20 * minutes))
+    decode = (_script("bench_decode.py"), *flags, "--json", str(out / "bench_decode.json"))
+    found.append(Part("bench_decode", decode, 20 * minutes))
     rows = f"--benchmark-json={out / 'operations.json'}"
     found.append(Part("operations", ("-m", "pytest", "benchmarks", rows), 20 * minutes))
-    found.append(Part("claims", (script("claims.py"),), 5 * minutes))
+    found.append(Part("claims", (_script("claims.py"),), 5 * minutes))
     return found
 
 
@@ -163,6 +161,10 @@ def _public(text: str, out: Path) -> str:
     for folder in (out, ROOT):
         text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), ".")
     return text.replace(str(Path.home()), "~")
+
+
+def _script(name: str) -> str:
+    return str((BENCHMARKS / name).relative_to(ROOT))
 
 
 def _flag(form: str) -> str:

@@ -61,9 +61,8 @@ class MambaMixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, K, d), states (B, E, C - 1) and (B, E, N), gate (B, K) -> (B, K, d) and both states after K steps."""
         u, z = parameters.in_proj(x).chunk(2, dim=-1)
-        # Under autocast the projections are in low precision and the weights are not.
-        weights = {name: weight.to(u.dtype) for name, weight in parameters.write.items()}
-        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights, gate=gate)
+        # Under autocast the projections are in low precision and the weights are not, which stride_write takes as they are.
+        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **parameters.write, gate=gate)
         return parameters.out_proj(y), conv_state, ssm_state
 
 

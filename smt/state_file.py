@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from smt.checkpoint import write_files
 from smt.config import SMTConfig
 from smt.state import SMTState, state_shapes
 
@@ -19,11 +19,9 @@ def save_state(state: SMTState, path: str | Path) -> None:
     """Write ``state`` under a temporary name and rename it, so that no half-written file is ever at ``path``."""
     from safetensors.torch import save_file
 
-    path = Path(path)
     metadata = {"format": FORMAT, "config": json.dumps(state.config.to_dict()), "steps": json.dumps(state.steps)}
-    temporary = path.with_name(f"{path.name}.partial")
-    save_file({name: tensor.detach().contiguous() for name, tensor in state.tensors().items()}, temporary, metadata)
-    os.replace(temporary, path)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors().items()}
+    write_files({Path(path): lambda partial: save_file(tensors, partial, metadata)})
 
 
 def load_state(path: str | Path, device: torch.device | str = "cpu") -> SMTState:
