@@ -57,7 +57,7 @@ def load_model(cls: type[Model], folder: str | Path, *, device: torch.device | s
         model = cls(config)
     _check(model, tensors, folder)
     model.load_state_dict(tensors, assign=True)
-    model.memory.ssm_is_loaded = True
+    _note_loaded(model)
     return model.to(device).eval()
 
 
@@ -82,7 +82,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, leave: tuple[str, ...]
     own = model.state_dict()
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-    model.memory.ssm_is_loaded = True
+    _note_loaded(model)
     return list(tensors)
 
 
@@ -133,6 +133,11 @@ def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def _note_loaded(model: nn.Module) -> None:
+    if hasattr(model, "memory"):  # a baseline has none
+        model.memory.ssm_is_loaded = True
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import yaml
 
-from smt.checkpoint import CONFIG_FILE
+from smt.baselines import FullAttentionGPT2
+from smt.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.data.settings import DataConfig
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.scorer import CausalLMScorer, Scorer, SMTScorer
@@ -35,8 +36,12 @@ class Subject:
     model: StrideMemoryTransformer | None = None
 
 
-def open_run(folder: str | Path, device: torch.device, **sizes: int) -> Subject:
+def open_run(folder: str | Path, device: torch.device, *, name: str | None = None, **sizes: int) -> Subject:
     """A folder that ``smt train`` or ``save_pretrained`` left.
+
+    Args:
+        name: how to call it; None: after its architecture.
+        sizes: of ``SMTScorer``.
 
     Raises:
         ValueError: no such folder, a file that is missing or damaged, or no tokenizer beside the model.
@@ -44,7 +49,15 @@ def open_run(folder: str | Path, device: torch.device, **sizes: int) -> Subject:
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"run must be a folder that smt train left, {folder} is none")
-    model = StrideMemoryTransformer.from_pretrained(path, device=device)
+    values = _values(path)
+    if values.get("architecture", "smt") == "gpt2":
+        model = FullAttentionGPT2(read_config(path / CONFIG_FILE), values["data"]["chunk_length"])
+        load_weights(model, path)
+        name, ours = name or "GPT-2", None
+        scorer: Scorer = CausalLMScorer(model.causal_lm().to(device).eval())
+    else:
+        model = ours = StrideMemoryTransformer.from_pretrained(path, device=device)
+        name, scorer = name or "SMT", SMTScorer(ours, **sizes)
     try:
         tokenizer = Tokenizer.load(path)
     except FileNotFoundError as error:
@@ -52,7 +65,7 @@ def open_run(folder: str | Path, device: torch.device, **sizes: int) -> Subject:
     if tokenizer.vocab_size > model.config.vocab_size:
         most = model.config.vocab_size
         raise ValueError(f"{folder} must have a tokenizer of at most vocab_size = {most} tokens, got {tokenizer.vocab_size}")
-    return Subject("SMT", SMTScorer(model, **sizes), tokenizer, model)
+    return Subject(name, scorer, tokenizer, ours)
 
 
 def open_causal_lm(source: str, device: torch.device, context: int | None = None) -> Subject:
@@ -82,6 +95,12 @@ def open_causal_lm(source: str, device: torch.device, context: int | None = None
 
 def data_of_run(folder: str | Path) -> DataConfig | None:
     """The data that a run was trained on; None for a checkpoint that names none."""
-    values: Any = yaml.safe_load((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-    fields = values.get("data") if isinstance(values, dict) else None
+    fields = _values(Path(folder)).get("data")
     return None if fields is None else DataConfig(**{name: parse(DataConfig, name, value) for name, value in fields.items()})
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    """What the configuration in a folder says, unchecked; nothing where there is none."""
+    path = folder / CONFIG_FILE
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return values if isinstance(values, dict) else {}

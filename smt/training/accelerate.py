@@ -37,7 +37,6 @@ def make_accelerator(training: TrainingConfig) -> Accelerator:
         cpu=device.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        log_with=list(training.report_to) or None,
         # Where no row comes to a write, or all documents of a process have ended, parameters have no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
@@ -58,6 +57,9 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path) ->
     """Tell the trackers of ``report_to`` what runs; those that write files do so below ``folder``."""
     if not config.training.report_to:
         return
+    from accelerate.tracking import filter_trackers
+
     accelerator.project_configuration.set_directories(str(folder))
+    accelerator.log_with = filter_trackers(list(config.training.report_to), folder)  # only now is there a folder
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.flat().items()}
     accelerator.init_trackers(config.experiment, config=plain)

@@ -31,8 +31,9 @@ def config(tmp_path_factory):
         {
             "experiment": "resumed",
             "model": {
-                "vocab_size": 270, "d_model": 16, "d_k": 8, "dropout": 0.2, "n_ssm_outputs": 3, "m_input_tokens": 6, "stride": 2,
-                "write_group": 2, "transformer_n_layers": 1, "transformer_n_heads": 2, "ssm_n_layers": 1, "ssm_d_state": 4,
+                "vocab_size": 270, "d_model": 16, "d_k": 8, "dropout": 0.2, "n_ssm_outputs": 3, "m_input_tokens": 6,
+                "stride": 2, "write_group": 2,
+                "transformer_n_layers": 1, "transformer_n_heads": 2, "ssm_n_layers": 1, "ssm_d_state": 4,
                 "encoding": "stream",
             },
             "data": {"text": str(texts), "batch_size": 2, "chunk_length": 16, "lanes": 2, "eval_chunk_length": 32},
@@ -147,7 +148,7 @@ def test_a_run_killed_at_ten_random_moments_ends_as_one_that_is_not(config, tmp_
 
 class TestRefusals:
     def test_a_folder_without_a_run(self, tmp_path):
-        with pytest.raises(ValueError, match="there is no run to resume in .*: it has no config.yaml"):
+        with pytest.raises(ValueError, match=r"it has no config\.yaml"):
             resume(tmp_path)
 
     def test_a_run_that_has_finished(self, undisturbed):

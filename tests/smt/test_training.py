@@ -15,6 +15,7 @@ from smt.data.local import read_text
 from smt.data.tokenizer import Tokenizer
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation
+from smt.evaluation.subjects import open_run
 from smt.loss import IGNORE_INDEX
 from smt.training.accelerate import make_accelerator
 from smt.training.clock import Clock, schedule
@@ -116,6 +117,12 @@ class TestSettings:
             ({"match_scale": "true"}, ValueError, "match_scale needs a mamba in init_from, got {}"),
             ({"eval_documents": "0"}, ValueError, "eval_documents must be at least 1, got 0"),
             ({"lr_schedule": "cosin"}, ValueError, "lr_schedule must be one of cosine, linear, constant, got 'cosin'"),
+            ({"mixed_precision": "fp8"}, ValueError, "mixed_precision must be one of auto, no, bf16, fp16, got 'fp8'"),
+            ({"report_to": "wandbb"}, ValueError, "wandbb"),
+            ({"steps": "3", "epochs": "2"}, ValueError, "a run has one bound, got steps = 3 and epochs = 2"),
+            ({"save_steps": "0"}, ValueError, "save_steps must be at least 1, got 0"),
+            ({"architecture": "gpt3"}, ValueError, "architecture must be one of smt, gpt2, got 'gpt3'"),
+            ({"architecture": "gpt2"}, ValueError, "eval_chunk_length must be at most chunk_length = 128 for architecture"),
             ({"device": "tpu"}, ValueError, "device must be one of auto, cpu, cuda, got 'tpu'"),
             ({"experiment": "../up"}, ValueError, "experiment must be the name of a folder"),
         ],
@@ -269,6 +276,52 @@ class TestLoop:
             losses.append(run_losses)
         assert losses[0] == losses[1] and len(losses[0]) == 3
 
+    def test_two_accumulated_batches_train_what_one_of_both_trains(self):
+        texts = [torch.arange(9) + 10 * index for index in range(4)]  # four rows, or two and then two
+        rates = {"steps": 3, "learning_rate": 0.05, "documents": texts}
+        together, _, _ = train_tiny(data={"batch_size": 4, "lanes": 1}, **rates)
+        apart, _, _ = train_tiny(data={"batch_size": 2, "lanes": 2}, gradient_accumulation_steps=2, **rates)
+        for (name, one), two in zip(together.named_parameters(), apart.parameters(), strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+    def test_evaluations_may_be_every_so_many_steps(self):
+        assert train_tiny(steps=7, eval_steps=3, evaluations=1)[2] == [3, 6, 7]
+
+    def test_a_run_ends_early_when_evaluations_no_longer_improve(self):
+        losses = [5.0, 4.0, 4.5, 4.2, 3.0]
+        _, done, evaluated = train_tiny(steps=20, eval_steps=2, early_stopping_patience=2, losses=losses)
+        assert evaluated == [2, 4, 6, 8] and done.step == 8
+        assert done.best == {"best_val_loss": 4.0, "best_val_ppl": math.exp(4.0), "best_step": 4}
+
+    def test_epochs_bound_a_run_by_its_targets(self):
+        _, done, _ = train_tiny(steps=None, epochs=2, data={"lanes": 1})
+        targets = sum(len(document) - 1 for document in random_documents())
+        assert 2 * targets <= done.n_targets < 2 * targets + DATA["batch_size"] * DATA["chunk_length"]
+
+    def test_gradient_checkpointing_trains_the_same_and_is_used(self, monkeypatch):
+        from smt.decoder import Decoder
+
+        plain, _, _ = train_tiny(steps=2)
+        calls = []
+        monkeypatch.setattr(
+            Decoder, "_gradient_checkpointing_func", staticmethod(lambda f, *given: (calls.append(f), f(*given))[1])
+        )
+        trainer = trainer_of(steps=2)
+        trainer.model.gradient_checkpointing_enable()
+        trainer.train(lambda: Evaluation(nats=1.0, n_targets=1, n_bytes=1))
+        assert calls
+        for one, two in zip(plain.parameters(), trainer.model.parameters(), strict=True):
+            torch.testing.assert_close(two, one)
+
+    def test_bf16_trains(self):
+        losses: list[float] = []
+        repeated = [torch.arange(60) % 7 for _ in range(4)]
+        train_tiny(
+            steps=20, on_step=lambda done: losses.append(done.loss), documents=repeated, learning_rate=0.02,
+            mixed_precision="bf16",
+        )  # fmt: skip
+        assert losses[-1] < losses[0] / 2
+
     def test_the_loss_falls(self):
         losses: list[float] = []
         repeated = [torch.arange(60) % 7 for _ in range(4)]
@@ -358,6 +411,50 @@ class TestRun:
         sizes = [len(document.text.encode()) for document in read_text(config.data.text).validation]
         assert len(sizes) > 1
         assert run(config, tmp_path / "out").evaluation.n_bytes == sum(sizes[:eval_documents])
+
+    def test_the_best_weights_are_kept_when_later_ones_are_worse(self, tmp_path, monkeypatch):
+        from smt.training import run as module
+
+        losses = iter([3.0, 2.0, 4.0])
+        weights = []
+
+        def evaluation(objective, *arguments, **options):
+            weights.append({name: tensor.clone() for name, tensor in objective.model.state_dict().items()})
+            return Evaluation(nats=next(losses), n_targets=1, n_bytes=1)
+
+        monkeypatch.setattr(module, "evaluate", evaluation)
+        outcome = run(run_config(tmp_path, steps=6, evaluations=3, sample_tokens=0), tmp_path / "out")
+        assert outcome.results["best_step"] == 4 and outcome.results["best_val_loss"] == 2.0
+        kept = load_file(outcome.folder / "model.safetensors")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in weights[1].items())
+
+    def test_a_tracker_is_told_settings_losses_and_rates(self, tmp_path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        config = run_config(tmp_path, steps=20, evaluations=2, report_to=["tensorboard"], sample_tokens=0)
+        outcome = run(config, tmp_path / "out")
+        events = [EventAccumulator(str(path.parent)).Reload() for path in outcome.folder.rglob("events.out.tfevents.*")]
+        scalars = {tag: [event.step for event in log.Scalars(tag)] for log in events for tag in log.Tags()["scalars"]}
+        assert scalars["train_loss"] == scalars["learning_rate"] == [10, 20] and scalars["val_loss"] == [10, 20]
+
+    def test_a_tracker_that_is_not_installed_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="report_to names wandb, which is not installed: pip install wandb"):
+            run(run_config(tmp_path, report_to=["wandb"]), tmp_path / "out")
+
+    def test_a_gpt2_trains_and_is_evaluated_in_the_same_way(self, tmp_path):
+        config = run_config(tmp_path, steps=20, evaluations=2, sample_tokens=3, learning_rate=0.01)
+        config = replace(config, architecture="gpt2", data=replace(config.data, eval_chunk_length=8))
+        outcome = run(config, tmp_path / "out")
+        losses = outcome.progress.history.val_loss
+        assert losses[1] < losses[0] and outcome.results["parameters"] < 270 * 16 + 8 * 16 + 16 * 16 * 13
+        subject = open_run(outcome.folder, torch.device("cpu"))
+        text = "".join(document.text for document in read_text(config.data.text).validation)
+        tokens = subject.tokenizer.encode(text)
+        end = subject.tokenizer.end_of_document
+        (scores,) = subject.scorer.score([torch.tensor([end, *tokens, end])])
+        # Evaluation in training begins anew every 8 tokens; the scorer's windows overlap.
+        assert -scores.log_probs.mean() < losses[1] + 0.05 and subject.name == "GPT-2"
 
     def test_a_gpu_that_is_not_there_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,0 +1,53 @@
+"""One of the processes that ``test_distributed.py`` starts: trains in a folder as settings in JSON say.
+
+Usage: torchrun --nproc-per-node 2 one_of_two.py FOLDER SETTINGS.json {ddp | fsdp} LAST_STEP
+"""
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from smt.training.run import run_in
+from smt.training.settings import RunConfig
+from smt.training.trainer import Trainer
+
+
+def shard_on_cpu() -> None:
+    """Accelerate turns FSDP on for accelerators alone; what it then does runs on CPUs, too."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    initialise = AcceleratorState.__init__
+
+    def initialised(self, *arguments, fsdp_plugin=None, **options):
+        initialise(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = initialised
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(last: int) -> None:
+    """Interrupt the run before the step after ``last``."""
+    take_step = Trainer._step
+
+    def step(self, *arguments, **options):
+        if self.progress.step == last:
+            raise Stopped
+        take_step(self, *arguments, **options)
+
+    Trainer._step = step
+
+
+if __name__ == "__main__":
+    folder, settings, how, last = sys.argv[1:]
+    if how == "fsdp":
+        shard_on_cpu()
+    stop_at(int(last))
+    with suppress(Stopped):
+        run_in(Path(folder), RunConfig.from_dict(json.loads(Path(settings).read_text())))

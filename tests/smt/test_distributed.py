@@ -1,0 +1,99 @@
+"""Two processes, each with half of the rows, train what one process with all rows trains: DDP, and FSDP with a resume."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smt.training.checkpoints import Checkpoints, Snapshot
+from smt.training.run import run_in
+from smt.training.settings import RunConfig
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip
+
+
+def settings(texts: Path, rows: int) -> dict:
+    return {
+        "experiment": "two",
+        "model": {
+            "vocab_size": 270, "d_model": 16, "d_k": 8, "dropout": 0.0, "n_ssm_outputs": 3, "m_input_tokens": 6, "stride": 2,
+            "write_group": 2, "transformer_n_layers": 1, "transformer_n_heads": 2, "ssm_n_layers": 1, "ssm_d_state": 4,
+        },
+        "data": {
+            "text": str(texts), "batch_size": rows, "chunk_length": 16, "lanes": 2, "eval_batch_size": rows,
+            "eval_chunk_length": 32,
+        },
+        "training": {
+            "device": "cpu", "steps": 20, "evaluations": 2, "save_steps": 10, "sample_tokens": 4, "learning_rate": 0.01,
+            "gradient_accumulation_steps": 2,
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Seven documents to train on, so that with rows of four some rows, and at times all of a process, wait."""
+    folder = tmp_path_factory.mktemp("texts")
+    draw = random.Random(0)
+    for index in range(8):
+        (folder / f"{index}.txt").write_text(" ".join(f"word{draw.randrange(9)}" for _ in range(20 + 15 * index)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(texts, tmp_path_factory):
+    """What one process with four rows leaves."""
+    return run_in(tmp_path_factory.mktemp("alone") / "run", RunConfig.from_dict(settings(texts, 4))).folder
+
+
+def run_two(folder: Path, texts: Path, how: str, *, until: int = 1000) -> Path:
+    """What two processes with two rows each leave in ``folder``, if nothing stops them before step ``until``."""
+    file = folder.with_suffix(".json")
+    file.write_text(json.dumps(settings(texts, 2)))
+    script = Path(__file__).with_name("one_of_two.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if how == "fsdp" else {})}
+    command = [*launcher, str(script), str(folder), str(file), how, str(until)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("training 7 documents") == 1  # only one of them talks
+    return folder
+
+
+def assert_same_losses(folder: Path, expected: Path) -> None:
+    mine, theirs = (json.loads((path / "metrics_history.json").read_text()) for path in (folder, expected))
+    assert mine["train_steps"] == theirs["train_steps"] == [1, 10, 20] and mine["eval_steps"] == theirs["eval_steps"]
+    for name in ("train_loss", "val_loss"):
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    results, others = (json.loads((path / "results.json").read_text())["results"] for path in (folder, expected))
+    for name in ("train_tokens", "val_tokens", "parameters"):
+        assert results[name] == others[name], name
+    weights = load_file(expected / "model.safetensors")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-2, atol=1e-4)
+
+
+def test_two_processes_train_what_one_does(texts, alone, tmp_path):
+    assert_same_losses(run_two(tmp_path / "run", texts, "ddp"), alone)
+
+
+def test_sharded_over_two_processes_interrupted_and_resumed_a_model_trains_as_on_one(texts, alone, tmp_path):
+    run_two(tmp_path / "run", texts, "fsdp", until=13)
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert_same_losses(run_two(tmp_path / "run", texts, "fsdp"), alone)
+
+
+def test_a_checkpoint_of_fewer_processes_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    Checkpoints(tmp_path, limit=1).save(1, Snapshot({}, {}, {}, {}))
+    with pytest.raises(ValueError, match="is of 1 processes, this is process 2: resume with as many"):
+        Checkpoints(tmp_path, limit=1, rank=1).newest()
