@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from smt.plots import training_curves
 from smt.precision import precision
 from smt.training.clock import Clock
 from smt.training.loop import Progress, train
-from smt.training.run_folder import RunFolder
+from smt.training.run_folder import RunFolder, new_folder
 from smt.training.settings import RunConfig
 from smt.training.starting_point import StartingPoint
 
@@ -69,6 +70,15 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
         MissingExtraError: a package of the ``train`` extra is not installed.
         ValueError: a text that cannot be read, weights to start from that do not fit, or no GPU where one is asked for.
     """
+    return _run(config, lambda: new_folder(Path(out) / config.experiment), started)
+
+
+def run_in(folder: Path, config: RunConfig, *, started: float | None = None) -> Outcome:
+    """As ``run``, in exactly that folder."""
+    return _run(config, lambda: folder, started)
+
+
+def _run(config: RunConfig, find_folder: Callable[[], Path], started: float | None) -> Outcome:
     started = time.perf_counter() if started is None else started
     with needs_extra("train"):
         import matplotlib  # noqa: F401 - what is missing is found before the training, not after it
@@ -95,7 +105,7 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
         f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters on {device}",
         flush=True,
     )
-    folder = RunFolder(out, config)
+    folder = RunFolder(find_folder(), config)
     text.tokenizer.save(folder.path)
 
     progress, evaluation, best = _train(model, text, config, folder, Clock(config.training, started))

@@ -1,4 +1,4 @@
-"""The folder that a run leaves: ``<out>/<experiment>/YYYYMMDD_HHMMSS/``."""
+"""The folder that a run leaves, usually ``<out>/<experiment>/YYYYMMDD_HHMMSS/``."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class History:
 class RunFolder:
     """Paths and writers of one run, a checkpoint among them (``smt.checkpoint``); no file is ever half there."""
 
-    def __init__(self, out: str | Path, config: RunConfig) -> None:
-        parent = Path(out) / config.experiment
-        self.path = _new_folder(parent)
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self.weights = self.path / WEIGHTS_FILE
         self.curves = self.path / "training_curves.png"
         write_files({self.path / CONFIG_FILE: config.to_yaml})
@@ -65,7 +65,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _new_folder(parent: Path) -> Path:
+def new_folder(parent: Path) -> Path:
     """A folder named by the time; runs of the same second wait for the next."""
     while True:
         path = parent / datetime.now().strftime("%Y%m%d_%H%M%S")
