@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, started: float) -> int:
     """Run the cells, and print their table."""
     from smt.experiments.report import report_study
     from smt.experiments.run import run_study
-    from smt.experiments.study import Study
+    from smt.experiments.settings import Study
 
     given = overrides(options)
     if options.study is not None:

@@ -44,7 +44,7 @@ class Comparison:
         records: the runs.
         by: the key that they are sorted by: ``perplexity``, or ``bits_per_byte`` where the tokens differ.
         notes: what must be known to read the table.
-        differences: by the run's name, its difference to a control: ``difference``, ``standard_error`` and ``control``.
+        differences: by the run's name, its ``difference`` to a control, the ``standard_error`` of it, and which ``control``.
     """
 
     records: tuple[RunRecord, ...]
@@ -81,7 +81,7 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """The values of each run by column; a figure that is not finite as None."""
         own = [name for name in COLUMNS if name not in ("run", *OF_A_CONTROL)]
-        more = OF_A_CONTROL if self.differences else ()
+        more = [name for name in OF_A_CONTROL if any(name in row for row in self.differences.values())]
         rows = []
         for record in self.records:
             values = {"run": record.name, **{name: getattr(record, name) for name in own}}

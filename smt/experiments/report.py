@@ -22,7 +22,7 @@ from smt.experiments.comparison import Comparison
 from smt.experiments.paired import PairedDifference, paired_difference
 from smt.experiments.record import RunRecord
 from smt.experiments.run import CellOutcome
-from smt.experiments.study import Study
+from smt.experiments.settings import Study
 
 STEM, POSITION_FILE = "ablation_results", "loss_by_position.png"
 
@@ -71,15 +71,15 @@ def report_study(study: Study, outcomes: Sequence[CellOutcome], folder: str | Pa
             if controls.get(label) in scores and controls[label] != label
         }
         if differences:
-            first = next(iter(differences.values()))
+            first, named = next(iter(differences.values())), {controls[label] for label in differences}
             notes.append(
-                f"difference: nats per token more than the control on the same {first.n_tokens:,} tokens, below 0 is better; "
-                f"± one standard error over {first.n_units} {first.unit}"
+                f"difference: nats per token more than {' or '.join(sorted(named))} on the same {first.n_tokens:,} tokens, "
+                f"below 0 is better; ± one standard error over {first.n_units} {first.unit}"
             )
     missing = sorted({controls[label] for label in scores if controls and controls[label] not in scores})
     notes += [f"no differences to {label}, which has not finished" for label in missing]
     records = [RunRecord.read(outcome.folder, outcome.cell.label) for outcome in finished]
-    rows = {label: _row(difference, controls[label]) for label, difference in differences.items()}
+    rows = {label: _row(found, controls[label], len({*controls.values()}) > 1) for label, found in differences.items()}
     comparison = Comparison.of(records, notes, rows)
     more = {
         "study": study.name,
@@ -122,5 +122,6 @@ def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Seque
     return path
 
 
-def _row(difference: PairedDifference, control: str) -> dict[str, Any]:
-    return {"difference": difference.nats, "standard_error": difference.standard_error, "control": control}
+def _row(found: PairedDifference, control: str, several: bool) -> dict[str, Any]:
+    row = {"difference": found.nats, "standard_error": found.standard_error}
+    return {**row, "control": control} if several else row

@@ -14,7 +14,7 @@ from pathlib import Path
 from smt.checkpoint import write_files
 from smt.experiments.cell import CELL_FILE, FAILURE_FILE, attempt
 from smt.experiments.record import RESULTS_FILE
-from smt.experiments.study import Cell, Study
+from smt.experiments.settings import Cell, Study
 from smt.training.settings import PARTS, RunConfig
 
 OUTPUT_FILE = "output.txt"

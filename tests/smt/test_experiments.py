@@ -9,7 +9,7 @@ from smt.evaluation.scorer import TokenScores
 from smt.experiments.paired import BLOCK, FEW_DOCUMENTS, paired_difference
 from smt.experiments.record import named
 from smt.experiments.run import FAILURE_FILE, run_study
-from smt.experiments.study import STUDY_FOLDER, Study
+from smt.experiments.settings import STUDY_FOLDER, Study
 from smt.training.settings import RunConfig
 
 STUDY = """
@@ -39,7 +39,8 @@ class TestStudy:
         ]
         for cell in study.cells:
             model = cell.config.model
-            assert f"stride={model.stride},encoding={model.encoding}" == cell.label == cell.config.experiment
+            assert f"stride={model.stride},encoding={model.encoding}" == cell.label
+            assert cell.config.experiment == study.name
             expected = RunConfig.from_yaml("tiny", {"stride": model.stride, "encoding": model.encoding, "seed": 3})
             assert (model, cell.config.training) == (expected.model, expected.training)
 
@@ -91,7 +92,7 @@ class TestStudy:
 
 
 class TestRunning:
-    @pytest.mark.parametrize(("command", "error"), [("kill -9 $$", "the process ended by signal 9"), ("exit 3", "exit code 3")])
+    @pytest.mark.parametrize(("command", "error"), [("kill -9 $$", "the process ended by signal 9"), ("exit 1", "exit code 1")])
     def test_a_process_that_dies_is_a_failed_cell_whatever_an_earlier_attempt_left(self, command, error, tmp_path, monkeypatch):
         program = tmp_path / "python"
         program.write_text(f"#!/bin/sh\n{command}\n")

@@ -143,7 +143,7 @@ class Study:
             label = _folder_name(variant if budget is None else f"{budget},{variant}")
             if label in [cell.label for cell in cells]:
                 raise ValueError(f"the study {name} has two cells of the label {label!r}")
-            config = RunConfig.from_yaml(base, {**given[0], **given[1], **given[2], "experiment": label})
+            config = RunConfig.from_yaml(base, {**given[0], **given[1], **given[2], "experiment": name})
             cells.append(Cell(label, variant, budget, config))
         return cls(name, tuple(cells))
 
@@ -170,7 +170,7 @@ def _named_fields(values: Any, part: str, file: Path) -> dict[str, dict[str, Any
         if not isinstance(fields, dict):
             raise ValueError(f"{name} of {part} in {file} must be a mapping of fields, got {fields!r}")
         if "experiment" in fields:
-            raise ValueError(f"{name} of {part} in {file} cannot have an experiment: its label names it")
+            raise ValueError(f"{name} of {part} in {file} cannot have an experiment: that is the name of the study")
     return named
 
 
