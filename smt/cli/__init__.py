@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in rest:
             raise
-        print(f"smt: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"smt: error: {_message(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -79,6 +79,12 @@ def _run(name: str, arguments: list[str], started: float) -> int:
     command.add_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command.run(parser.parse_args(arguments), started)
+
+
+def _message(error: Exception) -> str:
+    if str(error) and isinstance(error, (ValueError, TypeError, OSError, ImportError)):  # these say what is wrong by themselves
+        return str(error)
+    return f"{type(error).__name__}: {error}; --debug shows where"
 
 
 def _help() -> str:

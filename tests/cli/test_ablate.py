@@ -2,8 +2,8 @@
 
 import csv
 import json
-import os
 import shutil
+from pathlib import Path
 
 import pytest
 from command_line import TINY
@@ -92,7 +92,7 @@ def test_a_folder_of_another_configuration_is_an_error_before_anything_runs(stud
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(jobs, texts, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text("variants: {broken: {text: missing.txt}, whole: {}}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.getcwd())
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
         arguments = ["ablate", "--study", str(tmp_path / "study.yaml"), "--config", str(config_of(texts, tmp_path))]
         assert main([*arguments, "--out", str(tmp_path), "--jobs", str(jobs)]) == 1
     captured = capsys.readouterr()

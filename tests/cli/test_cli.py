@@ -117,6 +117,25 @@ def test_train_help_lists_the_fields_of_every_part(capsys):
         assert option in printed
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (ValueError("stride must be 1"), 1, "smt: error: stride must be 1\n"),
+        (KeyError("model"), 1, "smt: error: KeyError: 'model'; --debug shows where\n"),
+        (AssertionError(), 1, "smt: error: AssertionError: ; --debug shows where\n"),
+        (KeyboardInterrupt(), 130, "smt: interrupted\n"),
+    ],
+    ids=["expected", "unexpected", "empty", "ctrl-c"],
+)
+def test_whatever_a_command_raises_is_one_line_and_no_success(raised, code, message, monkeypatch, capsys):
+    def fail(options, started):
+        raise raised
+
+    monkeypatch.setattr("smt.cli.info.run", fail)
+    assert main(["info"]) == code
+    assert capsys.readouterr() == ("", message)
+
+
 def test_warnings_are_one_line(capsys, tmp_path):
     assert main(["train", "--config", "tiny", "--stride", "1", "--text", str(tmp_path / "missing")]) == 1
     warning, error = capsys.readouterr().err.splitlines()
