@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from smt.experiments.record import Losses
-    from smt.training.run_folder import History
+    from smt.training.progress import History
 
 DASHES = ("-", "--", ":", "-.")
 

@@ -17,7 +17,7 @@ EXAMPLES = """\
   smt info --device cpu                                the backends for CPU tensors where there is a GPU, too"""
 PACKAGES = (
     *("stride-memory-transformer", "torch", "triton", "safetensors", "numpy", "tokenizers", "transformers", "datasets"),
-    *("matplotlib", "mamba-ssm", "causal-conv1d"),
+    *("accelerate", "matplotlib", "mamba-ssm", "causal-conv1d"),
 )
 # A usual head, which is all that the choice of a backend depends on besides the device.
 HEAD_DIM = 64

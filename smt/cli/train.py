@@ -20,14 +20,17 @@ EXAMPLES = """\
   smt train --config shakespeare               whole plays; wikitext2, wikitext103 and pg19 likewise
   smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
   smt train --config my_run.yaml --out runs
+  smt train --resume results/stdlib/20260101_120000
+  torchrun --nproc-per-node 2 -m smt train     on two processes
   smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``smt train``."""
-    parser.add_argument("--config", default="stdlib", help="YAML file, or the name of a packaged example (default: stdlib)")
-    parser.add_argument("--out", default="results", help="folder for runs (default: results)")
+    parser.add_argument("--config", help="YAML file, or the name of a packaged example (default: stdlib)")
+    parser.add_argument("--out", help="folder for runs (default: results)")
     parser.add_argument("--experiment", help="name of the run's folder in it (default: that of the configuration)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run of that folder, as it was begun")
     add_run_fields(parser)
 
 
@@ -36,10 +39,19 @@ def run(options: argparse.Namespace, started: float) -> int:
     given = overrides(options)
     if options.experiment is not None:
         given["experiment"] = options.experiment
+    if options.resume is not None and (given or options.config or options.out):
+        raise ValueError("--resume goes on with a run as it was begun; it takes no other setting")
+    from smt.training.run import resume
     from smt.training.run import run as train
     from smt.training.settings import RunConfig
 
-    _report(train(RunConfig.from_yaml(options.config, given), options.out, started=started))
+    if options.resume is not None:
+        outcome = resume(options.resume, started=started)
+    else:
+        config = RunConfig.from_yaml(options.config or "stdlib", given)
+        outcome = train(config, options.out or "results", started=started)
+    if outcome.is_main:
+        _report(outcome)
     return 0
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-RESULTS_FILE, HISTORY_FILE, WEIGHTS_FILE, TOKENIZER_FILE = (
-    *("results.json", "metrics_history.json"),
-    *("model.safetensors", "tokenizer.json"),
-)
+RESULTS_FILE, HISTORY_FILE, TOKENIZER_FILE = "results.json", "metrics_history.json", "tokenizer.json"
 
 
 class UnfinishedRunError(ValueError):
@@ -57,7 +53,7 @@ class RunRecord:
         experiment: its name.
         encoding: of the window; for another architecture, that architecture's name.
         pool_source: what a write pools; None where nothing is written.
-        parameters: numbers in the file of weights; None: there is no such file.
+        parameters: of the model.
         steps, tokens: of its training.
         bits_per_byte, perplexity: of the final weights, on the held-out documents.
         best_loss: the lowest held-out loss of an evaluation.
@@ -72,7 +68,7 @@ class RunRecord:
     experiment: str
     encoding: str
     pool_source: str | None
-    parameters: int | None
+    parameters: int
     steps: int
     tokens: int
     bits_per_byte: float
@@ -106,7 +102,7 @@ class RunRecord:
                 experiment=values["experiment"],
                 encoding=model["encoding"] if ours else architecture,
                 pool_source=model["pool_source"] if ours and model["writes"] else None,
-                parameters=_count_numbers(folder / WEIGHTS_FILE),
+                parameters=results["parameters"],
                 steps=results["steps"],
                 tokens=results["train_tokens"],
                 bits_per_byte=results["val_bits_per_byte"],
@@ -163,15 +159,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(values).__name__}")
     return values
-
-
-def _count_numbers(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    # The header of a safetensors file: 8 bytes with its length, then JSON with the shape of every tensor.
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _tokenizer(folder: Path) -> str:

@@ -91,7 +91,7 @@ def report_study(study: Study, outcomes: Sequence[CellOutcome], folder: str | Pa
 
 
 def score_cells(finished: Sequence[CellOutcome]) -> tuple[dict[str, list[TokenScores]], str | None]:
-    """The scores of every cell on its held-out documents, by label; none, and the reason, where those are not the same tokens.
+    """The scores of every cell on its held-out documents, by label; none, and the reason, where that cannot be.
 
     What is scored are the weights that the run kept, those of its best evaluation.
     """
@@ -99,7 +99,10 @@ def score_cells(finished: Sequence[CellOutcome]) -> tuple[dict[str, list[TokenSc
     first: tuple[str, tuple[torch.Tensor, ...]] | None = None
     for outcome in finished:
         config, label = outcome.cell.config, outcome.cell.label
-        subject = open_run(outcome.folder, find_device(config.training.device))
+        try:
+            subject = open_run(outcome.folder, find_device(config.training.device))
+        except ValueError as error:
+            return {}, f"{label} cannot be scored: {error}"
         documents = held_out_text(read_corpus(config.data), subject.tokenizer, config.data.eval_documents).documents
         first = first or (label, documents)
         if len(documents) != len(first[1]) or not all(map(torch.equal, documents, first[1])):

@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from smt.checkpoint import write_files
 from smt.experiments.cell import CELL_FILE, FAILURE_FILE, attempt
 from smt.experiments.record import RESULTS_FILE
 from smt.experiments.settings import Cell, Study
-from smt.training.settings import PARTS, RunConfig
+from smt.training.settings import RunConfig
 
 OUTPUT_FILE = "output.txt"
 
@@ -93,18 +93,11 @@ def _check_same(cell: Cell, folder: Path) -> None:
     there = RunConfig.from_yaml(folder / CELL_FILE)
     if there == cell.config:
         return
-    theirs, ours = _flat(there), _flat(cell.config)
+    theirs, ours = there.flat(), cell.config.flat()
     differing = [f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
     raise ValueError(
         f"{folder} was run with {', '.join(differing)}; give the study another --name or --out, or remove that folder"
     )
-
-
-def _flat(config: RunConfig) -> dict[str, object]:
-    values = {name: value for name, value in vars(config).items() if name not in PARTS}
-    for part in PARTS:
-        values.update(asdict(getattr(config, part)))
-    return values
 
 
 def _attempt_apart(folder: Path, jobs: int) -> str | None:

@@ -15,6 +15,8 @@ from smt.fields import check_names, nearest
 from smt.training.settings import RunConfig
 
 STUDY_FOLDER = Path(__file__).parent.parent / "studies"
+# How long a run trains; one of them at a time, minutes where the others are None.
+BOUNDS = {"steps", "epochs", "minutes"}
 PARTS_OF_A_STUDY = ("base", "variants", "budgets")
 
 
@@ -87,8 +89,8 @@ class Study:
     ) -> Study:
         """Read a YAML file, or the packaged study of that name: ``{base, variants: {name: {field: value}}, budgets}``.
 
-        Without ``budgets`` there is a cell for each variant, with them one for each budget and variant. A budget in ``minutes``
-        alone lifts a bound on ``steps``.
+        Without ``budgets`` there is a cell for each variant, with them one for each budget and variant. A budget that names
+        one of ``steps``, ``epochs`` and ``minutes`` lifts the others.
 
         Args:
             overrides: further fields, the same in every cell.
@@ -134,8 +136,8 @@ class Study:
             raise ValueError(f"name must be that of a folder, got {name!r}")
         cells = []
         for (budget, bounds), (variant, fields) in itertools.product((budgets or {None: {}}).items(), variants.items()):
-            if "minutes" in bounds:
-                bounds = {"steps": None, **bounds}
+            if not BOUNDS.isdisjoint(bounds):
+                bounds = {**dict.fromkeys(BOUNDS - {"minutes"}), **bounds}
             given = [overrides or {}, bounds, fields]
             for first, second in itertools.combinations(given, 2):
                 if both := sorted(set(first) & set(second)):

@@ -63,6 +63,23 @@ def test_differences_to_the_control_are_those_of_the_losses_on_the_same_tokens(s
         assert values["differences"][label]["control"] == LABELS[0] and rows[label]["difference"] != 0
 
 
+def test_cells_of_other_tokens_are_compared_by_bits_per_byte_and_it_says_why_nothing_else_is(texts, tmp_path, capsys):
+    assert ablate(texts, tmp_path, "--grid", "vocab_size=261,265", "--name", "tokens", "--control", "vocab_size=261") == 0
+    values = json.loads((tmp_path / "tokens" / "ablation_results.json").read_text())
+    why = "no loss by position and no differences to a control: the held-out tokens of vocab_size=265 are not those of"
+    assert values["sorted_by"] == "bits_per_byte" and values["differences"] == values["loss_by_position"] == {}
+    assert any(note.startswith(why) for note in values["notes"]) and why in capsys.readouterr().out
+    assert not (tmp_path / "tokens" / "loss_by_position.png").exists()
+
+
+def test_an_architecture_is_a_field_like_any_other(texts, tmp_path):
+    short = ["--eval_chunk_length", "16", "--name", "two"]
+    assert ablate(texts, tmp_path, "--grid", "architecture=smt,gpt2", *short) == 0
+    values = json.loads((tmp_path / "two" / "ablation_results.json").read_text())
+    shown = {row["run"]: (row["encoding"], row["pool_source"]) for row in values["runs"]}
+    assert shown == {"architecture=smt": ("stream", "window"), "architecture=gpt2": ("gpt2", None)}
+
+
 def test_the_same_command_runs_only_the_cell_that_is_missing(study, texts, tmp_path, capsys):
     again = tmp_path / "grid"
     shutil.copytree(study, again)

@@ -1,6 +1,7 @@
 """The command line does what it says, and says what went wrong in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +35,8 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
             ["--config", "missing.yaml"],
             "one of the examples (finetune, pg19, shakespeare, stdlib, tiny, wikitext103, wikitext2)",
         ),
+        (["--architecture", "gpt3"], "architecture must be one of smt, gpt2, got 'gpt3'"),
+        (["--resume", "missing"], "--resume goes on with a run as it was begun; it takes no other setting"),
         (["--text", "missing.txt"], "text must be a file or a folder, missing.txt does not exist"),
         (["--source", "wikitext"], "got 'wikitext'; did you mean 'wikitext2'?"),
         (["--source", "wikitext2"], "neither the Hugging Face Hub nor the cache of earlier downloads"),
@@ -161,3 +164,23 @@ except SystemExit:
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("missing", "there is no run to resume in missing"), ("RUN", "has finished: there is nothing to resume")],
+    ids=["missing", "finished"],
+)
+def test_resuming_what_cannot_go_on_is_one_line(folder, message, runs, capsys):
+    assert main(["train", "--resume", folder.replace("RUN", str(runs["stride"]))]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("smt: error: ") and message in error and error.count("\n") == 1
+
+
+def test_an_interrupted_run_goes_on_and_reports_its_results(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs["stride"], run)
+    (run / "results.json").unlink()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert f"files           {run}" in capsys.readouterr().out
+    assert json.loads((run / "results.json").read_text())["results"]["steps"] == 3

@@ -20,6 +20,7 @@ variants:
 budgets:
   short: {steps: 3}
   long: {minutes: 2}
+  whole: {epochs: 2}
 """
 
 
@@ -44,11 +45,14 @@ class TestStudy:
             expected = RunConfig.from_yaml("tiny", {"stride": model.stride, "encoding": model.encoding, "seed": 3})
             assert (model, cell.config.training) == (expected.model, expected.training)
 
-    def test_a_file_gives_budgets_times_variants_and_minutes_alone_lift_a_bound_on_steps(self, study_file):
+    def test_a_file_gives_budgets_times_variants_and_one_bound_lifts_the_others(self, study_file):
         study = Study.from_yaml(study_file, {"seed": 3})
         assert study.name == "mine"
-        assert [cell.label for cell in study.cells] == ["short,whole", "short,narrow", "long,whole", "long,narrow"]
-        short, _, _, long = (cell.config for cell in study.cells)
+        assert [cell.label for cell in study.cells] == [
+            f"{budget},{variant}" for budget in ("short", "long", "whole") for variant in ("whole", "narrow")
+        ]
+        short, _, _, long, whole, _ = (cell.config for cell in study.cells)
+        assert (whole.training.steps, whole.training.epochs) == (None, 2)
         assert (short.training.steps, short.model.d_model, short.training.freeze) == (3, 32, ())
         assert (long.training.steps, long.training.minutes, long.model.d_model) == (None, 2, 16)
         assert long.training.freeze == ("ssm",) and long.training.seed == 3
