@@ -181,6 +181,7 @@ def test_an_interrupted_run_goes_on_and_reports_its_results(runs, tmp_path, caps
     run = tmp_path / "run"
     shutil.copytree(runs["stride"], run)
     (run / "results.json").unlink()
+    shutil.rmtree(run / "checkpoints")  # those of a finished run are for use, not for resuming
     assert main(["train", "--resume", str(run)]) == 0
     assert f"files           {run}" in capsys.readouterr().out
     assert json.loads((run / "results.json").read_text())["results"]["steps"] == 3
