@@ -4,7 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["accelerate>=1.10", "datasets>=4", "matplotlib>=3.8", "numpy>=1.26", "tokenizers>=0.21", "tqdm>=4.66", "transformers>=5"]
+TRAIN = [
+    *("accelerate>=1.10", "datasets>=4", "matplotlib>=3.8", "numpy>=1.26"),
+    *("tokenizers>=0.21", "tqdm>=4.66", "transformers>=5"),
+]
 
 setup(
     name="stride-memory-transformer",
@@ -15,7 +18,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["smt", "smt.*", "smt_kernels", "smt_kernels.*"]),
-    package_data={"smt": ["configs/*.yaml", "model_card.md"]},
+    package_data={"smt": ["configs/*.yaml", "studies/*.yaml", "model_card.md"]},
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",

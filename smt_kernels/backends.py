@@ -73,6 +73,11 @@ def last_choice(operation: str) -> BackendChoice | None:
     return _last.get(operation)
 
 
+def automatic_choice(operation: str, tensor: Tensor) -> BackendChoice:
+    """The backend that a call of ``operation`` on inputs like ``tensor`` would use without an override, and why."""
+    return _decide(operation, tensor, None, None)
+
+
 def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: str | None = None) -> str:
     """Decide the backend for one call of ``operation`` on inputs like ``tensor``, and remember why.
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# The marker shifts by one where the colours begin again.
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 MARKERS = "osD^vP"
 
@@ -35,7 +36,8 @@ def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, in
         ]
         x, y = [middle for middle, _ in bins], [mean.nats for _, mean in bins]
         colour = COLOURS[index % len(COLOURS)]
-        axes.plot(x, y, color=colour, marker=MARKERS[index % len(MARKERS)], markersize=4, label=name)
+        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+        axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
         known = [(middle, mean) for middle, mean in bins if mean.margin is not None]
         low, high = ([mean.nats + sign * mean.margin for _, mean in known] for sign in (-1, 1))
         axes.fill_between([middle for middle, _ in known], low, high, color=colour, alpha=0.18, linewidth=0)

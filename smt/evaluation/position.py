@@ -95,10 +95,15 @@ def log_spaced(first: int, last: int, per_octave: int) -> tuple[int, ...]:
     return tuple(sorted({*(round(first * 2 ** (index / per_octave)) for index in range(count)), last}))
 
 
-def _margin(residuals: Tensor, counts: Tensor) -> float | None:
-    """Of a ratio of sums over documents: 1.96 standard errors, by the linearised variance."""
+def standard_error(residuals: Tensor, counts: Tensor) -> float | None:
+    """Of a ratio of sums over documents, by the linearised variance; None with fewer than two of them."""
     n_documents = len(residuals)
     if n_documents < 2:
         return None
     variance = residuals.square().sum() / counts.sum() ** 2 * n_documents / (n_documents - 1)
-    return Z_95 * variance.sqrt().item()
+    return variance.sqrt().item()
+
+
+def _margin(residuals: Tensor, counts: Tensor) -> float | None:
+    error = standard_error(residuals, counts)
+    return None if error is None else Z_95 * error

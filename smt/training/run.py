@@ -118,14 +118,11 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         import tqdm  # noqa: F401
     accelerator = make_accelerator(config.training)
     say = accelerator.print
-    if path is None:
-        path = Path(agreed(accelerator, lambda: str(new_folder(out, config.experiment))))
-    folder = RunFolder(path)
-    if folder.is_finished:
+    if path is not None and RunFolder(path).is_finished:
         raise ValueError(f"the run in {path} has finished: there is nothing to resume")
     rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
-    checkpoints = Checkpoints(path, limit=config.training.save_total_limit, **rank)
-    snapshot = checkpoints.newest()
+    limit = config.training.save_total_limit
+    snapshot = None if path is None else Checkpoints(path, limit=limit, **rank).newest()
     start = StartingPoint(config.training.init_from if snapshot is None else {})
     if snapshot is None:
         config = start.adopted_by(config)
@@ -155,6 +152,9 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
     if snapshot is not None:
         trainer.resume(snapshot)
         say(f"resumed in {path} after step {trainer.progress.step:,}", flush=True)
+    if path is None:  # only now: a text that cannot be read leaves no folder behind
+        path = Path(agreed(accelerator, lambda: str(new_folder(out, config.experiment))))
+    folder, checkpoints = RunFolder(path), Checkpoints(path, limit=limit, **rank)
     if accelerator.is_main_process:
         path.mkdir(parents=True, exist_ok=True)
         text.tokenizer.save(path)
@@ -186,9 +186,9 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         sample = _sample(plain, text.validation[0], config, text.tokenizer)
         curves = f"{config.experiment}: {evaluation.bits_per_byte:.3f} bits per byte"
         training_curves(progress.history, folder.curves, title=curves)
-        checkpoints.finish()
         results["seconds"] = time.perf_counter() - started
         folder.save_results(config, results, str(accelerator.device))
+        checkpoints.finish()  # last: without results the run can still be resumed
     is_main = accelerator.is_main_process
     accelerator.end_training()
     return Outcome(config, path, evaluation, progress, sample, results, is_main)

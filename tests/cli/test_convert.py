@@ -47,14 +47,13 @@ def test_the_command_writes_a_checkpoint_and_prints_its_report(gpt2, mamba, tmp_
         (["--gpt2", "GPT2", "--set", "transformer_n_layers=2"], "n_layer = 1 but transformer_n_layers = 2"),
         (["--gpt2", "GPT2", "--set", "vocab_size=99"], "cannot be loaded: its vocabulary has 264 tokens, the model 99"),
         (["--gpt2", "GPT2", "--embedding", "mamba"], "embedding must be one of gpt2, none, got 'mamba'"),
-        (["--gpt2", "GPT2", "--encoding", "token"], "there is no option '--encoding'"),
         (["--gpt2", "./missing"], "./missing does not exist"),
         (["--mamba", "GPT2"], "is not a Mamba-1: its config has model_type = 'gpt2'"),
         (["--gpt2", "GPT2", "--config", "missing.yaml"], "there is no missing.yaml"),
         (["--gpt2", "GPT2", "--out", "GPT2"], "out must be a new or an empty folder"),
     ],
     ids=[
-        *("no-source", "set", "field", "type", "width", "layers", "vocabulary", "embedding", "option", "folder", "kind"),
+        *("no-source", "set", "field", "type", "width", "layers", "vocabulary", "embedding", "folder", "kind"),
         *("config", "out"),
     ],
 )

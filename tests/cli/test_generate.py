@@ -124,11 +124,9 @@ def test_text_streams_in_whole_characters(folder):
         (["--prompt", "a", "--top-p", "1.5"], "top_p must lie in (0, 1], got 1.5"),
         (["--file", "latin.txt", "--batch", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--prompt", "a", "--device", "abacus"], "device must be auto, cpu or cuda, got 'abacus'"),
-        (["--prompt", "a", "--top", "3"], "there is no option '--top'; did you mean '--top-p'?"),
     ],
     ids=[
         *("folder", "tokenizer", "config", "file", "bytes", "batch", "greedy", "temperature", "top-p", "size", "device"),
-        "option",
     ],
 )
 def test_errors_are_one_line_without_a_traceback(folder, arguments, message, capsys, tmp_path, monkeypatch):
@@ -141,10 +139,3 @@ def test_errors_are_one_line_without_a_traceback(folder, arguments, message, cap
     captured = capsys.readouterr()
     assert captured.err.startswith("smt: error: ") and message in captured.err
     assert captured.err.count("\n") == 1 and "Traceback" not in captured.err and not captured.out
-
-
-@pytest.mark.parametrize("arguments", [[], ["--prompt", "a", "--file", "b"]], ids=["none", "both"])
-def test_exactly_one_source_of_prompts_is_needed(folder, arguments):
-    with pytest.raises(SystemExit) as exit_:
-        generate(folder, *arguments)
-    assert exit_.value.code == 2

@@ -1,0 +1,39 @@
+"""``smt plot``: the training curves of runs, drawn again from what they recorded."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = """\
+  smt plot results/stdlib/20260101_120000              draws its training_curves.png again
+  smt plot results/stdlib/20260101_120000 --out a.png
+  smt plot results/stdlib/* --out stdlib.png           the runs in one figure"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``smt plot``."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that smt train left")
+    parser.add_argument("--out", metavar="FILE", help="of the plot (default for one run: training_curves.png in its folder)")
+
+
+def run(options: argparse.Namespace, started: float) -> int:
+    """Draw, and say where."""
+    if len(options.runs) > 1 and options.out is None:
+        raise ValueError("smt plot needs --out FILE to draw several runs in one figure")
+    from smt import plots
+    from smt.experiments.record import RESULTS_FILE, Losses, RunRecord, named
+
+    histories = {name: Losses.read(folder) for name, folder in named(options.runs).items()}
+    out = Path(options.out or Path(options.runs[0]) / "training_curves.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if len(histories) > 1:
+        plots.curves_of_runs(histories, out)
+    else:
+        ((name, history),) = histories.items()
+        if (Path(options.runs[0]) / RESULTS_FILE).is_file():
+            record = RunRecord.read(options.runs[0])
+            name = f"{record.experiment}: {record.bits_per_byte:.3f} bits per byte"
+        plots.training_curves(history, out, title=name)
+    print(f"files           {out}")
+    return 0

@@ -1,0 +1,79 @@
+"""``smt train``: from text to a trained model, its evaluation and a folder with both."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from smt.cli.output import printable
+from smt.cli.run_fields import add_run_fields, overrides
+
+if TYPE_CHECKING:
+    from smt.training.run import Outcome
+
+EXAMPLES = """\
+  smt train                                    the standard library's source, in less than 5 minutes on 2 cores
+  smt train --minutes 30 --d_model 256         longer, and wider
+  smt train --steps 500                        bounded by steps, hence repeatable
+  smt train --stride 10 --encoding token       any field of the model, the data or the training
+  smt train --text my_novels/ --experiment novels
+  smt train --config shakespeare               whole plays; wikitext2, wikitext103 and pg19 likewise
+  smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
+  smt train --config my_run.yaml --out runs
+  smt train --resume results/stdlib/20260101_120000
+  torchrun --nproc-per-node 2 -m smt train     on two processes
+  smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``smt train``."""
+    parser.add_argument("--config", help="YAML file, or the name of a packaged example (default: stdlib)")
+    parser.add_argument("--out", help="folder for runs (default: results)")
+    parser.add_argument("--experiment", help="name of the run's folder in it (default: that of the configuration)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run of that folder, as it was begun")
+    add_run_fields(parser)
+
+
+def run(options: argparse.Namespace, started: float) -> int:
+    """Train, and print what came of it."""
+    given = overrides(options)
+    if options.experiment is not None:
+        given["experiment"] = options.experiment
+    if options.resume is not None and (given or options.config or options.out):
+        raise ValueError("--resume goes on with a run as it was begun; it takes no other setting")
+    from smt.training.run import resume
+    from smt.training.run import run as train
+    from smt.training.settings import RunConfig
+
+    if options.resume is not None:
+        outcome = resume(options.resume, started=started)
+    else:
+        config = RunConfig.from_yaml(options.config or "stdlib", given)
+        outcome = train(config, options.out or "results", started=started)
+    if outcome.is_main:
+        _report(outcome)
+    return 0
+
+
+def _report(outcome: Outcome) -> None:
+    prompt, continuation = outcome.sample
+    if continuation:
+        print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")
+        print(printable(_indented(f"{prompt}>>>{continuation}")))
+    evaluation, progress = outcome.evaluation, outcome.progress
+    bound = outcome.config.data.eval_documents
+    documents = "documents whole" if bound is None else f"the first {bound} documents at most, whole"
+    print(
+        f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, {documents}, memory carried\n"
+        f"validation loss {evaluation.loss:.4f} nats per token\n"
+        f"perplexity      {evaluation.perplexity:.2f}\n"
+        f"bits per byte   {evaluation.bits_per_byte:.3f}\n"
+        f"training        {progress.n_targets:,} tokens in {progress.step:,} steps, {progress.padding:.1%} padding\n"
+        f"speed           {progress.tokens_per_second:,.0f} tokens/s\n"
+        f"total time      {outcome.results['seconds']:.0f} s\n"
+        f"files           {outcome.folder}"
+    )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.splitlines())

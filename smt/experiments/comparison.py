@@ -1,0 +1,152 @@
+"""Finished runs beside each other: one table, as text, Markdown, CSV and JSON, and one plot. Needs no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smt import plots
+from smt.experiments.record import RunRecord
+
+# Keys of a row: the column's title, and how its values are shown.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "run": ("run", str),
+    "experiment": ("experiment", str),
+    "encoding": ("encoding", str),
+    "pool_source": ("pool source", str),
+    "parameters": ("parameters", "{:,}".format),
+    "steps": ("steps", "{:,}".format),
+    "tokens": ("tokens", "{:,}".format),
+    "bits_per_byte": ("bits per byte", "{:.4f}".format),
+    "perplexity": ("perplexity", "{:,.2f}".format),
+    "best_loss": ("best loss", "{:.4f}".format),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "difference": ("difference", "{:+.4f}".format),
+    "standard_error": ("± s.e.", "{:.4f}".format),
+    "control": ("control", str),
+}
+# There only where runs are compared with a control.
+OF_A_CONTROL = ("difference", "standard_error", "control")
+NUMBERS = ("parameters", "steps", "tokens", "bits_per_byte", "perplexity", "best_loss", "tokens_per_second", *OF_A_CONTROL[:2])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Finished runs, best first.
+
+    Attributes:
+        records: the runs.
+        by: the key that they are sorted by: ``perplexity``, or ``bits_per_byte`` where the tokens differ.
+        notes: what must be known to read the table.
+        differences: by the run's name, its ``difference`` to a control, the ``standard_error`` of it, and which ``control``.
+    """
+
+    records: tuple[RunRecord, ...]
+    by: str
+    notes: tuple[str, ...]
+    differences: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        records: Sequence[RunRecord],
+        notes: Sequence[str] = (),
+        differences: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Comparison:
+        """Sort the runs, and note whether they can be compared at all.
+
+        Raises:
+            ValueError: no run.
+        """
+        if not records:
+            raise ValueError("a comparison needs a finished run, got none")
+        by, found = "perplexity", []
+        if len({record.tokenizer for record in records}) > 1:
+            by = "bits_per_byte"
+            found.append(
+                "the runs have different tokenizers, whose perplexities and losses per token do not compare: "
+                "sorted by bits per byte"
+            )
+        if len({record.held_out for record in records}) > 1:
+            found.append("the runs were evaluated on different held-out texts: their figures do not compare")
+        best_first = sorted(records, key=lambda record: _last_if_nan(getattr(record, by)))
+        return cls(tuple(best_first), by, (*found, *notes), differences or {})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The values of each run by column; a figure that is not finite as None."""
+        own = [name for name in COLUMNS if name not in ("run", *OF_A_CONTROL)]
+        more = [name for name in OF_A_CONTROL if any(name in row for row in self.differences.values())]
+        rows = []
+        for record in self.records:
+            values = {"run": record.name, **{name: getattr(record, name) for name in own}}
+            difference = self.differences.get(record.name, {})
+            rows.append(_finite({**values, **{name: difference.get(name) for name in more}}))
+        return rows
+
+    def text(self) -> str:
+        """The table for a terminal, and its notes."""
+        header, *rows = self._cells()
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        numeric = [key in NUMBERS for key in self.rows()[0]]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(row, widths, numeric, strict=True)
+            ).rstrip()
+            for row in [header, *rows]
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def markdown(self) -> str:
+        """The table and its notes."""
+        header, *rows = self._cells()
+        rule = ["---:" if key in NUMBERS else "---" for key in self.rows()[0]]
+        table = "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
+        return table + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in self.notes)
+
+    def csv(self) -> str:
+        """The rows, unrounded."""
+        rows = self.rows()
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return file.getvalue()
+
+    def json(self, **more: Any) -> str:
+        """The rows, what they are sorted by, the notes and ``more``."""
+        values = {"sorted_by": self.by, "runs": self.rows(), "notes": list(self.notes), **more}
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+    def save(self, folder: str | Path, stem: str, **more: Any) -> list[Path]:
+        """Write the table as ``stem``.md, .csv and .json and the plot as .png; ``more`` goes into the JSON."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {".md": self.markdown(), ".csv": self.csv(), ".json": self.json(**more)}
+        paths = {suffix: folder / f"{stem}{suffix}" for suffix in (*contents, ".png")}
+        for suffix, content in contents.items():
+            paths[suffix].write_text(content, encoding="utf-8")
+        figures = {record.name: getattr(record, self.by) for record in self.records}
+        histories = {record.name: record.history for record in self.records}
+        plots.comparison(figures, histories, paths[".png"], label=COLUMNS[self.by][0])
+        return list(paths.values())
+
+    def _cells(self) -> list[list[str]]:
+        rows = self.rows()
+        shown = [["-" if row[key] is None else COLUMNS[key][1](row[key]) for key in row] for row in rows]
+        return [[COLUMNS[key][0] for key in rows[0]], *shown]
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def _last_if_nan(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,130 @@
+"""What a study ends with: its table and plot, loss by position of all cells, and their differences to a control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smt.checkpoint import write_files
+from smt.data.sources import read_corpus
+from smt.device import find_device
+from smt.evaluation.ablation import slot_reach
+from smt.evaluation.plots import plot_positions
+from smt.evaluation.position import loss_by_position
+from smt.evaluation.scorer import TokenScores
+from smt.evaluation.subjects import open_run
+from smt.evaluation.text import held_out_text
+from smt.experiments.comparison import Comparison
+from smt.experiments.paired import PairedDifference, paired_difference
+from smt.experiments.record import RunRecord
+from smt.experiments.run import CellOutcome
+from smt.experiments.settings import Study
+
+STEM, POSITION_FILE = "ablation_results", "loss_by_position.png"
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What was found, and where it was left.
+
+    Attributes:
+        comparison: of the cells that finished; None: none did.
+        failures: messages by label.
+        files: written.
+    """
+
+    comparison: Comparison | None
+    failures: dict[str, str]
+    files: tuple[Path, ...]
+
+
+def report_study(study: Study, outcomes: Sequence[CellOutcome], folder: str | Path, control: str | None = None) -> StudyReport:
+    """Compare the cells that finished, and leave ``ablation_results`` and ``loss_by_position.png`` in ``folder``.
+
+    Args:
+        control: a label, or a variant, which stands for its cell of the same budget; None: no differences.
+
+    Raises:
+        ValueError: there is no such control.
+    """
+    controls = {} if control is None else {cell.label: study.control_of(cell, control).label for cell in study.cells}
+    failures = {outcome.cell.label: outcome.error for outcome in outcomes if outcome.error is not None}
+    finished = [outcome for outcome in outcomes if outcome.error is None]
+    if not finished:
+        return StudyReport(None, failures, ())
+    folder = Path(folder)
+    notes = [f"{label} failed: {error}" for label, error in failures.items()]
+    scores, why_not = score_cells(finished)
+    differences: dict[str, PairedDifference] = {}
+    files: list[Path] = []
+    if why_not is not None:
+        notes.append(f"no loss by position{' and no differences to a control' if controls else ''}: {why_not}")
+    else:
+        files.append(_plot_positions(scores, finished, folder / POSITION_FILE))
+        differences = {
+            label: paired_difference(score, scores[controls[label]])
+            for label, score in scores.items()
+            if controls.get(label) in scores and controls[label] != label
+        }
+        if differences:
+            first, named = next(iter(differences.values())), {controls[label] for label in differences}
+            notes.append(
+                f"difference: nats per token more than {' or '.join(sorted(named))} on the same {first.n_tokens:,} tokens, "
+                f"below 0 is better; ± one standard error over {first.n_units} {first.unit}"
+            )
+    missing = sorted({controls[label] for label in scores if controls and controls[label] not in scores})
+    notes += [f"no differences to {label}, which has not finished" for label in missing]
+    records = [RunRecord.read(outcome.folder, outcome.cell.label) for outcome in finished]
+    rows = {label: _row(found, controls[label], len({*controls.values()}) > 1) for label, found in differences.items()}
+    comparison = Comparison.of(records, notes, rows)
+    more = {
+        "study": study.name,
+        "failures": failures,
+        "loss_by_position": {label: asdict(loss_by_position(score)) for label, score in scores.items()},
+        "differences": {label: {**asdict(found), "control": controls[label]} for label, found in differences.items()},
+    }
+    return StudyReport(comparison, failures, (*comparison.save(folder, STEM, **more), *files))
+
+
+def score_cells(finished: Sequence[CellOutcome]) -> tuple[dict[str, list[TokenScores]], str | None]:
+    """The scores of every cell on its held-out documents, by label; none, and the reason, where that cannot be.
+
+    What is scored are the weights that the run kept, those of its best evaluation.
+    """
+    scores: dict[str, list[TokenScores]] = {}
+    first: tuple[str, tuple[torch.Tensor, ...]] | None = None
+    for outcome in finished:
+        config, label = outcome.cell.config, outcome.cell.label
+        try:
+            subject = open_run(outcome.folder, find_device(config.training.device))
+        except ValueError as error:
+            return {}, f"{label} cannot be scored: {error}"
+        documents = held_out_text(read_corpus(config.data), subject.tokenizer, config.data.eval_documents).documents
+        first = first or (label, documents)
+        if len(documents) != len(first[1]) or not all(map(torch.equal, documents, first[1])):
+            return {}, f"the held-out tokens of {label} are not those of {first[0]}"
+        scores[label] = subject.scorer.score(documents)
+    return scores, None
+
+
+def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Sequence[CellOutcome], path: Path) -> Path:
+    curves = {label: loss_by_position(score) for label, score in scores.items()}
+    models = [outcome.cell.config.model for outcome in finished]
+    marks = {}
+    for name, positions in {
+        "window's tokens": {model.m_input_tokens for model in models},
+        "reach of the slots": {slot_reach(model) for model in models},
+    }.items():
+        if len(positions) == 1:  # else it is another one in every cell
+            marks[name] = positions.pop()
+    write_files({path: lambda partial: plot_positions(curves, marks, partial)})
+    return path
+
+
+def _row(found: PairedDifference, control: str, several: bool) -> dict[str, Any]:
+    row = {"difference": found.nats, "standard_error": found.standard_error}
+    return {**row, "control": control} if several else row

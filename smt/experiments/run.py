@@ -1,0 +1,118 @@
+"""Train the cells of a study, one after the other or several at once; what is finished is not run again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from smt.checkpoint import write_files
+from smt.experiments.cell import CELL_FILE, FAILURE_FILE, attempt
+from smt.experiments.record import RESULTS_FILE
+from smt.experiments.settings import Cell, Study
+from smt.training.settings import RunConfig
+
+OUTPUT_FILE = "output.txt"
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """How a cell ended.
+
+    Attributes:
+        cell: which.
+        folder: where its run is.
+        error: why it failed; None: it did not.
+        reused: its run was there already.
+    """
+
+    cell: Cell
+    folder: Path
+    error: str | None = None
+    reused: bool = False
+
+
+def run_study(
+    study: Study, out: str | Path = "results", *, jobs: int = 1, tell: Callable[[str], None] = print
+) -> list[CellOutcome]:
+    """Run every cell in ``<out>/<study>/<label>/``; a cell that fails does not stop the others.
+
+    Args:
+        jobs: cells that train at once, each in a process of its own with its share of the cores; what they print goes into
+            ``output.txt`` of their folders. 1: one after the other, in this process.
+        tell: is given a line when a cell begins and when it ends.
+
+    Raises:
+        ValueError: ``jobs`` below 1, or a folder with another configuration than the study's; nothing is run then.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    folders = {cell.label: Path(out) / study.name / cell.label for cell in study.cells}
+    for cell in study.cells:
+        _check_same(cell, folders[cell.label])
+    place = {cell.label: f"[{index}/{len(study.cells)}] {cell.label}" for index, cell in enumerate(study.cells, 1)}
+
+    def finish(cell: Cell) -> CellOutcome:
+        folder = folders[cell.label]
+        if (folder / RESULTS_FILE).is_file():
+            tell(f"{place[cell.label]}: finished before, not run again")
+            return CellOutcome(cell, folder, reused=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
+        write_files({folder / CELL_FILE: cell.config.to_yaml})
+        tell(f"{place[cell.label]}: begins" + (f", output in {folder / OUTPUT_FILE}" if jobs > 1 else ""))
+        started = time.perf_counter()
+        error = attempt(folder) if jobs == 1 else _attempt_apart(folder, jobs)
+        seconds = f"{time.perf_counter() - started:.0f} s"
+        ended = "finished in" if error is None else f"failed, see {folder / FAILURE_FILE}, after"
+        tell(f"{place[cell.label]}: {ended} {seconds}")
+        return CellOutcome(cell, folder, error)
+
+    if jobs == 1:
+        return [finish(cell) for cell in study.cells]
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return list(pool.map(finish, study.cells))
+        except BaseException:  # Ctrl-C reaches the cells that run; the others must not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _check_same(cell: Cell, folder: Path) -> None:
+    """Raise ValueError if the folder holds anything of a run of another configuration."""
+    left = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not left - {CELL_FILE, FAILURE_FILE, OUTPUT_FILE}:
+        return
+    if CELL_FILE not in left:
+        raise ValueError(f"{folder} holds something else than a cell of a study; give the study another --name or --out")
+    there = RunConfig.from_yaml(folder / CELL_FILE)
+    if there == cell.config:
+        return
+    theirs, ours = there.flat(), cell.config.flat()
+    differing = [f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
+    raise ValueError(
+        f"{folder} was run with {', '.join(differing)}; give the study another --name or --out, or remove that folder"
+    )
+
+
+def _attempt_apart(folder: Path, jobs: int) -> str | None:
+    """As ``attempt``, in a process of its own, whose end is no end of this one."""
+    threads = str(max(1, _cores() // jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    with (folder / OUTPUT_FILE).open("w", encoding="utf-8") as output:
+        command = [sys.executable, "-m", "smt.experiments.cell", str(folder)]
+        code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+    if code == 0:
+        return None
+    if code == 1 and (folder / FAILURE_FILE).is_file():
+        return (folder / FAILURE_FILE).read_text(encoding="utf-8").splitlines()[-1]
+    return f"the process ended by signal {-code}" if code < 0 else f"the process ended with exit code {code}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

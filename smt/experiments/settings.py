@@ -1,0 +1,180 @@
+"""A set of variants of one configuration: the product of a grid, or budgets x variants of a YAML file."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smt.fields import check_names, nearest
+from smt.training.settings import RunConfig
+
+STUDY_FOLDER = Path(__file__).parent.parent / "studies"
+# How long a run trains; one of them at a time, minutes where the others are None.
+BOUNDS = {"steps", "epochs", "minutes"}
+PARTS_OF_A_STUDY = ("base", "variants", "budgets")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        label: names it, and its folder.
+        variant: what it changes in the configuration.
+        budget: how long it trains; None: the study has one budget, that of its configuration.
+        config: what it runs.
+    """
+
+    label: str
+    variant: str
+    budget: str | None
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named set of cells with different labels, each of them valid."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def of_grid(
+        cls,
+        base: str | Path,
+        axes: Mapping[str, Sequence[Any]],
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        name: str | None = None,
+    ) -> Study:
+        """Every combination of values.
+
+        Args:
+            base: the configuration, as ``RunConfig.from_yaml`` takes it.
+            axes: values by field of a run.
+            overrides: further fields, the same in every cell.
+            name: of the study; None: the experiment's and the fields'.
+
+        Raises:
+            ValueError: an unknown field, a value out of range or given twice, a field both in ``axes`` and ``overrides``.
+            TypeError: a value of the wrong type.
+        """
+        for field, values in axes.items():
+            if not values:
+                raise ValueError(f"grid must give {field} a value, got none")
+            for value in values:
+                if list(values).count(value) > 1:
+                    raise ValueError(f"grid must give {field} different values, got {value} twice")
+        variants = {}
+        for values in itertools.product(*axes.values()):
+            fields = dict(zip(axes, values, strict=True))
+            variants[",".join(f"{field}={value}" for field, value in fields.items())] = fields
+        experiment = RunConfig.from_yaml(base).experiment
+        return cls._of(name or "-".join([experiment, *axes]), base, variants, None, overrides)
+
+    @classmethod
+    def from_yaml(
+        cls,
+        path: str | Path,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        base: str | Path | None = None,
+        name: str | None = None,
+    ) -> Study:
+        """Read a YAML file, or the packaged study of that name: ``{base, variants: {name: {field: value}}, budgets}``.
+
+        Without ``budgets`` there is a cell for each variant, with them one for each budget and variant. A budget that names
+        one of ``steps``, ``epochs`` and ``minutes`` lifts the others.
+
+        Args:
+            overrides: further fields, the same in every cell.
+            base: in place of the file's.
+            name: of the study; None: the file's.
+
+        Raises:
+            ValueError: no such file, not a study, or as ``of_grid``.
+        """
+        packaged = STUDY_FOLDER / f"{path}.yaml"
+        file = packaged if packaged.is_file() else Path(path)
+        if not file.is_file():
+            names = ", ".join(sorted(example.stem for example in STUDY_FOLDER.glob("*.yaml")))
+            raise ValueError(f"study must be a YAML file or one of those packaged ({names}), got {str(path)!r}")
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} must hold a mapping with {', '.join(PARTS_OF_A_STUDY)}, got {type(values).__name__}")
+        for part in values:
+            if part not in PARTS_OF_A_STUDY:
+                raise ValueError(f"a study has no part {part!r}; did you mean {nearest(part, PARTS_OF_A_STUDY)!r}?")
+        base = base or values.get("base")
+        if base is None:
+            raise ValueError(f"{file} must name its base, the configuration that is varied")
+        variants = _named_fields(values.get("variants"), "variants", file)
+        if not variants:
+            raise ValueError(f"{file} must have variants, got none")
+        budgets = _named_fields(values.get("budgets"), "budgets", file)
+        return cls._of(name or file.stem, base, variants, budgets, overrides)
+
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        base: str | Path,
+        variants: Mapping[str, Mapping[str, Any]],
+        budgets: Mapping[str, Mapping[str, Any]] | None,
+        overrides: Mapping[str, Any] | None,
+    ) -> Study:
+        if name != Path(name).name:
+            raise ValueError(f"name must be that of a folder, got {name!r}")
+        cells = []
+        for (budget, bounds), (variant, fields) in itertools.product((budgets or {None: {}}).items(), variants.items()):
+            if not BOUNDS.isdisjoint(bounds):
+                bounds = {**dict.fromkeys(BOUNDS - {"minutes"}), **bounds}
+            given = [overrides or {}, bounds, fields]
+            for first, second in itertools.combinations(given, 2):
+                if both := sorted(set(first) & set(second)):
+                    raise ValueError(f"{both[0]} is varied by the study {name}, so it cannot have one value for all its cells")
+            label = _folder_name(variant if budget is None else f"{budget},{variant}")
+            if label in [cell.label for cell in cells]:
+                raise ValueError(f"the study {name} has two cells of the label {label!r}")
+            config = RunConfig.from_yaml(base, {**given[0], **given[1], **given[2], "experiment": name})
+            cells.append(Cell(label, variant, budget, config))
+        return cls(name, tuple(cells))
+
+    def control_of(self, cell: Cell, control: str) -> Cell:
+        """The cell that ``cell`` is compared with: the one of the label ``control``, or that variant with the same budget.
+
+        Raises:
+            ValueError: there is none.
+        """
+        by_label = {other.label: other for other in self.cells}
+        by_variant = {other.variant: other for other in self.cells if other.budget == cell.budget}
+        found = by_label.get(control) or by_variant.get(control)
+        if found is None:
+            check_names("control", [control], list(dict.fromkeys([*by_variant, *by_label])))
+        return found
+
+
+def _named_fields(values: Any, part: str, file: Path) -> dict[str, dict[str, Any]]:
+    """``{name: {field: value}}``, where ``{}`` may be left empty."""
+    if not isinstance(values, dict | None):
+        raise ValueError(f"{part} of {file} must be a mapping from names to fields, got {values!r}")
+    named = {str(name): fields or {} for name, fields in (values or {}).items()}
+    for name, fields in named.items():
+        if not isinstance(fields, dict):
+            raise ValueError(f"{name} of {part} in {file} must be a mapping of fields, got {fields!r}")
+        if "experiment" in fields:
+            raise ValueError(f"{name} of {part} in {file} cannot have an experiment: that is the name of the study")
+    return named
+
+
+def _folder_name(label: str) -> str:
+    return re.sub(r"[^\w.+=,-]", "_", label)

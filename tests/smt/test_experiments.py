@@ -1,0 +1,167 @@
+"""Studies: what their cells are, how a cell may end, and what their comparison computes."""
+
+import math
+
+import pytest
+import torch
+
+from smt.evaluation.scorer import TokenScores
+from smt.experiments.paired import BLOCK, FEW_DOCUMENTS, paired_difference
+from smt.experiments.record import named
+from smt.experiments.run import FAILURE_FILE, run_study
+from smt.experiments.settings import STUDY_FOLDER, Study
+from smt.training.settings import RunConfig
+
+STUDY = """
+base: tiny
+variants:
+  whole: {}
+  narrow: {d_model: 16, freeze: [ssm]}
+budgets:
+  short: {steps: 3}
+  long: {minutes: 2}
+  whole: {epochs: 2}
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+class TestStudy:
+    def test_a_grid_is_the_product_of_its_values_on_one_base(self):
+        study = Study.of_grid("tiny", {"stride": ["4", "8"], "encoding": ["token", "stream"]}, {"seed": "3"})
+        assert study.name == "tiny-stride-encoding"
+        assert [cell.label for cell in study.cells] == [
+            f"stride={stride},encoding={encoding}" for stride in (4, 8) for encoding in ("token", "stream")
+        ]
+        for cell in study.cells:
+            model = cell.config.model
+            assert f"stride={model.stride},encoding={model.encoding}" == cell.label
+            assert cell.config.experiment == study.name
+            expected = RunConfig.from_yaml("tiny", {"stride": model.stride, "encoding": model.encoding, "seed": 3})
+            assert (model, cell.config.training) == (expected.model, expected.training)
+
+    def test_a_file_gives_budgets_times_variants_and_one_bound_lifts_the_others(self, study_file):
+        study = Study.from_yaml(study_file, {"seed": 3})
+        assert study.name == "mine"
+        assert [cell.label for cell in study.cells] == [
+            f"{budget},{variant}" for budget in ("short", "long", "whole") for variant in ("whole", "narrow")
+        ]
+        short, _, _, long, whole, _ = (cell.config for cell in study.cells)
+        assert (whole.training.steps, whole.training.epochs) == (None, 2)
+        assert (short.training.steps, short.model.d_model, short.training.freeze) == (3, 32, ())
+        assert (long.training.steps, long.training.minutes, long.model.d_model) == (None, 2, 16)
+        assert long.training.freeze == ("ssm",) and long.training.seed == 3
+
+    def test_a_control_is_a_label_or_the_variant_of_the_same_budget(self, study_file):
+        study = Study.from_yaml(study_file)
+        found = {cell.label: study.control_of(cell, "whole").label for cell in study.cells}
+        assert found == {label: f"{label.split(',')[0]},whole" for label in found}
+        assert {study.control_of(cell, "short,narrow").label for cell in study.cells} == {"short,narrow"}
+
+    @pytest.mark.parametrize("path", sorted(STUDY_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+    @pytest.mark.filterwarnings("ignore:stride")
+    def test_every_packaged_study_is_valid(self, path):
+        assert len(Study.from_yaml(path.stem).cells) > 1
+
+    def test_values_that_are_no_names_of_folders_still_give_one(self):
+        (cell, _) = Study.of_grid("tiny", {"text": ["../a b", "c"]}).cells
+        assert cell.label == "text=.._a_b" and cell.config.data.text == "../a b"
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[1]", "must hold a mapping with base, variants, budgets, got list"),
+            ("base: [", "is not YAML"),
+            ("variant: {}", "a study has no part 'variant'; did you mean 'variants'"),
+            ("variants: {a: {}}", "must name its base"),
+            ("base: tiny", "must have variants, got none"),
+            ("{base: tiny, variants: [a]}", "variants of .* must be a mapping from names to fields"),
+            ("{base: tiny, variants: {a: 3}}", "a of variants in .* must be a mapping of fields, got 3"),
+            ("{base: tiny, variants: {a: {strid: 3}}}", "no setting 'strid'; did you mean 'stride'"),
+            ("{base: tiny, variants: {a: {experiment: b}}}", "cannot have an experiment"),
+            ("{base: tiny, variants: {a: {steps: 1}}, budgets: {b: {steps: 2}}}", "steps is varied by the study"),
+            ("{base: tiny, variants: {a b: {}, a_b: {}}}", "two cells of the label 'a_b'"),
+        ],
+        ids=["list", "broken", "part", "base", "variants", "names", "fields", "field", "experiment", "both", "labels"],
+    )
+    def test_a_bad_file_is_refused(self, content, message, tmp_path):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            Study.from_yaml(tmp_path / "bad.yaml")
+
+
+class TestRunning:
+    @pytest.mark.parametrize(("command", "error"), [("kill -9 $$", "the process ended by signal 9"), ("exit 1", "exit code 1")])
+    def test_a_process_that_dies_is_a_failed_cell_whatever_an_earlier_attempt_left(self, command, error, tmp_path, monkeypatch):
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\n{command}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(program))
+        study = Study.of_grid("tiny", {"seed": ["1", "2"]}, name="dying")
+        (tmp_path / "dying" / "seed=1").mkdir(parents=True)
+        (tmp_path / "dying" / "seed=1" / FAILURE_FILE).write_text("ValueError: of an earlier attempt\n")
+        told = []
+        outcomes = run_study(study, tmp_path, jobs=2, tell=told.append)
+        assert len(outcomes) == 2 and all(error in outcome.error for outcome in outcomes)
+        assert sum("begins" in line for line in told) == sum("failed" in line for line in told) == 2
+
+    def test_a_folder_with_something_else_is_left_alone(self, tmp_path):
+        study = Study.of_grid("tiny", {"seed": ["1", "2"]}, name="mine")
+        (tmp_path / "mine" / "seed=2").mkdir(parents=True)
+        (tmp_path / "mine" / "seed=2" / "novel.txt").write_text("It was")
+        with pytest.raises(ValueError, match="seed=2 holds something else than a cell of a study"):
+            run_study(study, tmp_path)
+        assert not (tmp_path / "mine" / "seed=1").exists()
+
+
+def scores(*losses):
+    return [TokenScores(-loss.double(), torch.zeros(len(loss), dtype=torch.bool)) for loss in losses]
+
+
+class TestPairedDifference:
+    def test_it_is_the_difference_per_token_with_the_error_of_a_mean_over_documents_of_one_length(self):
+        control, changed = torch.rand(2, 40, 7).double()
+        found = paired_difference(scores(*(control + changed)), scores(*control))
+        means = changed.mean(1)
+        assert found.nats == pytest.approx(means.mean().item())
+        assert found.standard_error == pytest.approx(means.std().item() / math.sqrt(40))
+        assert (found.n_tokens, found.n_units, found.unit) == (280, 40, "documents")
+
+    def test_few_documents_are_cut_into_blocks(self):
+        loss = torch.rand(2, 3, 2 * BLOCK)
+        found = paired_difference(scores(*loss[0]), scores(*loss[1]))
+        blocks = (loss[0] - loss[1]).double().reshape(6, BLOCK).mean(1)
+        assert len(loss[0]) < FEW_DOCUMENTS and (found.n_units, found.unit) == (6, f"blocks of {BLOCK} tokens")
+        assert found.standard_error == pytest.approx(blocks.std().item() / math.sqrt(6))
+
+    def test_what_is_hard_for_both_does_not_count(self):
+        hard, gain = 50 * torch.rand(30, 9), 0.1 + 0.01 * torch.rand(30, 9)
+        found = paired_difference(scores(*(hard - gain)), scores(*hard))
+        assert -0.11 < found.nats < -0.1 and found.standard_error < 1e-3
+
+    def test_of_a_single_block_no_error_is_known(self):
+        assert paired_difference(scores(torch.rand(9)), scores(torch.rand(9))).standard_error is None
+
+    @pytest.mark.parametrize("others", [[], [8], [9, 9]], ids=str)
+    def test_other_documents_are_refused(self, others):
+        with pytest.raises(ValueError, match="scores must be of the same documents"):
+            paired_difference(scores(torch.rand(9)), scores(*map(torch.rand, others)))
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["r/a/1"], ["1"]),
+        (["r/a/1", "r/a/2"], ["1", "2"]),
+        (["r/a/1", "r/b/1"], ["a/1", "b/1"]),
+        (["r/a/1", "2"], ["r/a/1", "2"]),
+    ],
+    ids=["one", "siblings", "cousins", "apart"],
+)
+def test_runs_are_named_by_what_tells_their_paths_apart(folders, names):
+    assert list(named(folders)) == names
