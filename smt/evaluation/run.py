@@ -219,10 +219,10 @@ def _needle(run: EvaluationRun) -> None:
 
 
 def _recall(run: EvaluationRun) -> None:
-    window, size, _ = run.window
+    _, size, _ = run.window
     results = {}
     for subject in run.with_controls():
-        distances = usual_distances(window, size)
+        distances = usual_distances(size)
         result = recall(subject.scorer, subject.tokenizer, run.recall_task, distances, n_documents=4 * run.config.trials)
         results[subject.name] = result
         figures = {f"recalled after {there.distance:,} words": f"{there.accuracy:.1%}" for there in result.distances}

@@ -108,7 +108,7 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
         "val_tokens": evaluation.n_targets,
         "val_bytes": evaluation.n_bytes,
         "steps": progress.step,
-        "train_tokens": progress.n_targets,
+        "train_tokens": progress.n_tokens,
         "padding": progress.padding,
         "tokens_per_second": progress.tokens_per_second,
         "seconds": time.perf_counter() - started,
@@ -128,6 +128,7 @@ def _train(
     evaluation_seconds: float | None = None
     bound = config.data.eval_documents  # None: all
     held_out = [text.validation[index] for index in range(len(text.validation))[:bound]]
+    counted = text.validation.counted and text.validation.counted[:bound]
     n_targets, n_bytes = sum(len(document) - 1 for document in held_out), sum(text.validation.n_bytes[:bound])
     # In hundredths of a run, since a run may be bounded by time.
     bar = tqdm(total=100, file=sys.stderr, bar_format="{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}")
@@ -144,7 +145,7 @@ def _train(
         nonlocal evaluation_seconds
         started = time.perf_counter()
         sizes = {"batch_size": config.data.eval_batch_size, "length": config.data.eval_chunk_length}
-        batches = DocumentWalk(held_out, **sizes, epochs=1, shuffle=False, together=True)
+        batches = DocumentWalk(held_out, counted=counted, **sizes, epochs=1, shuffle=False, together=True)
         evaluation = evaluate(model, batches, n_bytes)
         evaluation_seconds = time.perf_counter() - started
         latest[:] = [evaluation]
@@ -155,7 +156,8 @@ def _train(
         return evaluation
 
     with bar:
-        progress = train(model, text.train, config.data, config.training, clock, on_step=on_step, on_evaluation=on_evaluation)
+        calls = {"on_step": on_step, "on_evaluation": on_evaluation}
+        progress = train(model, text.train, config.data, config.training, clock, counted=text.train.counted, **calls)
     folder.save_history(progress.history)
     return progress, latest[0], best
 
