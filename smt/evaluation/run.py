@@ -145,6 +145,8 @@ def evaluate_subjects(subjects: Sequence[Subject], data: DataConfig, config: Eva
     for task in [name for name in TASKS if name in config.tasks]:
         TASKS[task](run)
     report = run.report
+    if data.source == "recall" and set(config.tasks) & {"perplexity", "position", "ablation"}:
+        report.notes.append("perplexity, position and ablation count every word; a model trained on recall has learned answers")
     values = {
         "models": {subject.name: asdict(subject.model.config) if subject.model else {} for subject in subjects},
         "data": asdict(data),
