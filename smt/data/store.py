@@ -2,8 +2,8 @@
 
 A folder holds ``tokens.bin``, all documents one after another in the narrowest unsigned integers that the vocabulary fits,
 ``documents.json``, which says what they are, and, where documents name their targets, ``counted.bin``, a byte per token that
-says whether the loss counts it. Its name is the hash of texts and tokenizer, so that a store that is there
-is the right one; it appears under its name only when it is complete.
+says whether the loss counts it. Its name is the hash of texts and tokenizer, so that a store that is there is the right one; it
+appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from smt.extras import needs_extra
 if TYPE_CHECKING:
     import numpy as np
 
-# Of the layout of the two files; another one does not read what an earlier one wrote.
+# Of the layout of the files; another one does not read what an earlier one wrote.
 LAYOUT = 2
 TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
 
@@ -143,13 +143,13 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
         for document, tokens, counted in tokenizer.encode_documents(documents.read(skipped)):
             file.write(np.array(tokens, dtype=dtype).tobytes())
             names_targets |= counted is not None
-            counted = [False] + [True] * (len(tokens) - 1) if counted is None else counted
-            counted_file.write(np.array(counted, dtype=bool).tobytes())
-            n_targets += sum(counted)
+            flags = np.arange(len(tokens)) > 0 if counted is None else np.array(counted)
+            counted_file.write(flags.tobytes())
+            n_targets += int(flags.sum())
             names.append(document.name)
             n_bytes.append(document.n_target_bytes)
             offsets.append(offsets[-1] + len(tokens))
-    if not names_targets:
+    if not names_targets:  # which is known only when all documents have been read
         (folder / COUNTED_FILE).unlink()
     if not names:
         left_out = "".join(f", {count} {reason}" for reason, count in sorted(skipped.items()))
