@@ -34,7 +34,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     fields = yaml.safe_dump({"model": model.config.to_dict()}, sort_keys=False)
     write_files(
         {
-            folder / WEIGHTS_FILE: weights_writer(model),
+            folder / WEIGHTS_FILE: tensors_writer(model.state_dict()),
             folder / CONFIG_FILE: lambda path: path.write_text(fields, encoding="utf-8"),
         }
     )
@@ -110,14 +110,14 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     return fields
 
 
-def weights_writer(model: nn.Module) -> Callable[[Path], None]:
-    """What writes the model's tensors as safetensors to a path."""
+def tensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    """What writes tensors as safetensors to a path."""
 
     def write(path: Path) -> None:
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-        save_file(tensors, path, metadata={"format": "pt"})
+        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(on_cpu, path, metadata={"format": "pt"})
 
     return write
 

@@ -183,6 +183,10 @@ class StrideMemoryTransformer(nn.Module):
         self.embedding = embedding
         self.config = replace(self.config, vocab_size=embedding.num_embeddings)
 
+    def gradient_checkpointing_enable(self) -> None:
+        """Train with less memory: keep only the input of every decoder block and compute the rest again backward."""
+        self.decoder.gradient_checkpointing = True
+
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""
         count = lambda module: sum(parameter.numel() for parameter in module.parameters())  # noqa: E731

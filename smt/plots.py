@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from smt.extras import needs_extra
 
 if TYPE_CHECKING:
-    from smt.training.run_folder import History
+    from smt.training.progress import History
 
 
 def training_curves(history: History, path: str | Path, *, title: str) -> None:

@@ -1,5 +1,5 @@
 """Models that we compare with, built from the same ``SMTConfig`` so that only the architecture differs."""
 
-from smt.baselines.gpt2 import build_gpt2
+from smt.baselines.gpt2 import FullAttentionGPT2, build_gpt2
 
-__all__ = ["build_gpt2"]
+__all__ = ["FullAttentionGPT2", "build_gpt2"]

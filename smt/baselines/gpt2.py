@@ -1,10 +1,16 @@
-"""Hugging Face's GPT-2 with the decoder of an ``SMTConfig`` and full causal attention."""
+"""Hugging Face's GPT-2 with the decoder of an ``SMTConfig`` and full causal attention: alone, and to be trained as ours is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from smt.config import SMTConfig
+from smt.generation import sample
+from smt.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -53,3 +59,80 @@ def build_gpt2(config: SMTConfig, n_positions: int) -> GPT2LMHeadModel:
     )
     model.loss_type = "ForCausalLM"  # transformers cannot tell it from the class's name, and warns before it assumes it
     return model
+
+
+@dataclass(frozen=True)
+class NoMemory:
+    """What full attention carries from one chunk to the next."""
+
+    state: None = None
+
+
+class FullAttentionGPT2(nn.Module):
+    """A GPT-2 behind the interface that training and evaluation use; each chunk begins anew.
+
+    Args:
+        config: sizes of the decoder; what it says about memory means nothing here.
+        context: the longest chunk, and the most tokens that a prediction sees.
+
+    Raises:
+        ImportError, ValueError: as ``build_gpt2``.
+    """
+
+    def __init__(self, config: SMTConfig, context: int) -> None:
+        super().__init__()
+        self.config, self.context = config, context
+        self.transformer = build_gpt2(config, context).transformer
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Tied to the head."""
+        return self.transformer.wte
+
+    def loss(self, input_ids: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, NoMemory]:
+        """Mean cross-entropy per target of input_ids and targets (B, T), -100 where nothing is due."""
+        hidden = self.transformer(input_ids, use_cache=False).last_hidden_state
+        return linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, targets.flatten()), NoMemory()
+
+    def causal_lm(self) -> GPT2LMHeadModel:
+        """The same parameters as a model of Hugging Face."""
+        model = build_gpt2(self.config, self.context)
+        model.transformer = self.transformer
+        model.tie_weights()
+        return model
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Prompts (B, T) and their continuations, (B, T + new), each token with the last ``context`` before it."""
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            hidden = self.transformer(input_ids[:, -self.context :], use_cache=False).last_hidden_state
+            logits = hidden[:, -1] @ self.embedding.weight.mT
+            input_ids = torch.cat([input_ids, sample(logits, temperature, top_k, top_p, generator)], dim=1)
+        self.train(was_training)
+        return input_ids
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only the input of every block and compute the rest again backward."""
+        self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def parts(self) -> dict[str, nn.Module]:
+        """``embedding`` and ``transformer``; every parameter is in one of them."""
+        decoder = self.transformer
+        return {"embedding": self.embedding, "transformer": nn.ModuleList([decoder.wpe, decoder.h, decoder.ln_f])}
+
+    def count_parameters(self) -> dict[str, Any]:
+        """As ``StrideMemoryTransformer.count_parameters``."""
+        parts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in self.parts().items()}
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return {"total": sum(parts.values()), "trainable": trainable, "breakdown": {**parts, "lm_head": 0}}

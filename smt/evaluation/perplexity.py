@@ -9,15 +9,16 @@ characters do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
+from smt.carried_states import CarriedStates
 from smt.data.walk import Batch
-from smt.model import StrideMemoryTransformer
-from smt.precision import precision
-from smt.state import SMTState
+
+Sum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,55 +58,32 @@ class Evaluation:
         return None if self.n_characters is None else self.nats / (math.log(2) * self.n_characters)
 
 
-class CarriedStates:
-    """The state of each lane, for a model whose rows are all at the same step: rows that wait are left out of its batches."""
-
-    def __init__(self) -> None:
-        self._of: dict[int, tuple[SMTState, torch.Tensor]] = {}
-
-    def continued(self, batch: Batch) -> tuple[Batch, SMTState | None]:
-        """The rows of ``batch`` that read, and the state that they continue; None where they begin.
-
-        Raises:
-            ValueError: some rows begin a document and others do not.
-        """
-        rows = batch.reading.nonzero()[:, 0]
-        begun = batch.reset[rows]
-        if begun.any() and not begun.all():
-            raise ValueError("the rows of a batch must begin their documents together; walk with together=True")
-        if begun.all():
-            return batch.rows(rows), None
-        state, before = self._of[batch.lane]
-        return batch.rows(rows), state if len(rows) == len(before) else state.rows(torch.isin(before, rows).nonzero()[:, 0])
-
-    def keep(self, batch: Batch, state: SMTState) -> None:
-        """Remember the state after the rows of ``batch`` that read."""
-        self._of[batch.lane] = state, batch.reading.nonzero()[:, 0]
-
-
 @torch.no_grad()
-def evaluate(model: StrideMemoryTransformer, batches: Iterable[Batch], n_bytes: int) -> Evaluation:
-    """Run ``model`` over ``batches`` without dropout, carrying its state through each document.
+def evaluate(objective: nn.Module, batches: Iterable[Batch], n_bytes: int, *, total: Sum = lambda sums: sums) -> Evaluation:
+    """Run a model over ``batches`` without dropout, carrying its state through each document.
+
+    Args:
+        objective: gives loss and state of a chunk: ``smt.training.objective.ChunkLoss``, or what wraps it.
+        n_bytes: how many bytes of text all of the batches spell.
+        total: adds up a tensor over the processes that read the documents together.
 
     Raises:
         ValueError: nothing to predict.
     """
-    device = model.embedding.weight.device
-    was_training = model.training
-    model.eval()
+    device = next(objective.parameters()).device
+    was_training = objective.training
+    objective.eval()
     states = CarriedStates()
-    nats, total = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64)  # nats, targets
     try:
         for batch in batches:
             reading, state = states.continued(batch)
-            with precision(device):
-                loss, aux = model.loss(reading.input_ids.to(device), reading.targets.to(device), state)
-            states.keep(batch, aux.state)
-            n_targets = reading.n_targets
-            nats += float(loss) * n_targets
-            total += n_targets
+            loss, state = objective(reading.input_ids.to(device), reading.targets.to(device), state)
+            states.keep(batch, state)
+            sums += torch.tensor([float(loss) * reading.n_targets, reading.n_targets], dtype=torch.float64)
     finally:
-        model.train(was_training)
-    if not total or not n_bytes:
-        raise ValueError(f"an evaluation needs text, got {total} targets and {n_bytes} bytes")
-    return Evaluation(nats, total, n_bytes)
+        objective.train(was_training)
+    nats, n_targets = total(sums).tolist()
+    if not n_targets or not n_bytes:
+        raise ValueError(f"an evaluation needs text, got {int(n_targets)} targets and {n_bytes} bytes")
+    return Evaluation(nats, int(n_targets), n_bytes)

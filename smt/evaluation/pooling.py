@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smt.carried_states import CarriedStates
 from smt.data.walk import DocumentWalk
-from smt.evaluation.perplexity import CarriedStates
 from smt.model import StrideMemoryTransformer
 from smt.precision import precision
 

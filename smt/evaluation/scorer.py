@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smt.carried_states import CarriedStates
 from smt.data.walk import DocumentWalk
-from smt.evaluation.perplexity import CarriedStates
 from smt.loss import IGNORE_INDEX
 from smt.model import StrideMemoryTransformer
 from smt.precision import precision

@@ -10,14 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from smt.model import StrideMemoryTransformer
 from smt.training.settings import TrainingConfig
 
+# transformers calls the projections of a GPT-2 Conv1D.
+DECAYING = ("Linear", "Conv1d", "Conv1D")
 
-def parameter_groups(model: StrideMemoryTransformer, training: TrainingConfig) -> list[dict[str, Any]]:
+
+def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
     """Parameter groups for AdamW, two for each part that is trained: with and without weight decay.
 
     Frozen parts no longer require gradients; the others do again.
+
+    Args:
+        model: has ``parts()``: a ``StrideMemoryTransformer``, or a baseline.
 
     Returns:
         groups with ``params``, ``lr``, ``weight_decay``, and for us the ``part`` and its ``peak`` learning rate.
@@ -39,6 +44,6 @@ def _split(part: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     decayed, others = [], []
     for module in part.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            decays = isinstance(module, nn.Linear | nn.Conv1d) and name == "weight"
+            decays = type(module).__name__ in DECAYING and name == "weight"
             (decayed if decays else others).append(parameter)
     return decayed, others

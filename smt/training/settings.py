@@ -17,6 +17,9 @@ CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 LR_SCHEDULES = ("cosine", "linear", "constant")
 DEVICES = ("auto", "cpu", "cuda")
 BEGINNINGS = ("checkpoint", "gpt2", "mamba")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+TRACKERS = ("wandb", "tensorboard", "trackio")
+ARCHITECTURES = ("smt", "gpt2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,8 @@ class TrainingConfig:
 
     Args:
         minutes: wall-clock bound of the whole command, evaluation and sample included; the schedule follows the clock.
-        steps: bound in optimiser steps instead, which makes a run repeatable; None: the clock decides.
+        steps: bound in optimiser steps instead, which makes a run repeatable; None: epochs or the clock decide.
+        epochs: bound in passes over the training documents instead.
         learning_rate: of AdamW at its peak.
         learning_rates: peaks of single parts of the model (embedding, transformer, attention_pooling, ssm) in its stead.
         freeze: parts of the model that are not trained.
@@ -36,15 +40,24 @@ class TrainingConfig:
         warmup: share of the run in which the learning rate rises.
         lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
         clip: largest norm of the gradient.
+        gradient_accumulation_steps: batches of each optimiser step.
+        gradient_checkpointing: keep only the input of every decoder block and compute the rest again backward.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU, none on a CPU.
         evaluations: how often the held-out documents are evaluated, evenly over the run, though never twice at one step;
             the last time is at its end.
+        eval_steps: steps between evaluations, in the stead of ``evaluations``.
+        early_stopping_patience: end the run after so many evaluations without a lower loss; None: never.
+        save_steps: steps between checkpoints from which the run can be resumed; there is one after every evaluation, too.
+        save_total_limit: how many of them are kept, the newest.
+        report_to: trackers that are told losses and rates: ``wandb``, ``tensorboard``, ``trackio``.
         seed: of the weights, the order of documents and the sample.
-        device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a GPU, then in bfloat16 autocast.
+        device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a GPU.
         sample_tokens: length of the sample at the end.
     """
 
     minutes: float = 4.5
     steps: int | None = None
+    epochs: int | None = None
     learning_rate: float = 2e-3
     learning_rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
@@ -56,7 +69,15 @@ class TrainingConfig:
     warmup: float = 0.05
     lr_schedule: str = "cosine"
     clip: float = 1.0
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "auto"
     evaluations: int = 2
+    eval_steps: int | None = None
+    early_stopping_patience: int | None = None
+    save_steps: int = 500
+    save_total_limit: int = 2
+    report_to: tuple[str, ...] = ()
     seed: int = 42
     device: str = "auto"
     sample_tokens: int = 160
@@ -83,54 +104,75 @@ class TrainingConfig:
             raise ValueError(f"init_from must be a checkpoint, which is a whole model, or gpt2 and mamba, got {self.init_from}")
         if self.match_scale and "mamba" not in self.init_from:
             raise ValueError(f"match_scale needs a mamba in init_from, got {self.init_from}")
-        check_at_least(self, 1, "steps", "evaluations")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"a run has one bound, got steps = {self.steps} and epochs = {self.epochs}")
+        check_names("report_to", self.report_to, TRACKERS)
+        counts = ("steps", "epochs", "gradient_accumulation_steps", "evaluations", "eval_steps", "early_stopping_patience")
+        check_at_least(self, 1, *counts, "save_steps", "save_total_limit")
         check_at_least(self, 0, "seed", "sample_tokens")
-        for name, allowed in (("lr_schedule", LR_SCHEDULES), ("device", DEVICES)):
+        for name, allowed in (("lr_schedule", LR_SCHEDULES), ("device", DEVICES), ("mixed_precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Field names are unique across its three parts, so that an override needs no prefix."""
+    """A whole run. Field names are unique across its parts, so that an override needs no prefix.
+
+    Attributes:
+        experiment: the name of the run's folder.
+        model, data, training: its three parts.
+        architecture: ``smt``, or ``gpt2``, to compare with: full attention to the last ``chunk_length`` tokens, with the sizes
+            that ``model`` gives its decoder.
+    """
 
     experiment: str
     model: SMTConfig
     data: DataConfig
     training: TrainingConfig
+    architecture: str = "smt"
+
+    def __post_init__(self) -> None:
+        if not self.experiment or self.experiment != Path(self.experiment).name:
+            raise ValueError(f"experiment must be the name of a folder, got {self.experiment!r}")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+        if self.architecture == "gpt2" and self.data.eval_chunk_length > self.data.chunk_length:
+            raise ValueError(
+                f"eval_chunk_length must be at most chunk_length = {self.data.chunk_length} for architecture 'gpt2', which has "
+                f"learnt no positions beyond, got {self.data.eval_chunk_length}"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], overrides: dict[str, Any] | None = None) -> RunConfig:
-        """Build from ``{experiment, model: {...}, data: {...}, training: {...}}`` with single fields overridden by name.
+        """Build from ``{experiment, architecture, model: {}, data: {}, training: {}}``, single fields overridden by name.
 
         Raises:
             ValueError: an unknown part or field, with the nearest name, or a value out of range.
             TypeError: a value of the wrong type.
         """
+        names = (*OF_RUN, *PARTS)
         for name, value in values.items():
-            if name not in ("experiment", *PARTS):
-                raise ValueError(f"a run has no part {name!r}; did you mean {nearest(name, ('experiment', *PARTS))!r}?")
-            if name in PARTS and not isinstance(value, dict):
-                raise ValueError(f"{name} must be a mapping of fields, got {value!r}")
+            if name not in names:
+                raise ValueError(f"a run has no part {name!r}; did you mean {nearest(name, names)!r}?")
+            if not isinstance(value, dict if name in PARTS else str):
+                kind = "a mapping of fields" if name in PARTS else "of type str"
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
         parts = {part: dict(values.get(part, {})) for part in PARTS}
-        experiment = values.get("experiment", "run")
+        of_run = {"experiment": "run", **{name: values[name] for name in OF_RUN if name in values}}
         for name, value in (overrides or {}).items():
-            if name == "experiment":
-                experiment = value
-            else:
-                parts[part_of(name)][name] = value
+            part = None if name in OF_RUN else part_of(name)
+            (of_run if part is None else parts[part])[name] = value
         for part, settings in PARTS.items():
             known = [field.name for field in fields(settings)]
             for name in parts[part]:
                 if name not in known:
                     raise ValueError(f"{part} has no field {name!r}; did you mean {nearest(name, known)!r}?")
-        if not isinstance(experiment, str) or not experiment or experiment != Path(experiment).name:
-            raise ValueError(f"experiment must be the name of a folder, got {experiment!r}")
         built = {
             part: settings(**{name: parse(settings, name, value) for name, value in parts[part].items()})
             for part, settings in PARTS.items()
         }
-        return cls(experiment=experiment, **built)
+        return cls(**of_run, **built)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -154,13 +196,19 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as ``from_dict`` takes them."""
-        return {"experiment": self.experiment, **{part: asdict(getattr(self, part)) for part in PARTS}}
+        return {**{name: getattr(self, name) for name in OF_RUN}, **{part: asdict(getattr(self, part)) for part in PARTS}}
+
+    def flat(self) -> dict[str, Any]:
+        """All fields by name, those of the parts among them."""
+        parts = self.to_dict()
+        return {**{name: parts[name] for name in OF_RUN}, **{name: v for part in PARTS for name, v in parts[part].items()}}
 
     def to_yaml(self, path: str | Path) -> None:
         """Write all fields as YAML."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
+OF_RUN = ("experiment", "architecture")
 PARTS: dict[str, type] = {"model": SMTConfig, "data": DataConfig, "training": TrainingConfig}
 
 
@@ -172,5 +220,5 @@ def part_of(name: str) -> str:
     """
     owners = {field.name: part for part, settings in PARTS.items() for field in fields(settings)}
     if name not in owners:
-        raise ValueError(f"there is no setting {name!r}; did you mean {nearest(name, owners)!r}?")
+        raise ValueError(f"there is no setting {name!r}; did you mean {nearest(name, (*owners, *OF_RUN))!r}?")
     return owners[name]

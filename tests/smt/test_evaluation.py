@@ -8,6 +8,7 @@ import torch
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
+from smt.training.objective import ChunkLoss
 
 SIZES = dict(
     vocab_size=40, d_model=16, d_k=8, dropout=0.0, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,
@@ -51,22 +52,22 @@ def test_batches_with_carried_state_cost_what_whole_documents_cost(model, batch_
     for document in documents():
         logits = model(document[None, :-1])[0][0]
         whole += torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum").item()
-    evaluation = evaluate(model, walk(documents(), batch_size=batch_size, length=length), n_bytes=100)
+    evaluation = evaluate(ChunkLoss(model), walk(documents(), batch_size=batch_size, length=length), n_bytes=100)
     assert evaluation.nats == pytest.approx(whole, rel=1e-9)
     assert evaluation.n_targets == sum(len(document) - 1 for document in documents())
 
 
 def test_forgetting_the_state_between_chunks_would_be_noticed(model):
     pieces = [document[start : start + 8] for document in documents() for start in range(0, len(document) - 1, 7)]
-    carried = evaluate(model, walk(documents(), batch_size=1, length=7), n_bytes=1)
-    forgotten = evaluate(model, walk(pieces, batch_size=1, length=7), n_bytes=1)
+    carried = evaluate(ChunkLoss(model), walk(documents(), batch_size=1, length=7), n_bytes=1)
+    forgotten = evaluate(ChunkLoss(model), walk(pieces, batch_size=1, length=7), n_bytes=1)
     assert carried.n_targets == forgotten.n_targets
     assert abs(carried.nats - forgotten.nats) > 1e-3 * carried.nats
 
 
 def test_evaluating_leaves_the_model_in_training_mode_and_without_gradients(model):
     model.train()
-    evaluate(model, walk(documents(), batch_size=2, length=8), n_bytes=1)
+    evaluate(ChunkLoss(model), walk(documents(), batch_size=2, length=8), n_bytes=1)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -74,9 +75,9 @@ def test_evaluating_leaves_the_model_in_training_mode_and_without_gradients(mode
 def test_rows_that_begin_documents_apart_are_refused(model):
     batches = DocumentWalk(documents(), epochs=1, shuffle=False, batch_size=2, length=7)
     with pytest.raises(ValueError, match="must begin their documents together; walk with together=True"):
-        evaluate(model, batches, n_bytes=1)
+        evaluate(ChunkLoss(model), batches, n_bytes=1)
 
 
 def test_nothing_to_evaluate_is_an_error(model):
     with pytest.raises(ValueError, match="an evaluation needs text, got 0 targets"):
-        evaluate(model, [], n_bytes=0)
+        evaluate(ChunkLoss(model), [], n_bytes=0)

@@ -16,11 +16,11 @@ from smt.data.tokenizer import Tokenizer
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation
 from smt.loss import IGNORE_INDEX
-from smt.training import loop
+from smt.training.accelerate import make_accelerator
 from smt.training.clock import Clock, schedule
-from smt.training.loop import train
 from smt.training.run import run
 from smt.training.settings import CONFIG_FOLDER, DataConfig, RunConfig, TrainingConfig
+from smt.training.trainer import Trainer
 
 MODEL = dict(
     vocab_size=270, d_model=16, d_k=8, dropout=0.0, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,
@@ -48,21 +48,27 @@ def random_documents():
     return [torch.randint(0, MODEL["vocab_size"], (length,), generator=generator) for length in (9, 30, 31, 50)]
 
 
-def train_tiny(steps, on_step=lambda done: None, documents=None, **training):
+def trainer_of(documents=None, clock=None, model=None, data=None, **training):
+    """A trainer of a tiny model of a fixed seed."""
     torch.manual_seed(0)
-    model = StrideMemoryTransformer(SMTConfig(**MODEL))
-    training = TrainingConfig(**{"steps": steps, "evaluations": 1, **training})
-    evaluated = []
-
-    def on_evaluation(done):
-        evaluated.append(done.step)
-        return Evaluation(nats=1.0, n_targets=1, n_bytes=1)
-
+    model = StrideMemoryTransformer(SMTConfig(**{**MODEL, **(model or {})}))
+    training = TrainingConfig(**{"steps": 6, "evaluations": 1, "device": "cpu", **training})
+    data = DataConfig(**{**DATA, **(data or {})})
     documents = random_documents() if documents is None else documents
-    done = train(
-        model, documents, DataConfig(**DATA), training, Clock(training, 0.0), on_step=on_step, on_evaluation=on_evaluation
-    )
-    return model, done, evaluated
+    clock = clock or Clock(training, 0.0, epoch_targets=sum(len(document) - 1 for document in documents))
+    return Trainer(model, documents, data, training, clock, make_accelerator(training))
+
+
+def train_tiny(on_step=lambda done: None, losses=(), **options):
+    """Train it; evaluations give ``losses``, then 1."""
+    trainer, evaluated, losses = trainer_of(**options), [], list(losses)
+
+    def evaluate():
+        evaluated.append(trainer.progress.step)
+        return Evaluation(nats=losses.pop(0) if losses else 1.0, n_targets=1, n_bytes=1)
+
+    trainer.train(evaluate, on_step=lambda: on_step(trainer.progress))
+    return trainer.model, trainer.progress, evaluated
 
 
 def recorded_batches(monkeypatch):
@@ -188,13 +194,13 @@ class TestLoop:
 
         monkeypatch.setattr(StrideMemoryTransformer, "loss", loss)
         batches = recorded_batches(monkeypatch)
-        train_tiny(12)
+        train_tiny(steps=12)
         expected = [batch.positions[batch.reading][0].item() for batch in batches]
         assert steps_before == expected and max(expected) >= 16
 
     def test_every_target_counts_once_and_padding_does_not(self, monkeypatch):
         batches = recorded_batches(monkeypatch)
-        _, done, _ = train_tiny(12)
+        _, done, _ = train_tiny(steps=12)
         targets = sum((batch.targets != IGNORE_INDEX).sum().item() for batch in batches)
         positions = sum(batch.targets[batch.reading].numel() for batch in batches)
         assert (done.step, done.n_targets) == (12, targets)
@@ -202,10 +208,10 @@ class TestLoop:
 
     def test_a_chunk_weighs_as_much_as_it_has_targets(self, monkeypatch):
         gradients = []
-        record = lambda parameters, norm: gradients.append([parameter.grad for parameter in parameters])  # noqa: E731
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+        keep = lambda self, parameters, norm: gradients.append([parameter.grad for parameter in parameters])  # noqa: E731
+        monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", keep)
         batches = recorded_batches(monkeypatch)
-        train_tiny(1)
+        train_tiny(steps=1)
         torch.manual_seed(0)
         model = StrideMemoryTransformer(SMTConfig(**MODEL))
         logits = model(batches[0].input_ids)[0]
@@ -225,52 +231,48 @@ class TestLoop:
         monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
         peaks = {"embedding": 1e-3, "transformer": 5e-6, "attention_pooling": 1e-4, "ssm": 1e-3}
         listed = {name: peaks[name] for name in ("transformer", "attention_pooling")}
-        train_tiny(4, learning_rate=1e-3, learning_rates=listed, lr_schedule="linear", warmup=0.0)
+        train_tiny(steps=4, learning_rate=1e-3, learning_rates=listed, lr_schedule="linear", warmup=0.0)
         for index, share in enumerate((1.0, 0.75, 0.5, 0.25)):
             assert rates[index] == pytest.approx({name: share * peak for name, peak in peaks.items()})
 
     def test_evaluations_are_spread_over_the_run_and_the_last_is_at_its_end(self):
-        _, done, evaluated = train_tiny(6, evaluations=3)
+        _, done, evaluated = train_tiny(steps=6, evaluations=3)
         assert evaluated == done.history.eval_steps == [2, 4, 6]
 
     @pytest.mark.parametrize(("steps", "evaluations"), [(1, 1), (1, 2), (2, 5), (3, 3)])
     def test_no_step_is_evaluated_twice(self, steps, evaluations):
-        _, done, evaluated = train_tiny(steps, evaluations=evaluations)
+        _, done, evaluated = train_tiny(steps=steps, evaluations=evaluations)
         assert evaluated == done.history.eval_steps == list(range(1, steps + 1))
 
     def test_time_that_runs_out_in_an_evaluation_does_not_repeat_it(self):
         now = 0.0
-        torch.manual_seed(0)
-        training = TrainingConfig(minutes=1, evaluations=2)
-        evaluated = []
 
         def on_step(done):
             nonlocal now
             now += 35.0
 
-        def on_evaluation(done):
+        def evaluate():
             nonlocal now
             now += 60.0
-            evaluated.append(done.step)
             return Evaluation(nats=1.0, n_targets=1, n_bytes=1)
 
-        clock = Clock(training, 0.0, now=lambda: now)
-        model = StrideMemoryTransformer(SMTConfig(**MODEL))
-        train(model, random_documents(), DataConfig(**DATA), training, clock, on_step=on_step, on_evaluation=on_evaluation)
-        assert evaluated == [1]
+        bounds = {"minutes": 1.0, "evaluations": 2, "steps": None}
+        trainer = trainer_of(clock=Clock(TrainingConfig(**bounds), 0.0, now=lambda: now), **bounds)
+        trainer.train(evaluate, on_step=lambda: on_step(trainer.progress))
+        assert trainer.progress.history.eval_steps == [1]
 
     def test_a_run_bounded_by_steps_is_repeatable(self):
         losses = []
         for _ in range(2):
             run_losses: list[float] = []
-            train_tiny(3, on_step=lambda done, into=run_losses: into.append(done.loss))
+            train_tiny(steps=3, on_step=lambda done, into=run_losses: into.append(done.loss))
             losses.append(run_losses)
         assert losses[0] == losses[1] and len(losses[0]) == 3
 
     def test_the_loss_falls(self):
         losses: list[float] = []
         repeated = [torch.arange(60) % 7 for _ in range(4)]
-        train_tiny(20, on_step=lambda done: losses.append(done.loss), documents=repeated, learning_rate=0.02)
+        train_tiny(steps=20, on_step=lambda done: losses.append(done.loss), documents=repeated, learning_rate=0.02)
         assert losses[0] == pytest.approx(math.log(MODEL["vocab_size"]), rel=0.05)
         assert losses[-1] < losses[0] / 2
 
@@ -283,14 +285,14 @@ def outcome(tmp_path_factory):
 
 class TestRun:
     def test_a_slow_first_step_does_not_end_a_run_bounded_by_time(self, tmp_path, monkeypatch):
-        step, calls = loop._step, []
+        step, calls = Trainer._step, []
 
-        def slow_at_first(*arguments):
+        def slow_at_first(*arguments, **options):
             calls.append(None)
             time.sleep(2.0 if len(calls) == 1 else 0.0)
-            return step(*arguments)
+            return step(*arguments, **options)
 
-        monkeypatch.setattr(loop, "_step", slow_at_first)
+        monkeypatch.setattr(Trainer, "_step", slow_at_first)
         outcome = run(run_config(tmp_path, minutes=0.2, sample_tokens=0), tmp_path / "out")
         assert outcome.progress.step > 10
         assert outcome.results["seconds"] < 12
@@ -299,13 +301,15 @@ class TestRun:
         names = {path.name for path in outcome.folder.iterdir()}
         assert names == {
             "config.yaml", "results.json", "metrics_history.json", "model.safetensors", "tokenizer.json",
-            "tokenizer_config.json", "training_curves.png",
+            "tokenizer_config.json", "training_curves.png", "checkpoints",
         }  # fmt: skip
         assert outcome.folder.parent.name == "tiny"
 
     def test_results_and_history_have_their_keys(self, outcome):
         results = json.loads((outcome.folder / "results.json").read_text())
-        assert set(results) == {"experiment", "model", "data", "training", "results", "environment"}
+        assert set(results) == {
+            "experiment", "architecture", "model", "data", "training", "results", "environment"
+        }  # fmt: skip
         assert {
             "best_val_loss", "best_val_ppl", "best_step", "final_val_loss", "final_val_ppl", "val_bits_per_byte",
             "tokens_per_second",
@@ -331,9 +335,8 @@ class TestRun:
     def test_an_interrupted_save_leaves_the_old_weights(self, outcome, monkeypatch):
         from smt.training.run_folder import RunFolder
 
-        folder = RunFolder.__new__(RunFolder)
-        folder.path, folder.weights = outcome.folder, outcome.folder / "model.safetensors"
-        before = folder.weights.read_bytes()
+        folder, weights = RunFolder(outcome.folder), outcome.folder / "model.safetensors"
+        before = weights.read_bytes()
 
         def fails(tensors, path, metadata):
             path.write_bytes(b"half")
@@ -341,8 +344,8 @@ class TestRun:
 
         monkeypatch.setattr("safetensors.torch.save_file", fails)
         with pytest.raises(OSError, match="disk full"):
-            folder.save_weights(StrideMemoryTransformer(outcome.config.model))
-        assert folder.weights.read_bytes() == before
+            folder.save_weights(StrideMemoryTransformer(outcome.config.model).state_dict())
+        assert weights.read_bytes() == before
 
     @pytest.mark.parametrize("eval_documents", [None, 1, 99])
     def test_evaluation_reads_all_held_out_documents_unless_the_settings_bound_it(self, tmp_path, eval_documents):

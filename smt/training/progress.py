@@ -1,0 +1,95 @@
+"""What a run has done so far: its counts and its losses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# The training loss on record is the mean over this many optimiser steps.
+LOSS_STEPS = 10
+
+
+@dataclass
+class History:
+    """Losses over the run, by optimiser step."""
+
+    train_loss: list[float] = field(default_factory=list)
+    train_steps: list[int] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_ppl: list[float] = field(default_factory=list)
+    eval_steps: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """What the training loop has done so far, on all processes together.
+
+    Attributes:
+        step: optimiser steps.
+        n_targets: targets trained on, each once per epoch.
+        n_tokens: tokens read; as many, unless the loss counts only some of them.
+        n_positions: those and the padding.
+        seconds: time spent in steps, evaluations and checkpoints left out.
+        first_seconds, first_tokens: of the first step since the process began, which pays for allocations and caches.
+        recent: nats and targets of the latest ``LOSS_STEPS`` steps.
+        best: the lowest held-out loss, and at which step (``best_val_loss``, ``best_val_ppl``, ``best_step``).
+        unimproved: evaluations since then.
+    """
+
+    history: History = field(default_factory=History)
+    step: int = 0
+    n_targets: int = 0
+    n_tokens: int = 0
+    n_positions: int = 0
+    seconds: float = 0.0
+    first_seconds: float = 0.0
+    first_tokens: int = 0
+    recent: list[tuple[float, int]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    unimproved: int = 0
+
+    def add(self, nats: float, n_targets: int, n_tokens: int, n_positions: int, seconds: float, *, is_first: bool) -> None:
+        """Count an optimiser step."""
+        self.step += 1
+        self.n_targets += n_targets
+        self.n_tokens += n_tokens
+        self.n_positions += n_positions
+        self.seconds += seconds
+        if is_first:
+            self.first_seconds, self.first_tokens = self.seconds, self.n_tokens
+        self.recent = [*self.recent[1 - LOSS_STEPS :], (nats, n_targets)]
+        if self.step % LOSS_STEPS == 0 or self.step == 1:
+            self.history.train_loss.append(self.loss)
+            self.history.train_steps.append(self.step)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the latest steps, in nats per target; NaN before the first."""
+        n_targets = sum(count for _, count in self.recent)
+        return sum(nats for nats, _ in self.recent) / n_targets if n_targets else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read per second of training."""
+        return self.n_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of this process's steps but its first; 0 before the second."""
+        n_tokens = self.n_tokens - self.first_tokens
+        return (self.seconds - self.first_seconds) / n_tokens if self.first_tokens and n_tokens else 0.0
+
+    @property
+    def padding(self) -> float:
+        """Share of the positions that were padding."""
+        return 1 - self.n_tokens / self.n_positions if self.n_positions else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON takes them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """The inverse of ``to_dict``."""
+        recent = [(nats, count) for nats, count in values["recent"]]
+        return cls(**{**values, "history": History(**values["history"]), "recent": recent})

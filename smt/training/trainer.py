@@ -1,0 +1,243 @@
+"""The training loop: rows walk along whole documents, memory is carried and cut from its graph, AdamW follows the clock.
+
+Accelerate does what depends on the machine: one process or many (DDP, or FSDP 2), autocast, accumulation. Every process walks
+its own rows of the same documents, so two processes of B rows train what one of 2 B rows trains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smt.carried_states import CarriedStates
+from smt.data.walk import DocumentWalk
+from smt.evaluation.perplexity import Evaluation
+from smt.training.checkpoints import Snapshot
+from smt.training.clock import Clock, schedule
+from smt.training.objective import ChunkLoss
+from smt.training.parameter_groups import parameter_groups
+from smt.training.progress import LOSS_STEPS, Progress
+from smt.training.settings import DataConfig, TrainingConfig
+from smt.training.sharding import placed_like, whole
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CPU_GENERATOR, CUDA_GENERATOR = "generator.cpu", "generator.cuda"
+CARRIED = "carried."
+
+
+class Trainer:
+    """A model in training, between any two optimiser steps.
+
+    Attributes:
+        model: the model itself, whatever wraps it.
+        objective: what gives its loss (``ChunkLoss``), as Accelerate has prepared it.
+        progress: what has been done.
+        learning_rate: of the first parameter group, in the latest step.
+
+    Args:
+        model: has ``loss``, ``parts`` and ``config``: a ``StrideMemoryTransformer``, or a baseline.
+        documents: tokens of each, (L,) integers: a ``TokenStore``, arrays or tensors.
+        counted: of each document, (L,) bool, which tokens the loss counts; None: all but the first.
+        clock: says how far the run is; of several processes the first one's counts.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        documents: Sequence[Any],
+        data: DataConfig,
+        training: TrainingConfig,
+        clock: Clock,
+        accelerator: Accelerator,
+        *,
+        counted: Sequence[Any] | None = None,
+    ) -> None:
+        self.model, self.training, self.clock, self.accelerator = model, training, clock, accelerator
+        groups = parameter_groups(model, training)
+        optimiser = torch.optim.AdamW(groups, betas=(training.beta_1, training.beta_2), fused=True)
+        self.objective, self._optimiser = accelerator.prepare(ChunkLoss(model), optimiser)
+        self._walk = DocumentWalk(
+            documents,
+            counted=counted,
+            batch_size=data.batch_size,
+            length=data.chunk_length,
+            lanes=data.lanes,
+            seed=training.seed,
+            together=True,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self._full_batch = data.batch_size * data.chunk_length
+        self._states = CarriedStates()
+        self.progress = Progress()
+        self.learning_rate = 0.0
+
+    def train(
+        self,
+        evaluate: Callable[[], Evaluation],
+        *,
+        on_step: Callable[[], None] = lambda: None,
+        on_best: Callable[[], None] = lambda: None,
+        on_checkpoint: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        """Train until the clock says that the run is over, or evaluations no longer improve.
+
+        Args:
+            evaluate: evaluates the model, evenly over the run or every ``eval_steps``, the last time at its end; in a run of
+                fewer steps, after each of them.
+            on_step: called after every optimiser step.
+            on_best: called after an evaluation that beats all before.
+            on_checkpoint: called where a checkpoint is due: every ``save_steps``, and after an evaluation.
+
+        Returns:
+            the last evaluation.
+        """
+
+        def evaluated() -> Evaluation:
+            evaluation = evaluate()
+            if self._record(evaluation):
+                on_best()
+            on_checkpoint()
+            return evaluation
+
+        self.objective.train()
+        batches = iter(self._walk)
+        is_first, latest, progress = True, None, self._agreed_progress()
+        while progress < 1 and not self._has_stopped_improving():
+            self._step(batches, progress, is_first=is_first)
+            is_first = False
+            on_step()
+            progress = self._agreed_progress()
+            if progress < 1 and self._evaluation_is_due(progress):
+                latest = evaluated()
+                progress = self._agreed_progress()
+            elif self.progress.step % self.training.save_steps == 0:
+                on_checkpoint()
+        if self.progress.step not in self.progress.history.eval_steps:
+            return evaluated()
+        return latest or evaluate()  # a run that is resumed behind its last evaluation has it on record, and no more
+
+    def _step(self, batches: Any, progress: float, *, is_first: bool) -> None:
+        """One optimiser step, of ``gradient_accumulation_steps`` batches."""
+        started = time.perf_counter()
+        share = schedule(self.training, progress)
+        for group in self._optimiser.param_groups:
+            group["lr"] = group["peak"] * share
+        self.learning_rate = self._optimiser.param_groups[0]["lr"]
+        device, sums = self.accelerator.device, torch.zeros(4, dtype=torch.float64)
+        for _ in range(self.training.gradient_accumulation_steps):
+            batch = next(batches)
+            with self.accelerator.accumulate(self.objective):
+                reading, state = self._states.continued(batch)
+                loss, state = self.objective(reading.input_ids.to(device), reading.targets.to(device), state)
+                self._states.keep(batch, state)
+                # Every step weighs the same, in a full batch or in one in which rows wait.
+                self.accelerator.backward(loss * (reading.n_steps / self._full_batch))
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip)
+                self._optimiser.step()
+                self._optimiser.zero_grad()
+            n_positions = reading.targets.numel() if batch.reading.any() else 0
+            nats = float(loss.detach()) * reading.n_targets
+            sums += torch.tensor([nats, reading.n_targets, reading.n_steps, n_positions], dtype=torch.float64)
+        nats, *counts = self.total(sums).tolist()
+        self.progress.add(nats, *map(int, counts), time.perf_counter() - started, is_first=is_first)
+        self.clock.steps, self.clock.targets = self.progress.step, self.progress.n_targets
+        if self.progress.step % LOSS_STEPS == 0:
+            rates = {"learning_rate": self.learning_rate, "tokens_per_second": self.progress.tokens_per_second}
+            self.accelerator.log({"train_loss": self.progress.loss, **rates}, step=self.progress.step)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        return self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").to(sums.device)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's whole tensors, by the names of its own checkpoint; all processes must ask."""
+        return {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
+
+    def snapshot(self) -> Snapshot:
+        """All that the rest of the run depends on; all processes must ask."""
+        moments = {
+            f"{name}.{kind}": whole(moment)
+            for name, parameter in self.model.named_parameters()
+            for kind, moment in self._optimiser.optimizer.state.get(parameter, {}).items()
+        }
+        generators = {CPU_GENERATOR: torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            generators[CUDA_GENERATOR] = torch.cuda.get_rng_state(self.accelerator.device)
+        carried = {f"{CARRIED}{name}": tensor for name, tensor in self._states.tensors().items()}
+        progress = {
+            "progress": self.progress.to_dict(),
+            "clock": self.clock.state_dict(),
+            "walk": self._walk.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+        }
+        return Snapshot(self.weights(), moments, {**generators, **carried}, progress)
+
+    @torch.no_grad()
+    def resume(self, snapshot: Snapshot) -> None:
+        """Go on where ``snapshot`` was taken.
+
+        Raises:
+            ValueError: it is of another model or of other documents.
+        """
+        parameters = dict(self.model.named_parameters())
+        own = self.model.state_dict()
+        if own.keys() != snapshot.weights.keys():
+            names = sorted(own.keys() ^ snapshot.weights.keys())
+            raise ValueError(f"the checkpoint is of another model: {', '.join(names[:3])} is in only one of them")
+        for name, tensor in snapshot.weights.items():
+            own[name].copy_(placed_like(tensor, own[name]))
+        for key, moment in snapshot.optimizer.items():
+            name, _, kind = key.rpartition(".")
+            parameter = parameters[name]
+            placed = moment if kind == "step" else placed_like(moment, parameter)
+            self._optimiser.optimizer.state[parameter][kind] = placed.to(parameter.device)
+        carried = {name.removeprefix(CARRIED): t for name, t in snapshot.of_rank.items() if name.startswith(CARRIED)}
+        self._states = CarriedStates.from_tensors(self.model.config, carried, self.accelerator.device)
+        self._walk.load_state_dict(snapshot.progress["walk"])
+        self.progress = Progress.from_dict(snapshot.progress["progress"])
+        self.clock.load_state_dict(snapshot.progress["clock"])
+        self.clock.steps, self.clock.targets = self.progress.step, self.progress.n_targets
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(snapshot.progress["scaler"])
+        torch.set_rng_state(snapshot.of_rank[CPU_GENERATOR])
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(snapshot.of_rank[CUDA_GENERATOR], self.accelerator.device)
+
+    def _record(self, evaluation: Evaluation) -> bool:
+        """Note an evaluation of the model as it is; whether it beats all before."""
+        done = self.progress
+        done.history.val_loss.append(evaluation.loss)
+        done.history.val_ppl.append(evaluation.perplexity)
+        done.history.eval_steps.append(done.step)
+        self.accelerator.log({"val_loss": evaluation.loss, "val_ppl": evaluation.perplexity}, step=done.step)
+        if done.best and evaluation.loss >= done.best["best_val_loss"]:
+            done.unimproved += 1
+            return False
+        done.unimproved = 0
+        done.best = {"best_val_loss": evaluation.loss, "best_val_ppl": evaluation.perplexity, "best_step": done.step}
+        return True
+
+    def _agreed_progress(self) -> float:
+        """How far the run is; processes do not read the time alike."""
+        if self.accelerator.num_processes == 1:
+            return self.clock.progress
+        mine = self.clock.progress if self.accelerator.is_main_process else 0.0
+        return float(self.total(torch.tensor(mine, dtype=torch.float64)))
+
+    def _evaluation_is_due(self, progress: float) -> bool:
+        if self.training.eval_steps is not None:
+            return self.progress.step % self.training.eval_steps == 0
+        made = len(self.progress.history.eval_steps)
+        return made + 1 < self.training.evaluations and progress >= (made + 1) / self.training.evaluations
+
+    def _has_stopped_improving(self) -> bool:
+        patience = self.training.early_stopping_patience
+        return patience is not None and self.progress.unimproved >= patience
