@@ -68,7 +68,7 @@ def _report(outcome: Outcome) -> None:
         f"validation loss {evaluation.loss:.4f} nats per token\n"
         f"perplexity      {evaluation.perplexity:.2f}\n"
         f"bits per byte   {evaluation.bits_per_byte:.3f}\n"
-        f"training        {progress.n_targets:,} tokens in {progress.step:,} steps, {progress.padding:.1%} padding\n"
+        f"training        {progress.n_tokens:,} tokens in {progress.step:,} steps, {progress.padding:.1%} padding\n"
         f"speed           {progress.tokens_per_second:,.0f} tokens/s\n"
         f"total time      {outcome.results['seconds']:.0f} s\n"
         f"files           {outcome.folder}"

@@ -15,15 +15,29 @@ _RANKS = 2**64
 
 @dataclass(frozen=True)
 class Document:
-    """One text, never cut or joined: memory is reset before it and runs through all of it."""
+    """One text, never cut or joined: memory is reset before it and runs through all of it.
+
+    Attributes:
+        name: of the document.
+        text: all that is read.
+        targets: the parts of the text, from one character up to another, that the loss counts; None: all of it, and its end.
+    """
 
     name: str
     text: str
+    targets: tuple[tuple[int, int], ...] | None = None
 
     @property
     def n_bytes(self) -> int:
-        """Length in UTF-8, the unit of bits per byte."""
+        """Length in UTF-8."""
         return len(self.text.encode("utf-8"))
+
+    @property
+    def n_target_bytes(self) -> int:
+        """Length in UTF-8 of what the loss counts, the unit of bits per byte."""
+        if self.targets is None:
+            return self.n_bytes
+        return sum(len(self.text[start:stop].encode("utf-8")) for start, stop in self.targets)
 
 
 # Yields the documents in their order and counts what it leaves out, by reason.
@@ -68,8 +82,8 @@ def hash_texts(*texts: str) -> str:
 
 
 def hash_documents(documents: Iterable[Document]) -> str:
-    """A hexadecimal SHA-256 of all names and texts."""
-    return _hash_encoded(text.encode("utf-8") for document in documents for text in (document.name, document.text))
+    """A hexadecimal SHA-256 of all names, texts and targets."""
+    return _hash_encoded(part.encode("utf-8") for document in documents for part in _parts(document))
 
 
 def in_memory(documents: list[Document]) -> Documents:
@@ -103,12 +117,12 @@ def hold_out(source: str, read: Read) -> Corpus:
     At least one document is held out and at least one is not; a single document is cut in two, and its end held out.
 
     Raises:
-        ValueError: no document, or a single one that is too short to cut.
+        ValueError: no document, or a single one that is too short to cut or names its targets.
     """
     lowest, highest, n_documents = _RANKS, -1, 0
     content, skipped = hashlib.sha256(), Counter[str]()
     for document in read(skipped):
-        content.update(hash_texts(document.name, document.text).encode())
+        content.update(hash_texts(*_parts(document)).encode())
         rank = _rank(document.name)
         lowest, highest, n_documents = min(lowest, rank), max(highest, rank), n_documents + 1
     if n_documents == 0:
@@ -123,6 +137,8 @@ def hold_out(source: str, read: Read) -> Corpus:
 def _hold_out_end(source: str, read: Read) -> Corpus:
     skipped: Counter[str] = Counter()
     (document,) = read(skipped)
+    if document.targets is not None:
+        raise ValueError(f"text must be more than one document where they name their targets, {source} is one")
     cut = len(document.text) - len(document.text) // HELD_OUT_EVERY
     if cut == len(document.text):
         raise ValueError(f"text must have at least {HELD_OUT_EVERY} characters, {source} has {len(document.text)}")
@@ -139,6 +155,11 @@ def _hold_out_end(source: str, read: Read) -> Corpus:
 def _rank(name: str) -> int:
     """Uniform in [0, 2^64)."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big")
+
+
+def _parts(document: Document) -> tuple[str, str, str]:
+    """What a hash of the document is of."""
+    return document.name, document.text, str(document.targets)
 
 
 def _hash_encoded(pieces: Iterable[bytes]) -> str:

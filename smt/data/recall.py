@@ -4,7 +4,8 @@
 
 Multi-query associative recall of Arora et al., 2023 (Zoology, arXiv:2312.04927), with the distance between a value and its
 recall as a setting. Words are made up; a tokenizer that is trained on them has one token for each. Every pair is new in every
-document, so that nothing but the document can tell a value.
+document, so that nothing but the document can tell a value. The loss counts the answers alone: nothing can tell the other
+words, and what cannot be learned drowns what can.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, pairwise
 
 from smt.data.documents import Corpus, Document, Documents, hash_texts
 from smt.fields import check_at_least, check_types
@@ -21,7 +23,7 @@ from smt.fields import check_at_least, check_types
 VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
 # Of one first letter: vowel, consonant, vowel follow.
 WORDS_PER_LETTER = len(VOWELS) ** 2 * len(CONSONANTS)
-# How often a place for a pair is drawn before the document is begun anew.
+# How often the places of a pair are drawn before the document is begun anew, and how often that.
 ATTEMPTS = 200
 HELD_OUT_DOCUMENTS = 64
 
@@ -32,7 +34,7 @@ class Question:
 
     Attributes:
         position: of the value, in words; the key stands before it.
-        distance: how many words after it was shown.
+        distance: how many words after it was last there.
     """
 
     position: int
@@ -51,6 +53,12 @@ class RecallDocument:
         """Every word with a space before it, so that a word is the same token wherever it stands."""
         return "".join(f" {word}" for word in self.words)
 
+    @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """Where each answer and the space before it begin and end in the text."""
+        ends = list(accumulate((len(word) + 1 for word in self.words), initial=0))
+        return tuple((ends[question.position], ends[question.position + 1]) for question in self.questions)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecallTask:
@@ -58,10 +66,12 @@ class RecallTask:
 
     Args:
         keys, values, fillers: how many words of each kind there are.
-        pairs: shown in each document; each is asked for once.
+        pairs: shown in each document.
+        queries: how often each is asked for. The answer shows it again, so that the next distance counts from there.
         length: words in a document.
         shortest, longest: distances, between which each question's is drawn.
-        spacing: words between two pairs at least; where this is less than the window's tokens, two pairs may be pooled as one.
+        spacing: words between different pairs at least, shown or asked for; where this is less than the window's tokens, two
+            pairs may be pooled as one.
         documents: to train on.
         seed: of all documents.
     """
@@ -70,6 +80,7 @@ class RecallTask:
     values: int = 32
     fillers: int = 16
     pairs: int = 2
+    queries: int = 1
     length: int = 400
     shortest: int = 4
     longest: int = 288
@@ -80,8 +91,8 @@ class RecallTask:
     def __post_init__(self) -> None:
         check_types(self)
         check_at_least(self, 2, "keys", "values", "shortest")
-        check_at_least(self, 1, "fillers", "pairs", "documents", "spacing")
-        check_at_least(self, 0, "seed")
+        check_at_least(self, 1, "fillers", "pairs", "queries", "documents")
+        check_at_least(self, 0, "seed", "spacing")
         for name in ("keys", "values", "fillers"):
             if getattr(self, name) > WORDS_PER_LETTER:
                 raise ValueError(f"{name} must be at most {WORDS_PER_LETTER}, got {getattr(self, name)}")
@@ -89,14 +100,15 @@ class RecallTask:
             raise ValueError(f"pairs must be at most keys = {self.keys}, got {self.pairs}")
         if self.longest < self.shortest:
             raise ValueError(f"longest must be at least shortest = {self.shortest}, got {self.longest}")
-        least = self.longest + 2 + 2 * (self.pairs - 1) * (self.spacing + 2)
+        least = self.longest + (self.queries - 1) * self.shortest + 2
         if self.length < least:
-            raise ValueError(f"length must be at least {least} for {self.pairs} pairs at these distances, got {self.length}")
+            raise ValueError(f"length must be at least {least} for the longest distance, got {self.length}")
+        self._places(random.Random(self.seed))
 
     def at_distance(self, distance: int) -> RecallTask:
-        """The same task with every question at one distance, in documents as long as they must be."""
-        least = distance + 2 + 2 * (self.pairs - 1) * (self.spacing + 2)
-        return replace(self, shortest=distance, longest=distance, length=max(self.length, least))
+        """The same task with every pair asked for once, at one distance, in documents as long as they must be."""
+        room = distance + 2 + 4 * (self.pairs - 1) * (self.spacing + 2)
+        return replace(self, shortest=distance, longest=distance, queries=1, length=max(self.length, room))
 
     def document(self, index: int) -> RecallDocument:
         """The document of that number; negative ones are held out."""
@@ -105,27 +117,30 @@ class RecallTask:
         values = draw.choices(words("v", self.values), k=self.pairs)
         text = draw.choices(words("f", self.fillers), k=self.length)
         questions = []
-        for (shown, distance), key, value in zip(self._places(draw), keys, values, strict=True):
-            for start in (shown, shown + distance):
+        for starts, key, value in zip(self._places(draw), keys, values, strict=True):
+            for start in starts:
                 text[start : start + 2] = key, value
-            questions.append(Question(shown + distance + 1, distance))
+            questions += [Question(start + 1, start - before) for before, start in pairwise(starts)]
         return RecallDocument(tuple(text), tuple(sorted(questions, key=lambda question: question.position)))
 
-    def _places(self, draw: random.Random) -> list[tuple[int, int]]:
-        """Where each pair is shown, and how much later its key comes again."""
-        while True:
-            places: list[tuple[int, int]] = []
-            taken: set[int] = set()
+    def _places(self, draw: random.Random) -> list[list[int]]:
+        """Where each pair is shown and then asked for."""
+        for _ in range(ATTEMPTS):
+            places: list[list[int]] = []
             for _ in range(ATTEMPTS):
-                distance = draw.randint(self.shortest, self.longest)
-                shown = draw.randint(0, self.length - distance - 2)
-                words_here = {shown, shown + 1, shown + distance, shown + distance + 1}
-                apart = all(abs(shown - other) >= self.spacing + 2 for other, _ in places)
-                if apart and taken.isdisjoint(words_here):
-                    places.append((shown, distance))
-                    taken |= words_here
+                distances = [draw.randint(self.shortest, self.longest) for _ in range(self.queries)]
+                last = self.length - 2 - sum(distances)
+                if last < 0:
+                    continue
+                starts = list(accumulate(distances, initial=draw.randint(0, last)))
+                if all(abs(start - other) >= self.spacing + 2 for start in starts for others in places for other in others):
+                    places.append(starts)
                     if len(places) == self.pairs:
                         return places
+        raise ValueError(
+            f"length must have room for {self.pairs} pairs, {self.queries + 1} times each, {self.spacing} words apart, "
+            f"got {self.length}"
+        )
 
 
 def words(letter: str, count: int) -> list[str]:
@@ -139,7 +154,8 @@ def read_recall(task: RecallTask) -> Corpus:
     splits = {"train": range(task.documents), "validation": held_out}
 
     def read(numbers: range, skipped: Counter[str]) -> Iterator[Document]:
-        return (Document(f"recall {number}", task.document(number).text) for number in numbers)
+        documents = ((number, task.document(number)) for number in numbers)
+        return (Document(f"recall {number}", document.text, document.answers) for number, document in documents)
 
     made = [Documents(partial(read, numbers), hash_texts(repr(task), name)) for name, numbers in splits.items()]
     return Corpus("associative recall", *made)

@@ -27,6 +27,8 @@ class DataConfig:
         cache: the folder that keeps tokens, tokenizers and downloads from run to run; None: the user's cache folder.
         batch_size: rows; each walks along one document at a time.
         chunk_length: steps of each row in one batch; gradients stop at its start, memory does not.
+        part_length: cut training documents into parts of so many tokens, each read as a document of its own, where there are
+            fewer documents than rows; None: documents stay whole. Held-out documents always do.
         lanes: groups of rows that take turns, batch by batch, so that consecutive steps see different documents.
         eval_batch_size, eval_chunk_length: the same for evaluation.
         eval_documents: evaluate on so many held-out documents, the first of them; None: on all.
@@ -42,6 +44,7 @@ class DataConfig:
     cache: str | None = None
     batch_size: int = 8
     chunk_length: int = 128
+    part_length: int | None = None
     lanes: int = 32
     eval_batch_size: int = 16
     eval_chunk_length: int = 512
@@ -59,4 +62,5 @@ class DataConfig:
                 raise ValueError(f"{name} must be given for the source {name!r}, got None")
         check_names("recall", self.recall, [item.name for item in fields(RecallTask)])
         RecallTask(**self.recall)
-        check_at_least(self, 1, "batch_size", "chunk_length", "lanes", "eval_batch_size", "eval_chunk_length", "eval_documents")
+        check_at_least(self, 1, "batch_size", "chunk_length", "part_length", "lanes")
+        check_at_least(self, 1, "eval_batch_size", "eval_chunk_length", "eval_documents")

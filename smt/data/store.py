@@ -1,8 +1,9 @@
 """Tokens of a split in one file, made once, mapped into memory, and shared by every process that reads it.
 
 A folder holds ``tokens.bin``, all documents one after another in the narrowest unsigned integers that the vocabulary fits,
-and ``documents.json``, which says what they are. Its name is the hash of texts and tokenizer, so that a store that is there
-is the right one; it appears under its name only when it is complete.
+``documents.json``, which says what they are, and, where documents name their targets, ``counted.bin``, a byte per token that
+says whether the loss counts it. Its name is the hash of texts and tokenizer, so that a store that is there is the right one; it
+appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +24,9 @@ from smt.extras import needs_extra
 if TYPE_CHECKING:
     import numpy as np
 
-# Of the layout of the two files; another one does not read what an earlier one wrote.
-LAYOUT = 1
-TOKENS_FILE, DOCUMENTS_FILE = "tokens.bin", "documents.json"
+# Of the layout of the files; another one does not read what an earlier one wrote.
+LAYOUT = 2
+TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
 
 
 class TokenStore(Sequence["np.ndarray"]):
@@ -35,7 +37,8 @@ class TokenStore(Sequence["np.ndarray"]):
     Attributes:
         folder: where it is.
         names: of the documents.
-        n_bytes: of UTF-8 text of each document.
+        n_bytes: of UTF-8 text that the targets of each document spell: all of it, unless it names its targets.
+        counted: of each document, (L,) bool, which tokens the loss counts; None: every document's all but the first.
         skipped: how many documents were left out, by reason.
         vocab_size: of the tokenizer.
     """
@@ -61,11 +64,19 @@ class TokenStore(Sequence["np.ndarray"]):
         self.skipped = Counter(self._info["skipped"])
         self.vocab_size: int = self._info["vocab_size"]
         self._offsets: list[int] = self._info["offsets"]
-        dtype = np.dtype(self._info["dtype"])
-        there, expected = (self.folder / TOKENS_FILE).stat().st_size, dtype.itemsize * self._offsets[-1]
+        self._tokens = self._mapped(TOKENS_FILE, np.dtype(self._info["dtype"]))
+        self.counted: list[np.ndarray] | None = None
+        if self._info["names_targets"]:
+            counted = self._mapped(COUNTED_FILE, np.dtype(bool))
+            self.counted = [counted[start:stop] for start, stop in pairwise(self._offsets)]
+
+    def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
+        import numpy as np
+
+        there, expected = (self.folder / name).stat().st_size, dtype.itemsize * self._offsets[-1]
         if there != expected:
-            raise ValueError(f"{self.folder / TOKENS_FILE} must have {expected} bytes, it has {there}; delete {folder}")
-        self._tokens = np.memmap(self.folder / TOKENS_FILE, dtype=dtype, mode="r").view(np.ndarray)
+            raise ValueError(f"{self.folder / name} must have {expected} bytes, it has {there}; delete {self.folder}")
+        return np.memmap(self.folder / name, dtype=dtype, mode="r").view(np.ndarray)
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.folder,)
@@ -86,12 +97,12 @@ class TokenStore(Sequence["np.ndarray"]):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each document, its two ends included."""
-        return [stop - start for start, stop in zip(self._offsets, self._offsets[1:], strict=False)]
+        return [stop - start for start, stop in pairwise(self._offsets)]
 
     @property
     def n_targets(self) -> int:
-        """Tokens to predict: all but the first of each document."""
-        return self._offsets[-1] - len(self)
+        """Tokens that the loss counts."""
+        return self._info["n_targets"]
 
 
 def tokenise(documents: Documents, tokenizer: Tokenizer, cache: str | Path) -> TokenStore:
@@ -127,12 +138,19 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     names, n_bytes, offsets, skipped = [], [], [0], Counter[str]()
-    with (folder / TOKENS_FILE).open("wb") as file:
-        for document, tokens in tokenizer.encode_documents(documents.read(skipped)):
+    names_targets, n_targets = False, 0
+    with (folder / TOKENS_FILE).open("wb") as file, (folder / COUNTED_FILE).open("wb") as counted_file:
+        for document, tokens, counted in tokenizer.encode_documents(documents.read(skipped)):
             file.write(np.array(tokens, dtype=dtype).tobytes())
+            names_targets |= counted is not None
+            flags = np.arange(len(tokens)) > 0 if counted is None else np.array(counted)
+            counted_file.write(flags.tobytes())
+            n_targets += int(flags.sum())
             names.append(document.name)
-            n_bytes.append(document.n_bytes)
+            n_bytes.append(document.n_target_bytes)
             offsets.append(offsets[-1] + len(tokens))
+    if not names_targets:  # which is known only when all documents have been read
+        (folder / COUNTED_FILE).unlink()
     if not names:
         left_out = "".join(f", {count} {reason}" for reason, count in sorted(skipped.items()))
         raise ValueError(f"a split must have a document, this one has none{left_out}")
@@ -146,6 +164,8 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
         "names": names,
         "n_bytes": n_bytes,
         "offsets": offsets,
+        "names_targets": names_targets,
+        "n_targets": n_targets,
         "skipped": dict(skipped),
     }
     (folder / DOCUMENTS_FILE).write_text(json.dumps(info), encoding="utf-8")

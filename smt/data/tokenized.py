@@ -33,11 +33,7 @@ class TokenizedCorpus:
     def describe(self) -> str:
         """One line of counts and sizes, and of what was left out."""
         parts = {"training": self.train, "held out": self.validation, "for a test": self.test}
-        sizes = [
-            f"{name} {len(store)} documents, {sum(store.n_bytes) / 1e6:.2f} MB, {store.n_targets:,} tokens"
-            for name, store in parts.items()
-            if store is not None
-        ]
+        sizes = [f"{name} {_sizes(store)}" for name, store in parts.items() if store is not None]
         skipped: Counter[str] = Counter()
         for store in parts.values():
             skipped.update({} if store is None else store.skipped)
@@ -50,6 +46,13 @@ class TokenizedCorpus:
         if not short:
             return None
         return f"{short:,} of {len(self.train):,} training documents are shorter than one window of {window} tokens"
+
+
+def _sizes(store: TokenStore) -> str:
+    if store.counted is None:
+        return f"{len(store)} documents, {sum(store.n_bytes) / 1e6:.2f} MB, {store.n_targets:,} tokens"
+    n_steps = sum(store.lengths) - len(store)
+    return f"{len(store)} documents, {n_steps:,} tokens, of which the loss counts {store.n_targets:,}"
 
 
 def tokenize_corpus(settings: DataConfig, vocab_size: int) -> TokenizedCorpus:

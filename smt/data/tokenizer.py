@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ TOKENIZER_FILES = TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_c
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 # Characters encoded side by side: enough for every core, few enough for their encodings to fit into memory.
 _ENCODED_TOGETHER = 2**22
+
+
+class TokenizedDocument(NamedTuple):
+    """A document, its tokens, and which of them the loss counts; None: all but the first."""
+
+    document: Document
+    tokens: list[int]
+    counted: list[bool] | None
 
 
 class Tokenizer:
@@ -145,17 +153,26 @@ class Tokenizer:
         """Text -> (L,) int64, without special tokens."""
         return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
-    def encode_documents(self, documents: Iterable[Document]) -> Iterator[tuple[Document, list[int]]]:
+    def encode_documents(self, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
         """Each document with its L + 2 tokens: its text's between two ends of documents, so that the first is predicted too."""
         end = self.end_of_document
         for together in _groups(documents):
-            encodings = self._tokenizer.encode_batch_fast([document.text for document in together], add_special_tokens=False)
+            # Where a token's characters are takes longer to find, and matters only to documents that name their targets.
+            whole = all(document.targets is None for document in together)
+            encode = self._tokenizer.encode_batch_fast if whole else self._tokenizer.encode_batch
+            encodings = encode([document.text for document in together], add_special_tokens=False)
             for document, encoding in zip(together, encodings, strict=True):
-                yield document, [end, *encoding.ids, end]
+                counted = None if document.targets is None else [False, *_within(encoding.offsets, document.targets), False]
+                yield TokenizedDocument(document, [end, *encoding.ids, end], counted)
 
     def decode(self, tokens: Tensor) -> str:
         """(L,) tokens -> text; ends of documents are spelled out, bytes that are not UTF-8 become replacement characters."""
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+
+def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which pieces, each from one character up to another, have a character in one of the spans."""
+    return [any(start < last and first < stop for first, last in spans) for start, stop in offsets]
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -1,8 +1,9 @@
 """Rows that walk along documents: memory runs through each document from its first token to its last, and no further.
 
 Every row takes a document, reads it ``length`` steps at a time, and takes the next when it has come to its end. The last step
-of a chunk predicts the first token of the next, so every token but a document's first is a target exactly once. Several groups
-of rows (*lanes*) take turns, so that consecutive batches see different documents although each is read to its end.
+of a chunk predicts the first token of the next, so every token but a document's first is a target exactly once, unless it is
+said which of them the loss counts. Several groups of rows (*lanes*) take turns, so that consecutive batches see different
+documents although each is read to its end.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Batch:
     Attributes:
         lane: which of the groups of rows that take turns; each has a state of its own.
         input_ids: (B, T) int64; 0 where not valid.
-        targets: (B, T) int64, the token that follows each step; -100 where not valid.
+        targets: (B, T) int64, the token that follows each step; -100 where not valid, or where the loss does not count it.
         valid: (B, T) bool, the steps that are read.
         reset: (B,) bool, rows that begin a document here: their state is that before any token.
         documents: (B,) int64, which document each row reads; -1 where it waits.
@@ -50,9 +51,14 @@ class Batch:
     positions: Tensor
 
     @property
-    def n_targets(self) -> int:
+    def n_steps(self) -> int:
         """Steps that are not padding."""
         return int(self.valid.sum())
+
+    @property
+    def n_targets(self) -> int:
+        """Targets that the loss counts."""
+        return int((self.targets != IGNORE_INDEX).sum())
 
     @property
     def reading(self) -> Tensor:
@@ -77,6 +83,7 @@ class DocumentWalk(IterableDataset):
 
     Args:
         documents: tokens of each, (L,) integers with L >= 2: a ``TokenStore``, or arrays or tensors.
+        counted: of each document, (L,) bool, which tokens are targets; None: all but the first.
         batch_size: rows of this process, B.
         length: steps of a row in one batch, T; a batch is narrower where no row has so many left.
         lanes: groups of rows that take turns.
@@ -89,13 +96,15 @@ class DocumentWalk(IterableDataset):
         rank, world_size: which of how many processes this is.
 
     Raises:
-        ValueError: a size below 1, no documents or one without a target, or a rank that does not exist.
+        ValueError: a size below 1, no documents or one of a single token, ``counted`` of another number, or a rank that
+            does not exist.
     """
 
     def __init__(
         self,
         documents: Sequence[Any],
         *,
+        counted: Sequence[Any] | None = None,
         batch_size: int,
         length: int,
         lanes: int = 1,
@@ -116,6 +125,9 @@ class DocumentWalk(IterableDataset):
         if min(self._n_steps, default=0) < 1:
             shortest = f", one of {min(self._n_steps) + 1}" if self._n_steps else ""
             raise ValueError(f"documents must be one or more, each of at least 2 tokens, got {len(documents)}{shortest}")
+        if counted is not None and len(counted) != len(documents):
+            raise ValueError(f"counted must be given for each of {len(documents)} documents, got {len(counted)}")
+        self.counted = counted
         self.batch_size, self.length, self.lanes, self.epochs = batch_size, length, lanes, epochs
         self.shuffle, self.seed, self.together, self.rank, self.world_size = shuffle, seed, together, rank, world_size
         self._n_rows = batch_size * world_size
@@ -160,7 +172,7 @@ class DocumentWalk(IterableDataset):
     def _identity(self) -> dict[str, Any]:
         return {
             "n_documents": len(self._n_steps),
-            "n_targets": sum(self._n_steps),
+            "n_steps": sum(self._n_steps),
             "rows_of_all_processes": self._n_rows,
             **{name: getattr(self, name) for name in ("length", "lanes", "epochs", "shuffle", "seed", "together")},
         }
@@ -206,15 +218,19 @@ class DocumentWalk(IterableDataset):
 
         input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
         targets = torch.full_like(input_ids, IGNORE_INDEX)
+        valid = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, (document, position) in enumerate(rows):
             if document != WAITING:
                 piece = np.asarray(self.documents[document][position : position + width + 1])
                 piece = torch.from_numpy(piece.astype(np.int64))
-                input_ids[row, : len(piece) - 1] = piece[:-1]
-                targets[row, : len(piece) - 1] = piece[1:]
+                n_steps = len(piece) - 1
+                input_ids[row, :n_steps], targets[row, :n_steps], valid[row, :n_steps] = piece[:-1], piece[1:], True
+                if self.counted is not None:
+                    counted = np.asarray(self.counted[document][position + 1 : position + width + 1])
+                    targets[row, :n_steps][torch.from_numpy(~counted)] = IGNORE_INDEX
         documents, positions = torch.tensor(rows, dtype=torch.int64).unbind(1)
         reset = (documents != WAITING) & (positions == 0)
-        return Batch(lane, input_ids, targets, targets != IGNORE_INDEX, reset, documents, positions)
+        return Batch(lane, input_ids, targets, valid, reset, documents, positions)
 
 
 def epoch_order(n_steps: Sequence[int], n_rows: int, generator: torch.Generator | None) -> list[int]:

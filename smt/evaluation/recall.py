@@ -50,16 +50,16 @@ class Recall:
     distances: tuple[RecallAtDistance, ...]
 
 
-def usual_distances(window_tokens: int, window_size: int) -> tuple[int, ...]:
-    """Two distances within the window, and then 1, 2, 3, 4, 6 and 8 times its length."""
-    within = {max(2, window_tokens // part) for part in (4, 2)}
-    return tuple(sorted(within | {factor * window_size for factor in (1, 2, 3, 4, 6, 8)}))
+def usual_distances(window_size: int) -> tuple[int, ...]:
+    """A quarter and half of the window's length, and then 1, 2, 3, 4, 5, 6 and 8 times its length."""
+    within = {max(2, window_size // part) for part in (4, 2)}
+    return tuple(sorted(within | {factor * window_size for factor in (1, 2, 3, 4, 5, 6, 8)}))
 
 
 def recall(
     scorer: Scorer, tokenizer: Tokenizer, task: RecallTask, distances: Sequence[int], *, n_documents: int = 32
 ) -> Recall:
-    """Ask for every pair of ``n_documents`` documents at each of the distances.
+    """Ask for every pair of ``n_documents`` documents at each of the distances, others at each.
 
     Raises:
         ValueError: ``n_documents`` below 1.
@@ -67,9 +67,9 @@ def recall(
     if n_documents < 1:
         raise ValueError(f"n_documents must be at least 1, got {n_documents}")
     results = []
-    for distance in distances:
-        there = task.at_distance(distance)
-        documents = [there.document(FIRST_DOCUMENT + index) for index in range(n_documents)]
+    for number, distance in enumerate(distances):
+        there, first = task.at_distance(distance), FIRST_DOCUMENT + number * n_documents
+        documents = [there.document(first + index) for index in range(n_documents)]
         encoded = [encode_words(document.words, tokenizer) for document in documents]
         scores = scorer.score([tokens for tokens, _ in encoded])
         right, nats = [], []

@@ -145,6 +145,8 @@ def evaluate_subjects(subjects: Sequence[Subject], data: DataConfig, config: Eva
     for task in [name for name in TASKS if name in config.tasks]:
         TASKS[task](run)
     report = run.report
+    if data.source == "recall" and set(config.tasks) & {"perplexity", "position", "ablation"}:
+        report.notes.append("perplexity, position and ablation count every word; a model trained on recall has learned answers")
     values = {
         "models": {subject.name: asdict(subject.model.config) if subject.model else {} for subject in subjects},
         "data": asdict(data),
@@ -219,10 +221,10 @@ def _needle(run: EvaluationRun) -> None:
 
 
 def _recall(run: EvaluationRun) -> None:
-    window, size, _ = run.window
+    _, size, _ = run.window
     results = {}
     for subject in run.with_controls():
-        distances = usual_distances(window, size)
+        distances = usual_distances(size)
         result = recall(subject.scorer, subject.tokenizer, run.recall_task, distances, n_documents=4 * run.config.trials)
         results[subject.name] = result
         figures = {f"recalled after {there.distance:,} words": f"{there.accuracy:.1%}" for there in result.distances}

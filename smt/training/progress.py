@@ -27,9 +27,10 @@ class Progress:
     Attributes:
         step: optimiser steps.
         n_targets: targets trained on, each once per epoch.
+        n_tokens: tokens read; as many, unless the loss counts only some of them.
         n_positions: those and the padding.
         seconds: time spent in steps, evaluations and checkpoints left out.
-        first_seconds, first_targets: of the first step since the process began, which pays for allocations and caches.
+        first_seconds, first_tokens: of the first step since the process began, which pays for allocations and caches.
         recent: nats and targets of the latest ``LOSS_STEPS`` steps.
         best: the lowest held-out loss, and at which step (``best_val_loss``, ``best_val_ppl``, ``best_step``).
         unimproved: evaluations since then.
@@ -38,22 +39,24 @@ class Progress:
     history: History = field(default_factory=History)
     step: int = 0
     n_targets: int = 0
+    n_tokens: int = 0
     n_positions: int = 0
     seconds: float = 0.0
     first_seconds: float = 0.0
-    first_targets: int = 0
+    first_tokens: int = 0
     recent: list[tuple[float, int]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
     unimproved: int = 0
 
-    def add(self, nats: float, n_targets: int, n_positions: int, seconds: float, *, is_first: bool) -> None:
+    def add(self, nats: float, n_targets: int, n_tokens: int, n_positions: int, seconds: float, *, is_first: bool) -> None:
         """Count an optimiser step."""
         self.step += 1
         self.n_targets += n_targets
+        self.n_tokens += n_tokens
         self.n_positions += n_positions
         self.seconds += seconds
         if is_first:
-            self.first_seconds, self.first_targets = self.seconds, self.n_targets
+            self.first_seconds, self.first_tokens = self.seconds, self.n_tokens
         self.recent = [*self.recent[1 - LOSS_STEPS :], (nats, n_targets)]
         if self.step % LOSS_STEPS == 0 or self.step == 1:
             self.history.train_loss.append(self.loss)
@@ -67,19 +70,19 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Targets per second of training."""
-        return self.n_targets / self.seconds if self.seconds else 0.0
+        """Tokens read per second of training."""
+        return self.n_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def seconds_per_token(self) -> float:
         """Of this process's steps but its first; 0 before the second."""
-        n_targets = self.n_targets - self.first_targets
-        return (self.seconds - self.first_seconds) / n_targets if self.first_targets and n_targets else 0.0
+        n_tokens = self.n_tokens - self.first_tokens
+        return (self.seconds - self.first_seconds) / n_tokens if self.first_tokens and n_tokens else 0.0
 
     @property
     def padding(self) -> float:
         """Share of the positions that were padding."""
-        return 1 - self.n_targets / self.n_positions if self.n_positions else 0.0
+        return 1 - self.n_tokens / self.n_positions if self.n_positions else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""

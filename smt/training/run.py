@@ -148,7 +148,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
     say(f"vocabulary {config.model.vocab_size:,}; {n_parameters:,} parameters on {accelerator.device}", flush=True)
 
     clock = Clock(config.training, started, epoch_targets=text.train.n_targets)
-    trainer = Trainer(model, text.train, config.data, config.training, clock, accelerator)
+    trainer = Trainer(model, text.train, config.data, config.training, clock, accelerator, counted=text.train.counted)
     if snapshot is not None:
         trainer.resume(snapshot)
         say(f"resumed in {path} after step {trainer.progress.step:,}", flush=True)
@@ -171,7 +171,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         "val_bytes": evaluation.n_bytes,
         "parameters": n_parameters,
         "steps": progress.step,
-        "train_tokens": progress.n_targets,
+        "train_tokens": progress.n_tokens,
         "padding": progress.padding,
         "tokens_per_second": progress.tokens_per_second,
         "training_seconds": progress.seconds,
@@ -215,6 +215,7 @@ def _train(
     evaluation_seconds: float | None = None
     bound = config.data.eval_documents  # None: all
     held_out = [text.validation[index] for index in range(len(text.validation))[:bound]]
+    counted = text.validation.counted and text.validation.counted[:bound]
     n_targets, n_bytes = sum(len(document) - 1 for document in held_out), sum(text.validation.n_bytes[:bound])
     # In hundredths of a run, since a run may be bounded by time.
     style = {
@@ -236,7 +237,7 @@ def _train(
         started = time.perf_counter()
         sizes = {"batch_size": config.data.eval_batch_size, "length": config.data.eval_chunk_length}
         ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        batches = DocumentWalk(held_out, **sizes, **ranks, epochs=1, shuffle=False, together=True)
+        batches = DocumentWalk(held_out, counted=counted, **sizes, **ranks, epochs=1, shuffle=False, together=True)
         evaluation = evaluate(trainer.objective, batches, n_bytes, total=trainer.total)
         evaluation_seconds = time.perf_counter() - started
         if accelerator.is_main_process:

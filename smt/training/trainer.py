@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smt.carried_states import CarriedStates
+from smt.data.parts import Parts
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation
 from smt.training.checkpoints import Snapshot
@@ -43,6 +44,7 @@ class Trainer:
     Args:
         model: has ``loss``, ``parts`` and ``config``: a ``StrideMemoryTransformer``, or a baseline.
         documents: tokens of each, (L,) integers: a ``TokenStore``, arrays or tensors.
+        counted: of each document, (L,) bool, which tokens the loss counts; None: all but the first.
         clock: says how far the run is; of several processes the first one's counts.
     """
 
@@ -54,13 +56,19 @@ class Trainer:
         training: TrainingConfig,
         clock: Clock,
         accelerator: Accelerator,
+        *,
+        counted: Sequence[Any] | None = None,
     ) -> None:
         self.model, self.training, self.clock, self.accelerator = model, training, clock, accelerator
         groups = parameter_groups(model, training)
         optimiser = torch.optim.AdamW(groups, betas=(training.beta_1, training.beta_2), fused=True)
         self.objective, self._optimiser = accelerator.prepare(ChunkLoss(model), optimiser)
+        if data.part_length is not None:
+            documents = Parts(documents, data.part_length)
+            counted = None if counted is None else Parts(counted, data.part_length)
         self._walk = DocumentWalk(
             documents,
+            counted=counted,
             batch_size=data.batch_size,
             length=data.chunk_length,
             lanes=data.lanes,
@@ -126,24 +134,24 @@ class Trainer:
         for group in self._optimiser.param_groups:
             group["lr"] = group["peak"] * share
         self.learning_rate = self._optimiser.param_groups[0]["lr"]
-        device, sums = self.accelerator.device, torch.zeros(3, dtype=torch.float64)
+        device, sums = self.accelerator.device, torch.zeros(4, dtype=torch.float64)
         for _ in range(self.training.gradient_accumulation_steps):
             batch = next(batches)
             with self.accelerator.accumulate(self.objective):
                 reading, state = self._states.continued(batch)
                 loss, state = self.objective(reading.input_ids.to(device), reading.targets.to(device), state)
                 self._states.keep(batch, state)
-                # Every target weighs the same, in a full batch or in one in which rows wait.
-                self.accelerator.backward(loss * (reading.n_targets / self._full_batch))
+                # Every step weighs the same, in a full batch or in one in which rows wait.
+                self.accelerator.backward(loss * (reading.n_steps / self._full_batch))
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip)
                 self._optimiser.step()
                 self._optimiser.zero_grad()
             n_positions = reading.targets.numel() if batch.reading.any() else 0
-            counts = [float(loss.detach()) * reading.n_targets, reading.n_targets, n_positions]
-            sums += torch.tensor(counts, dtype=torch.float64)
-        nats, n_targets, n_positions = self.total(sums).tolist()
-        self.progress.add(nats, int(n_targets), int(n_positions), time.perf_counter() - started, is_first=is_first)
+            nats = float(loss.detach()) * reading.n_targets
+            sums += torch.tensor([nats, reading.n_targets, reading.n_steps, n_positions], dtype=torch.float64)
+        nats, *counts = self.total(sums).tolist()
+        self.progress.add(nats, *map(int, counts), time.perf_counter() - started, is_first=is_first)
         self.clock.steps, self.clock.targets = self.progress.step, self.progress.n_targets
         if self.progress.step % LOSS_STEPS == 0:
             rates = {"learning_rate": self.learning_rate, "tokens_per_second": self.progress.tokens_per_second}

@@ -83,9 +83,14 @@ class TestHoldOut:
         assert train.text + validation.text == "0123456789" * 10
         assert len(validation.text) == 5
 
-    def test_hashes_tell_names_texts_order_and_splits_apart(self):
+    def test_a_single_document_that_names_its_targets_is_not_cut(self):
+        with pytest.raises(ValueError, match="more than one document where they name their targets, here is one"):
+            hold_out("here", in_memory([Document("a", "0123456789" * 10, ((3, 5),))]).read)
+
+    def test_hashes_tell_names_texts_targets_order_and_splits_apart(self):
         a, b = Document("a", "text"), Document("b", "other")
         variants = [[a, b], [b, a], [a], [Document("at", "ext"), b], [Document("a", "text"), Document("b", "others")]]
+        variants += [[a, Document("b", "other", targets)] for targets in ((), ((0, 1),), ((0, 2),))]
         assert len({hash_documents(variant) for variant in variants}) == len(variants)
         corpus = self.of(30)
         assert corpus.train.hash == self.of(30).train.hash

@@ -55,6 +55,17 @@ def test_it_says_what_there_is_and_what_was_left_out(texts, tmp_path):
     )
 
 
+def test_it_says_how_many_tokens_the_loss_counts_where_they_are_few(tmp_path):
+    recall = {"pairs": 1, "length": 20, "longest": 10, "documents": 7}
+    corpus = tokenize_corpus(DataConfig(source="recall", recall=recall, cache=str(tmp_path)), 300)
+    assert len(corpus.train) == 7 and corpus.train.n_targets < 7 * 5  # an answer is a word of less than five tokens
+    steps = sum(corpus.train.lengths) - 7
+    expected = (
+        f"recall: training 7 documents, {steps:,} tokens, of which the loss counts {corpus.train.n_targets:,}; held out 64"
+    )
+    assert expected in corpus.describe()
+
+
 def test_documents_shorter_than_a_window_are_counted_in_a_warning(texts, tmp_path):
     corpus = tokenize_corpus(DataConfig(text=str(texts), cache=str(tmp_path / "cache")), 280)
     shortest, n = min(corpus.train.lengths) - 1, len(corpus.train)

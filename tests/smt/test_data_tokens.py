@@ -94,14 +94,29 @@ class TestTokenizer:
 
     def test_documents_stand_between_two_ends_in_their_order(self, tokenizer):
         end = tokenizer.end_of_document
-        for (document, tokens), expected in zip(tokenizer.encode_documents(documents()), documents(), strict=True):
-            assert document == expected
+        for (document, tokens, counted), expected in zip(tokenizer.encode_documents(documents()), documents(), strict=True):
+            assert document == expected and counted is None
             assert tokens == [end, *tokenizer.encode(expected.text).tolist(), end]
+
+    def test_the_tokens_of_targets_are_those_with_a_character_in_them(self, tokenizer):
+        text = "Größe: return 🙂 and ∑ return"
+        targets = tuple((start, start + len(part)) for part in ("öß", "🙂", " ∑ r") for start in [text.index(part)])
+        several = [Document("some", text, targets), Document("none", text, ()), Document("all", text)]
+        some, none, every = tokenizer.encode_documents(several)
+        assert some.tokens == none.tokens == every.tokens and every.counted is None and not any(none.counted)
+        assert len(some.counted) == len(some.tokens) and not some.counted[0] and not some.counted[-1]
+        position = 0  # in bytes: a character's bytes may be several tokens
+        inside = {byte for start, stop in targets for byte in range(len(text[:start].encode()), len(text[:stop].encode()))}
+        for token, counted in zip(some.tokens[1:-1], some.counted[1:-1], strict=True):
+            size = len(tokenizer._tokenizer.id_to_token(token))  # byte-level tokens spell each byte as one character
+            assert counted == (not inside.isdisjoint(range(position, position + size)))
+            position += size
+        assert position == len(text.encode())
 
     def test_more_documents_than_are_encoded_together_stay_in_order(self, tokenizer, monkeypatch):
         monkeypatch.setattr("smt.data.tokenizer._ENCODED_TOGETHER", 10)  # two documents
         many = documents([f"text {index}" for index in range(7)])
-        assert [document for document, _ in tokenizer.encode_documents(many)] == many
+        assert [document for document, *_ in tokenizer.encode_documents(many)] == many
 
     def test_hashes_tell_tokenizers_apart(self):
         kinds = [(270, "bpe"), (271, "bpe"), (270, "unigram")]
@@ -156,10 +171,22 @@ def tokenise_in_another_process(cache, barrier, queue):
 class TestStore:
     def test_it_holds_every_document_with_its_name_and_bytes(self, tokenizer, tmp_path):
         store = tokenise(in_memory(documents()), tokenizer, tmp_path)
-        encoded = [tokens for _, tokens in tokenizer.encode_documents(documents())]
+        encoded = [tokens for _, tokens, _ in tokenizer.encode_documents(documents())]
         assert [tokens.tolist() for tokens in store] == encoded
         assert store.names == ["0", "1", "2"] and store.n_bytes == [len(text.encode()) for text in TEXTS]
         assert store.lengths == list(map(len, encoded)) and store.n_targets == sum(store.lengths) - 3
+
+    def test_documents_that_name_their_targets_have_them_counted_and_others_all_but_the_first(self, tokenizer, tmp_path):
+        named = Document("named", "some text", ((4, 9),))
+        (_, _, counted), (_, tokens, _) = tokenizer.encode_documents([named, *documents(["whole"])])
+        store = tokenise(in_memory([named, *documents(["whole"])]), tokenizer, tmp_path)
+        assert [flags.tolist() for flags in store.counted] == [counted, [False] + [True] * (len(tokens) - 1)]
+        assert store.n_bytes == [5, 5] and store.n_targets == sum(counted) + len(tokens) - 1
+        whole = tokenise(in_memory(documents()), tokenizer, tmp_path)
+        assert whole.counted is None and not (whole.folder / store_module.COUNTED_FILE).exists()
+        (store.folder / store_module.COUNTED_FILE).write_bytes(b"")
+        with pytest.raises(ValueError, match=r"counted.bin must have \d+ bytes, it has 0; delete"):
+            TokenStore(store.folder)
 
     @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
     def test_tokens_take_no_more_bytes_than_their_vocabulary_needs(self, vocab_size, dtype, tmp_path):
@@ -170,7 +197,7 @@ class TestStore:
                 self.vocab_size = vocab_size
 
             def encode_documents(self, some):
-                return ((document, [vocab_size - 1, 0]) for document in some)
+                return ((document, [vocab_size - 1, 0], None) for document in some)
 
         store = tokenise(in_memory(documents()), Large(), tmp_path)
         assert store[0].dtype == dtype and store[2].tolist() == [vocab_size - 1, 0]
@@ -238,7 +265,7 @@ class TestStore:
         with pytest.raises(ValueError, match=r"tokens.bin must have \d+ bytes, it has \d+; delete"):
             TokenStore(store.folder)
         info.write_text(json.dumps({**json.loads(info.read_text()), "layout": 99}))
-        with pytest.raises(ValueError, match="must have layout 1, got 99"):
+        with pytest.raises(ValueError, match="must have layout 2, got 99"):
             TokenStore(store.folder)
         with pytest.raises(FileNotFoundError, match="no tokens in"):
             TokenStore(tmp_path)

@@ -1,6 +1,7 @@
 """Rows walk along whole documents: every target once, state reset exactly at their ends, resumable, and shared by processes."""
 
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from smt.data.documents import Document, in_memory
+from smt.data.parts import Parts
 from smt.data.store import tokenise
 from smt.data.tokenizer import Tokenizer
 from smt.data.walk import WAITING, Batch, DocumentWalk
@@ -86,7 +88,23 @@ class TestOneEpoch:
             assert (batch.valid.int().diff(dim=1) <= 0).all() and batch.valid.any(dim=0).all()
             assert (batch.targets == batch.input_ids + 1)[batch.valid].all()
             assert (batch.targets == IGNORE_INDEX).equal(~batch.valid) and not batch.input_ids[~batch.valid].any()
-            assert batch.n_targets == batch.valid.sum()
+            assert batch.n_targets == batch.n_steps == batch.valid.sum()
+
+    @some_walks
+    def test_of_tokens_that_are_counted_and_of_no_other_each_is_a_target_once(self, lengths, epochs, **sizes):
+        documents = numbered(lengths)
+        counted = [document % 3 == 0 for document in documents]
+        got, n_steps = [], 0
+        whole = DocumentWalk(documents, epochs=epochs, **sizes)
+        for batch, same in zip(DocumentWalk(documents, counted=counted, epochs=epochs, **sizes), whole, strict=True):
+            assert batch.input_ids.equal(same.input_ids) and batch.valid.equal(same.valid)
+            assert batch.targets.equal(same.targets.masked_fill(same.targets % 3 != 0, IGNORE_INDEX))
+            got.append(batch.targets[batch.targets != IGNORE_INDEX])
+            assert batch.n_targets == len(got[-1]) and batch.n_steps == same.n_targets
+            n_steps += batch.n_steps
+        once = torch.tensor([token for document in documents for token in document[1:].tolist() if token % 3 == 0])
+        assert torch.cat(got).sort().values.equal(once.repeat_interleave(epochs))
+        assert n_steps == epochs * sum(length - 1 for length in lengths)
 
     def test_a_row_is_padded_only_where_its_document_ends(self):
         documents = numbered()
@@ -213,7 +231,7 @@ class TestProcesses:
         texts = [Document(f"{index}", "some text " * (3 * index + 1)) for index in range(6)]
         tokenizer = Tokenizer.train(texts, 270)
         store = tokenise(in_memory(texts), tokenizer, tmp_path)
-        tensors = [torch.tensor(tokens) for _, tokens in tokenizer.encode_documents(texts)]
+        tensors = [torch.tensor(tokens) for _, tokens, _ in tokenizer.encode_documents(texts)]
         walks = (DocumentWalk(documents, batch_size=2, length=7, epochs=2) for documents in (store, tensors))
         assert all(map(equal, *map(list, walks)))
 
@@ -229,10 +247,23 @@ class TestBadInput:
             ({"rank": 2, "world_size": 2}, r"rank must lie in 0..world_size - 1 = 0..1, got 2"),
             ({"documents": []}, "documents must be one or more, each of at least 2 tokens, got 0"),
             ({"documents": numbered([5, 1])}, "each of at least 2 tokens, got 2, one of 1"),
+            ({"counted": []}, "counted must be given for each of 10 documents, got 0"),
         ],
-        ids=["batch_size", "length", "lanes", "epochs", "rank", "none", "without-target"],
+        ids=["batch_size", "length", "lanes", "epochs", "rank", "none", "without-target", "counted"],
     )
     def test_it_is_refused(self, options, message):
         options = {"documents": numbered(), "batch_size": 2, "length": 8, **options}
         with pytest.raises(ValueError, match=message):
             DocumentWalk(options.pop("documents"), **options)
+
+
+@pytest.mark.parametrize("length", [1, 4, 9, 100])
+def test_parts_of_documents_have_every_target_once_and_in_order(length):
+    texts = [torch.arange(count) + 100 * count for count in (2, 10, 11, 37)]
+    parts = Parts(texts, length)
+    targets = [token for part in parts for token in part[1:].tolist()]
+    assert targets == [token for text in texts for token in text[1:].tolist()]
+    assert max(len(part) - 1 for part in parts) <= length and min(len(part) for part in parts) >= 2
+    starts = {text[0].item(): text for text in texts}
+    for before, part in pairwise(parts):
+        assert part[0] == before[-1] or part[0].item() in starts

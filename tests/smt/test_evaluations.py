@@ -16,7 +16,7 @@ from smt.evaluation.needle import ENGLISH, needle_in_haystack, recall_style
 from smt.evaluation.perplexity import Evaluation
 from smt.evaluation.pooling import analyse_pooling, pooling_weights, summarise
 from smt.evaluation.position import fall_between, log_spaced, loss_by_position, mean_between
-from smt.evaluation.recall import encode_words, recall
+from smt.evaluation.recall import encode_words, recall, usual_distances
 from smt.evaluation.scorer import TokenScores
 
 TASK = RecallTask(keys=6, values=5, fillers=4, pairs=2, length=90, longest=20, spacing=10, documents=6)
@@ -97,19 +97,32 @@ def test_log_spaced_edges_grow_and_end_where_they_are_told():
     assert all(b / a < 2.1 for a, b in pairwise(edges))
 
 
-def test_recall_documents_show_each_pair_once_and_ask_for_it_at_the_distance_that_is_named():
+@pytest.mark.parametrize("queries", [1, 2])
+def test_recall_documents_show_each_pair_once_and_ask_for_it_at_the_distance_that_is_named(queries):
+    task = replace(TASK, queries=queries, length=60 + 40 * queries)
     for index in range(50):
-        document = TASK.document(index)
-        assert len(document.words) == TASK.length and len(document.questions) == TASK.pairs
+        document = task.document(index)
+        assert len(document.words) == task.length and len(document.questions) == task.pairs * queries
         for question in document.questions:
             shown = question.position - question.distance
-            assert TASK.shortest <= question.distance <= TASK.longest
+            assert task.shortest <= question.distance <= task.longest
             pair = document.words[shown - 1 : shown + 1]
             assert pair == document.words[question.position - 1 : question.position + 1]
-            assert pair[0] in words("k", TASK.keys) and pair[1] in words("v", TASK.values)
-            assert document.words.count(pair[0]) == 2
-        starts = sorted(question.position - question.distance for question in document.questions)
-        assert starts[1] - starts[0] >= TASK.spacing + 2
+            assert pair[0] in words("k", task.keys) and pair[1] in words("v", task.values)
+            assert document.words.count(pair[0]) == 1 + queries
+            assert pair[0] not in document.words[shown : question.position - 1]
+        starts = {key: [i for i, word in enumerate(document.words) if word == key] for key in set(document.words)}
+        one, other = (places for key, places in starts.items() if key[0] == "k")
+        assert all(abs(a - b) >= task.spacing + 2 for a in one for b in other)
+
+
+def test_the_answers_of_a_recall_document_and_nothing_else_are_its_targets():
+    document = replace(TASK, queries=2, length=140).document(0)
+    assert len(document.answers) == 4
+    for (start, stop), question in zip(document.answers, document.questions, strict=True):
+        assert document.text[start:stop] == f" {document.words[question.position]}"
+    train = next(iter(read_recall(replace(TASK, queries=2, length=140)).train))
+    assert (train.text, train.targets) == (document.text, document.answers)
 
 
 def test_recall_documents_come_from_the_seed_and_their_number_alone():
@@ -123,7 +136,8 @@ def test_recall_documents_come_from_the_seed_and_their_number_alone():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"length": 300}, "length must be at least 394 for 2 pairs at these distances, got 300"),
+        ({"length": 280}, "length must be at least 290 for the longest distance, got 280"),
+        ({"length": 300, "pairs": 8}, "length must have room for 8 pairs, 2 times each, 50 words apart, got 300"),
         ({"pairs": 40}, "pairs must be at most keys = 32, got 40"),
         ({"longest": 2}, "longest must be at least shortest = 4, got 2"),
         ({"values": 10**4}, "values must be at most 525, got 10000"),
@@ -152,6 +166,21 @@ def test_recall_is_whole_for_one_who_can_look_back_and_none_for_one_who_cannot()
     assert able.distances[0].nats == pytest.approx(-math.log(0.9))
     unable = recall(Reader(order=1, memory=30), tokenizer, TASK, [10, 40], n_documents=4)
     assert [there.accuracy for there in unable.distances] == [1, 0]
+
+
+def test_no_question_of_recall_is_of_a_document_to_train_on_or_to_choose_by_and_none_is_asked_twice():
+    tokenizer, corpus = Tokenizer.train(read_recall(TASK).train, 512), read_recall(TASK)
+    reader, asked = Reader(order=1), []
+    score = reader.score
+    reader.score = lambda documents: asked.extend(tokenizer.decode(tokens[1:]) for tokens in documents) or score(documents)
+    recall(reader, tokenizer, TASK, [10, 40], n_documents=4)
+    assert len(set(asked)) == 8
+    assert set(asked).isdisjoint(document.text for split in (corpus.train, corpus.validation) for document in split)
+
+
+def test_recall_asks_within_the_window_and_at_multiples_of_its_length():
+    assert usual_distances(65) == (16, 32, 65, 130, 195, 260, 325, 390, 520)
+    assert min(usual_distances(4)) == 2  # a value stands no closer to its next occurrence
 
 
 @pytest.mark.parametrize("style", [ENGLISH, recall_style(TASK)], ids=["English", "recall"])
