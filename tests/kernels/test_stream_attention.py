@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from smt_kernels import WindowSpec, launch, stream_attention
-from smt_kernels.stream_attention import blocked
+from smt_kernels.stream_attention import blocked, products, strips
 from smt_kernels.testing.budget import assert_equal_in_double, assert_within_budget, poisoned_memory
 
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
@@ -342,7 +342,7 @@ def test_large_scores_do_not_overflow(backend):
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_match_finite_differences(backend, case, monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK_QUERIES", 2)
+    monkeypatch.setattr(strips, "BLOCK_QUERIES", 2)
     problem = make_problem(case)
     inputs = tuple(x.requires_grad_() for x in problem.inputs.values())
     assert torch.autograd.gradcheck(lambda *x: stream_attention(*x, backend=backend, **problem.settings), inputs)
