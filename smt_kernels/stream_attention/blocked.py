@@ -16,54 +16,47 @@ from smt_kernels.stream_attention.products import attend, attend_backward
 from smt_kernels.stream_attention.strips import Run, runs
 from smt_kernels.window import WindowSpec
 
-# Scores per chunk: with fewer the time goes to Python, with more to memory.
-CHUNK_SCORES = 2**18
+# Scores per chunk: with fewer the time goes to Python, with more the keys, values and their gradients leave the cache.
+CHUNK_SCORES = 2**17
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is computed at once: some blocks of a run, for some batch rows and all heads."""
+    """What is computed at once: some blocks, for some batch rows and all heads."""
 
     run: Run
-    blocks: range
     batch: slice
     group: int  # query heads per key/value head
     bias: Tensor  # (batch * blocks or 1, 1, group * queries, keys)
 
     def queries(self, x: Tensor) -> Tensor:
         """The query rows of x (B, T, H, D): (batch * blocks, kv heads, group * queries, D) in the accumulation dtype."""
-        x = self.run.queries.gather(x[self.batch], self.blocks).unflatten(3, (-1, self.group))
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3, 4).flatten(0, 1)
-        return x.to(_accumulation(x.dtype))
+        x = self.run.queries.gather(x[self.batch], self.run.n_blocks).flatten(0, 1)
+        if self.group > 1:
+            x = x.unflatten(2, (-1, self.group)).movedim(3, 1).flatten(1, 2)
+        return x.transpose(1, 2).to(_accumulation(x.dtype))
 
     def set_queries(self, x: Tensor, values: Tensor) -> None:
         """The inverse of ``queries``: write the rows that exist to x (B, T, H, D)."""
-        strip = self.run.queries
+        values = values.transpose(1, 2)
+        if self.group > 1:
+            values = values.unflatten(1, (self.group, -1)).movedim(1, 3).flatten(2, 3)
         x = x[self.batch]
-        values = values.unflatten(0, (len(x), -1)).unflatten(3, (self.group, -1))
-        values = values.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
-        (start, _), (first, last) = strip.covered(self.blocks), strip.existing(self.blocks)
-        x[:, first:last] = values[:, first - start : last - start]
+        self.run.queries.write(x, values.reshape(len(x), -1, *x.shape[2:]))
 
     def keys(self, memory: Tensor, tokens: Tensor) -> Tensor:
         """The rows [slots | tokens] of memory and tokens: (batch * blocks, heads, keys, D) in the accumulation dtype."""
-        slots = self.run.slots.gather(memory[self.batch], self.blocks)
-        tokens = self.run.tokens.gather(tokens[self.batch], self.blocks)
-        n_slots, n_tokens = slots.shape[2], tokens.shape[2]
-        keys = tokens.new_empty(
-            (*tokens.shape[:2], n_slots + n_tokens, *tokens.shape[3:]), dtype=_accumulation(tokens.dtype)
-        )
-        keys[:, :, :n_slots] = slots
-        keys[:, :, n_slots:] = tokens
-        return keys.flatten(0, 1).transpose(1, 2)
+        slots = self.run.slots.gather(memory[self.batch], self.run.n_blocks)
+        tokens = self.run.tokens.gather(tokens[self.batch], self.run.n_blocks)
+        keys = torch.cat([slots, tokens], dim=2)
+        return keys.flatten(0, 1).transpose(1, 2).to(_accumulation(keys.dtype))
 
     def add_keys(self, memory: Tensor, tokens: Tensor, values: Tensor) -> None:
         """The transpose of ``keys``: add values (batch * blocks, heads, keys, D) to the rows of memory and tokens."""
-        memory, tokens = memory[self.batch], tokens[self.batch]
-        values = values.transpose(1, 2).unflatten(0, (len(tokens), -1))
+        values = values.transpose(1, 2).unflatten(0, (-1, self.run.n_blocks))
         slots, values = values.split([self.run.slots.length, self.run.tokens.length], dim=2)
-        self.run.slots.add(memory, self.blocks, slots)
-        self.run.tokens.add(tokens, self.blocks, values)
+        self.run.slots.add(memory[self.batch], slots)
+        self.run.tokens.add(tokens[self.batch], values)
 
 
 def forward(
@@ -126,17 +119,17 @@ def _chunks(q: Tensor, k: Tensor, memory: Tensor, window: WindowSpec, first_step
         n_blocks = max(1, CHUNK_SCORES // (n_heads * run.visible.numel()))
         n_rows = max(1, n_blocks // run.n_blocks)
         complete_bias = None
-        for i in range(0, run.n_blocks, n_blocks):
-            blocks = range(i, min(i + n_blocks, run.n_blocks))
+        for first in range(0, run.n_blocks, n_blocks):
+            part = run.of(range(first, min(first + n_blocks, run.n_blocks)))
             bias = complete_bias
-            if bias is None or not run.complete(blocks):
-                bias = run.bias(blocks, statistics).repeat(1, group, 1)[:, None]
-            if run.complete(blocks):
+            if bias is None or not part.complete:
+                bias = part.bias(statistics).repeat(1, group, 1)[:, None]
+            if part.complete:
                 complete_bias = bias
             for row in range(0, batch, n_rows):
                 rows = slice(row, min(row + n_rows, batch))
                 of_rows = bias if len(bias) == 1 else bias.repeat(rows.stop - rows.start, 1, 1, 1)
-                yield Chunk(run, blocks, rows, group, of_rows)
+                yield Chunk(part, rows, group, of_rows)
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ those are gathered as zeros and masked.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,41 +30,50 @@ class Strip:
     advance: int
     size: int
 
-    def covered(self, blocks: range) -> tuple[int, int]:
-        """The rows [start, stop) of these blocks together, existing or not."""
-        start = self.start + self.advance * blocks.start
-        return start, start + self.advance * (len(blocks) - 1) + self.length
+    def of(self, blocks: range) -> Strip:
+        """The same rows, counted from the first of ``blocks`` on."""
+        return replace(self, start=self.start + self.advance * blocks.start)
 
-    def existing(self, blocks: range) -> tuple[int, int]:
-        """The rows [start, stop) of these blocks that exist."""
-        return _clip(self.covered(blocks), 0, self.size)
+    def complete(self, n_blocks: int) -> bool:
+        """Whether all rows of the first blocks exist."""
+        return self.start >= 0 and self._stop(n_blocks) <= self.size
 
-    def complete(self, blocks: range) -> bool:
-        """Whether all rows of these blocks exist."""
-        return self.existing(blocks) == self.covered(blocks)
-
-    def exists(self, blocks: range, device: torch.device) -> Tensor:
-        """Which rows exist, as bool (blocks, length)."""
-        first = self.start + self.advance * torch.arange(blocks.start, blocks.stop, device=device)
+    def exists(self, n_blocks: int, device: torch.device) -> Tensor:
+        """Which rows exist, as bool (n_blocks, length)."""
+        first = self.start + self.advance * torch.arange(n_blocks, device=device)
         row = first[:, None] + torch.arange(self.length, device=device)
         return (row >= 0) & (row < self.size)
 
-    def gather(self, x: Tensor, blocks: range) -> Tensor:
-        """The strips of x (B, rows, H, D), (B, blocks, length, H, D): a view where all rows exist, else of a padded copy."""
-        (start, stop), (first, last) = self.covered(blocks), self.existing(blocks)
-        x = x[:, first:last]
-        if not self.complete(blocks):
+    def gather(self, x: Tensor, n_blocks: int) -> Tensor:
+        """The strips of x (B, rows, H, D), (B, n_blocks, length, H, D): a view where all rows exist, else of a padded copy."""
+        start = self.start
+        if not self.complete(n_blocks):
+            stop = self._stop(n_blocks)
+            first, last = _clip((start, stop), 0, self.size)
             before = min(max(first - start, 0), stop - start)
-            x = pad(x, (0, 0, 0, 0, before, stop - start - before - (last - first)))
-        if self.advance == 0:
-            return x[:, None].expand(-1, len(blocks), -1, -1, -1)
-        return x.unfold(1, self.length, self.advance).movedim(-1, 2)
+            x = pad(x[:, first:last], (0, 0, 0, 0, before, stop - start - before - (last - first)))
+            start = 0
+        batch, _, *row = x.shape
+        of_batch, of_row, *inside = x.stride()
+        strides = of_batch, self.advance * of_row, of_row, *inside
+        return x.as_strided((batch, n_blocks, self.length, *row), strides, x.storage_offset() + start * of_row)
 
-    def add(self, x: Tensor, blocks: range, values: Tensor) -> None:
-        """The transpose of ``gather``: add values (B, blocks, length, H, D) to x (B, rows, H, D), in a fixed order."""
-        for i, of_block in zip(blocks, values.unbind(1), strict=True):
-            (start, _), (first, last) = self.covered(range(i, i + 1)), self.existing(range(i, i + 1))
-            x[:, first:last].add_(of_block[:, first - start : last - start])
+    def add(self, x: Tensor, values: Tensor) -> None:
+        """The transpose of ``gather``: add values (B, n_blocks, length, H, D) to x (B, rows, H, D), in a fixed order."""
+        for i, of_block in enumerate(values.unbind(1)):
+            start = self.start + self.advance * i
+            first, last = _clip((start, start + self.length), 0, self.size)
+            if last - first < self.length:
+                of_block = of_block[:, first - start : last - start]
+            x[:, first:last].add_(of_block)
+
+    def write(self, x: Tensor, values: Tensor) -> None:
+        """Write values (B, n_blocks * length, H, D) to the rows of x (B, rows, H, D) that exist, of strips side by side."""
+        first, last = _clip((self.start, self.start + values.shape[1]), 0, self.size)
+        x[:, first:last] = values[:, first - self.start : last - self.start]
+
+    def _stop(self, n_blocks: int) -> int:
+        return self.start + self.advance * (n_blocks - 1) + self.length
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,21 @@ class Run:
     tokens: Strip
     visible: Tensor  # (queries, keys)
 
-    def complete(self, blocks: range) -> bool:
-        """Whether all keys of these blocks exist."""
-        return self.slots.complete(blocks) and self.tokens.complete(blocks)
+    def of(self, blocks: range) -> Run:
+        """These blocks alone."""
+        strips = (strip.of(blocks) for strip in (self.queries, self.slots, self.tokens))
+        return Run(len(blocks), *strips, self.visible)
 
-    def bias(self, blocks: range, like: Tensor) -> Tensor:
-        """What to add to the scores of these blocks, 0 or -inf: (1 if complete, else blocks, queries, keys)."""
+    @property
+    def complete(self) -> bool:
+        """Whether all keys exist."""
+        return self.slots.complete(self.n_blocks) and self.tokens.complete(self.n_blocks)
+
+    def bias(self, like: Tensor) -> Tensor:
+        """What to add to the scores, 0 or -inf: (1 if complete, else n_blocks, queries, keys)."""
         visible = self.visible[None]
-        if not self.complete(blocks):
-            exists = [strip.exists(blocks, visible.device) for strip in (self.slots, self.tokens)]
+        if not self.complete:
+            exists = [strip.exists(self.n_blocks, visible.device) for strip in (self.slots, self.tokens)]
             visible = visible & torch.cat(exists, dim=1)[:, None]
         return like.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
 

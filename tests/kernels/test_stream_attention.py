@@ -223,6 +223,13 @@ def test_gradients_equal_the_reference_in_double_precision_however_it_is_cut(cas
     assert_equal_in_double(actual, problem.results("reference"), terms=problem.terms())
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_devices_without_a_fused_operation_compute_the_same(case, monkeypatch, device):
+    problem = make_problem(case, device=device)
+    monkeypatch.setattr(products, "FUSED_ON", ())
+    assert_equal_in_double(problem.results("blocked"), problem.results("reference"), terms=problem.terms())
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), stride=st.none() | st.integers(1, 40), kv_heads=st.integers(1, 2), group=st.integers(1, 3))
 def test_any_geometry_equals_the_reference(data, stride, kv_heads, group):
