@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
+from smt.rms_norm import RMSNorm
 from smt.shared_linear import SharedLinear
 from smt_kernels import stride_write
 
@@ -71,7 +72,7 @@ class MambaLayer(nn.Module):
 
     def __init__(self, config: SMTConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.norm = RMSNorm(config.d_model, eps=NORM_EPS)
         self.mixer = MambaMixer(config)
 
     def forward(
@@ -88,7 +89,7 @@ class MambaStack(nn.Module):
     def __init__(self, config: SMTConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.ssm_n_layers))
-        self.norm_f = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.norm_f = RMSNorm(config.d_model, eps=NORM_EPS)
 
     def prepare(self) -> list[Parameters]:
         """What ``forward`` needs of each layer."""

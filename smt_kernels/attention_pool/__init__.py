@@ -14,6 +14,7 @@ from torch import Tensor
 
 from smt_kernels import backends, checks
 from smt_kernels.attention_pool import arguments, reference
+from smt_kernels.direct import direct
 from smt_kernels.window import WindowSpec
 
 # Where the writes, tokens and slots of a sequence lie, in the order in which the operation takes it.
@@ -135,7 +136,7 @@ def attention_pool_sequence(
         return reference.attention_pool_sequence(tokens, slots, w_q, w_k, window=window, **settings)
     tokens, w_q, w_k = checks.unit_stride(tokens, w_q, w_k)
     spec = (window.n_memory, window.n_tokens, window.stride)
-    pooled, weights, *_ = _forward_sequence(tokens, slots, w_q, w_k, dropout_mask, spec, timeline, normalise, backend)
+    pooled, weights, *_ = _call_sequence(tokens, slots, w_q, w_k, dropout_mask, spec, timeline, normalise, backend)
     return pooled, weights.to(tokens.dtype)
 
 
@@ -191,8 +192,7 @@ def _(grad_pooled, grad_weights, windows, w_q, w_k, *others):
     return windows.new_empty(windows.shape), w_q.new_empty(w_q.shape), w_k.new_empty(w_k.shape)
 
 
-@torch.library.custom_op("smt_kernels::attention_pool_sequence", mutates_args=())
-def _forward_sequence(
+def _compute_sequence(
     tokens: Tensor,
     slots: Tensor | None,
     w_q: Tensor,
@@ -207,6 +207,9 @@ def _forward_sequence(
     return forward(tokens, slots, w_q, w_k, dropout_mask, WindowSpec(*window), timeline, normalise)
 
 
+_forward_sequence = torch.library.custom_op("smt_kernels::attention_pool_sequence", _compute_sequence, mutates_args=())
+
+
 @_forward_sequence.register_fake
 def _(tokens, slots, w_q, w_k, dropout_mask, window, timeline, normalise, backend):
     (batch, _, width), rank, n_writes = tokens.shape, w_q.shape[0], timeline[1]
@@ -214,8 +217,7 @@ def _(tokens, slots, w_q, w_k, dropout_mask, window, timeline, normalise, backen
     return tokens.new_empty((batch, n_writes, width)), *_kept(tokens, (batch, n_writes), (size, width, rank, width), backend)
 
 
-@torch.library.custom_op("smt_kernels::attention_pool_sequence_backward", mutates_args=())
-def _backward_sequence(
+def _sequence_gradients(
     grad_pooled: Tensor,
     grad_weights: Tensor | None,
     tokens: Tensor,
@@ -235,6 +237,11 @@ def _backward_sequence(
     backward = backends.implementation("attention_pool", backend).backward_sequence
     inputs = tokens, slots, w_q, w_k, dropout_mask
     return backward(grad_pooled, grad_weights, *inputs, weights, mean, query, u, WindowSpec(*window), timeline, normalise)
+
+
+_backward_sequence = torch.library.custom_op(
+    "smt_kernels::attention_pool_sequence_backward", _sequence_gradients, mutates_args=()
+)
 
 
 @_backward_sequence.register_fake
@@ -266,3 +273,4 @@ def _autograd(backward):
 
 _forward.register_autograd(_autograd(_backward), setup_context=_setup_context)
 _forward_sequence.register_autograd(_autograd(_backward_sequence), setup_context=_setup_context)
+_call_sequence = direct(_forward_sequence, _compute_sequence, _setup_context, _autograd(_sequence_gradients))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
+from smt_kernels.direct import direct
 from smt_kernels.stride_write import blocked
 from smt_kernels.stride_write.kept import kept_size
 from smt_kernels.stride_write.reference import stride_write as reference
@@ -69,7 +70,7 @@ def stride_write(
     backend = backends.choose("stride_write", x, backend)
     if backend == "reference":
         return reference(x, z, conv_state, ssm_state, *weights, gate)
-    y, conv_state, ssm_state, _ = _forward(*checks.unit_stride(x, z), conv_state, ssm_state, *weights, gate, backend)
+    y, conv_state, ssm_state, _ = _call(*checks.unit_stride(x, z), conv_state, ssm_state, *weights, gate, backend)
     return y, conv_state, ssm_state
 
 
@@ -115,8 +116,7 @@ def _check(x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights:
         checks.like("gate", gate, "x", x, dtype=False)
 
 
-@torch.library.custom_op("smt_kernels::stride_write", mutates_args=())
-def _forward(
+def _compute(
     x: Tensor,
     z: Tensor,
     conv_state: Tensor,
@@ -135,6 +135,9 @@ def _forward(
     return backends.implementation("stride_write", backend).forward(x, z, conv_state, ssm_state, parameters, gate)
 
 
+_forward = torch.library.custom_op("smt_kernels::stride_write", _compute, mutates_args=())
+
+
 @_forward.register_fake
 def _(x, z, conv_state, ssm_state, conv_weight, conv_bias, x_proj_weight, *others):
     *_, backend = others
@@ -143,8 +146,7 @@ def _(x, z, conv_state, ssm_state, conv_weight, conv_bias, x_proj_weight, *other
     return *results, x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.custom_op("smt_kernels::stride_write_backward", mutates_args=())
-def _backward(
+def _compute_gradients(
     grad_y: Tensor,
     grad_conv: Tensor | None,
     grad_ssm: Tensor | None,
@@ -168,6 +170,9 @@ def _backward(
     return backward(grad_y, grad_conv, grad_ssm, x, z, conv_state, ssm_state, parameters, gate, kept)
 
 
+_backward = torch.library.custom_op("smt_kernels::stride_write_backward", _compute_gradients, mutates_args=())
+
+
 @_backward.register_fake
 def _(grad_y, grad_conv, grad_ssm, *others):
     *inputs, _gate, _kept, _backend = others
@@ -183,10 +188,14 @@ def _setup_context(ctx, inputs, output):
     ctx.backend = backend
 
 
-def _autograd(ctx, grad_y, grad_conv, grad_ssm, _grad_kept):
-    x = ctx.saved_tensors[0]
-    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-    return *_backward(grad_y, grad_conv, grad_ssm, *ctx.saved_tensors, ctx.backend), None, None
+def _autograd(backward):
+    def autograd(ctx, grad_y, grad_conv, grad_ssm, _grad_kept):
+        x = ctx.saved_tensors[0]
+        grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+        return *backward(grad_y, grad_conv, grad_ssm, *ctx.saved_tensors, ctx.backend), None, None
+
+    return autograd
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.register_autograd(_autograd(_backward), setup_context=_setup_context)
+_call = direct(_forward, _compute, _setup_context, _autograd(_compute_gradients))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from smt_kernels import WindowSpec, launch, stream_attention
-from smt_kernels.stream_attention import blocked
+from smt_kernels.stream_attention import blocked, products, strips
 from smt_kernels.testing.budget import assert_equal_in_double, assert_within_budget, poisoned_memory
 
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
@@ -223,6 +223,13 @@ def test_gradients_equal_the_reference_in_double_precision_however_it_is_cut(cas
     assert_equal_in_double(actual, problem.results("reference"), terms=problem.terms())
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_devices_without_a_fused_operation_compute_the_same(case, monkeypatch, device):
+    problem = make_problem(case, device=device)
+    monkeypatch.setattr(products, "FUSED_ON", ())
+    assert_equal_in_double(problem.results("blocked"), problem.results("reference"), terms=problem.terms())
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), stride=st.none() | st.integers(1, 40), kv_heads=st.integers(1, 2), group=st.integers(1, 3))
 def test_any_geometry_equals_the_reference(data, stride, kv_heads, group):
@@ -342,7 +349,7 @@ def test_large_scores_do_not_overflow(backend):
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_match_finite_differences(backend, case, monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK_QUERIES", 2)
+    monkeypatch.setattr(strips, "BLOCK_QUERIES", 2)
     problem = make_problem(case)
     inputs = tuple(x.requires_grad_() for x in problem.inputs.values())
     assert torch.autograd.gradcheck(lambda *x: stream_attention(*x, backend=backend, **problem.settings), inputs)
