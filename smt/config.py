@@ -17,6 +17,7 @@ CHOICES = {
     "encoding": ("token", "stride", "stream"),
     "empty_slots": ("mask", "zero"),
     "pool_source": ("window", "tokens"),
+    "slot_gate": ("learned", "open", "closed"),
 }
 
 # Sizes of the source documents, by the name that they use.
@@ -34,7 +35,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ssm_n_layers": 12,
     },
 }
-PUBLISHED = {"encoding": "token", "empty_slots": "zero", "pool_source": "window", "write_group": 1, "pooling_norm": False}
+PUBLISHED = {
+    "encoding": "token",
+    "empty_slots": "zero",
+    "pool_source": "window",
+    "write_group": 1,
+    "pooling_norm": False,
+    "slot_gate": "open",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,8 @@ class SMTConfig:
         pool_source: a write pools the whole ``window`` or only its ``tokens``.
         pooling_norm: divide every pooled entry by its root mean square first.
         write_group: writes whose pooling sees only the slots of earlier groups, so that they run as one scan.
+        slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, between 0 and 1,
+            from a half on; ``open``: 1, as published; ``closed``: 0, a control whose slots take attention and tell nothing.
         writes: False switches the memory off (the no-writes control): no slot ever exists, whatever ``empty_slots``.
         initializer_range: standard deviation of fresh weights.
         rope_theta: base of the rotary frequencies of ``stream``.
@@ -88,6 +98,7 @@ class SMTConfig:
     pool_source: str = "window"
     pooling_norm: bool = True
     write_group: int = 8
+    slot_gate: str = "learned"
     writes: bool = True
     initializer_range: float = 0.02
     rope_theta: float = 10000.0
@@ -143,7 +154,7 @@ class SMTConfig:
 
     @classmethod
     def published(cls, **overrides: Any) -> SMTConfig:
-        """Every switch as in the published description: ``token``, ``zero``, ``window``, groups of 1, no pooling norm."""
+        """Every switch as in the published description: ``token``, ``zero``, groups of 1, no pooling norm, open gates."""
         return cls.from_dict({**PUBLISHED, **overrides})
 
     @classmethod

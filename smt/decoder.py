@@ -24,10 +24,17 @@ from smt.windows import Span, cut_windows, window_cache, window_layout
 from smt_kernels import WindowSpec, stream_attention, window_attention
 
 NORM_EPS = 1e-5
+# A gate is sigmoid(GATE_RATE p), since Adam moves every number by about the learning rate in a step. It begins half open: what a
+# fresh memory says is noise, but behind a gate that is nearly closed it does not learn in time to say more.
+GATE_RATE = 5.0
 
 
 class Attention(nn.Module):
-    """Projections of one attention layer; which entries see which is the caller's business."""
+    """Projections of one attention layer; which entries see which is the caller's business.
+
+    A gate for each head scales the values of slots (``SMTConfig.slot_gate``). What a head gives to slots behind a closed gate,
+    it withholds from the tokens.
+    """
 
     def __init__(self, config: SMTConfig) -> None:
         super().__init__()
@@ -35,6 +42,19 @@ class Attention(nn.Module):
         self.sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.n_kv_heads * config.head_dim]
         self.qkv = nn.Linear(config.d_model, sum(self.sizes))
         self.proj = nn.Linear(config.d_model, config.d_model)
+        self.gating = config.slot_gate if config.n_ssm_outputs else "open"
+        if self.gating == "learned":
+            self.slot_gate = nn.Parameter(torch.empty(config.n_kv_heads, 1))
+
+    def gate(self) -> Tensor:
+        """(H_kv, 1), where it is learned."""
+        return torch.sigmoid(GATE_RATE * self.slot_gate)
+
+    def slot_values(self, v: Tensor) -> Tensor:
+        """What is attended to of the values v (..., H_kv, D) of slots."""
+        if self.gating == "learned":
+            return v * self.gate().to(v.dtype)
+        return v if self.gating == "open" else torch.zeros_like(v)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, d) -> q (B, T, H, D), k and v (B, T, H_kv, D)."""
@@ -90,6 +110,8 @@ class Decoder(nn.Module):
                 nn.init.zeros_(linear.bias)
             for residual in (block.attention.proj, block.down):
                 nn.init.normal_(residual.weight, std=std / math.sqrt(2 * len(self.blocks)))
+            if block.attention.gating == "learned":
+                nn.init.zeros_(block.attention.slot_gate)
         nn.init.normal_(self.slot_type if self.config.encoding == "stream" else self.positions, std=std)
 
     def encode_windows(
@@ -152,6 +174,9 @@ class Decoder(nn.Module):
         kept: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = block.attention.heads(block.norm_1(x))
+        if block.attention.gating != "open":
+            of_slots, of_tokens = v.tensor_split([self.config.n_ssm_outputs], dim=1)
+            v = torch.cat([block.attention.slot_values(of_slots), of_tokens], dim=1)
         attended = window_attention(
             q,
             k,
@@ -220,7 +245,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         """x (B, n_slots + T, d) -> the block's output and keys and values of tokens and of slots, behind those ``before``."""
         q, k, v = _rotated_heads(block, x, turn)
-        new = k[:, n_slots:], v[:, n_slots:], k[:, :n_slots], v[:, :n_slots]
+        new = k[:, n_slots:], v[:, n_slots:], k[:, :n_slots], block.attention.slot_values(v[:, :n_slots])
         token_k, token_v, slot_k, slot_v = (
             torch.cat([held.to(of_layer.dtype), of_layer], dim=1) for held, of_layer in zip(before, new, strict=True)
         )

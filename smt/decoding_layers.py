@@ -48,7 +48,7 @@ def keep_slots(decoder: Decoder, slots: Tensor, state: SMTState, writers: Sequen
     x = (slots + decoder.slot_type)[None]
     everyone = len(writers) == state.batch_size
     for depth, (block, layer) in enumerate(zip(decoder.blocks, state.layers, strict=True), start=1):
-        q = _append(block, x, layer.slot_k, layer.slot_v, rows, index, turn)
+        q = _append(block, x, layer.slot_k, layer.slot_v, rows, index, turn, of_slots=True)
         if depth < len(decoder.blocks):  # nothing reads the slots' last output
             kept = layer if everyone else KeyValues(*(tensor[rows] for tensor in vars(layer).values()))
             x = _attend(block, x, q, kept, n_tokens, n_slots)
@@ -126,7 +126,15 @@ def _enter_blocks(decoder: Decoder, state: SMTState, entering: Sequence[int], n_
 
 
 def _append(
-    block: Block, x: Tensor, ring_k: Tensor, ring_v: Tensor, rows: Tensor, index: Tensor, turn: Rotation | None = None
+    block: Block,
+    x: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    turn: Rotation | None = None,
+    *,
+    of_slots: bool = False,
 ) -> Tensor:
     """Keep the keys and values of x (1, R, d) at ``index`` of the ``rows`` of the rings; returns the queries (R, H, D)."""
     attention = block.attention
@@ -136,7 +144,7 @@ def _append(
     if turn is not None:
         q_and_k = rotate(q_and_k, turn)
     ring_k[rows, index] = q_and_k[:, -n_kv_heads:].to(ring_k.dtype)
-    ring_v[rows, index] = v.to(ring_v.dtype)
+    ring_v[rows, index] = (attention.slot_values(v) if of_slots else v).to(ring_v.dtype)
     return q_and_k[:, :-n_kv_heads]
 
 

@@ -9,11 +9,14 @@ for CUDA tensors that the operation has a kernel for, ``blocked`` for all others
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,10 +95,37 @@ def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: s
     return choice.backend
 
 
-def implementation(operation: str, backend: str) -> ModuleType:
-    """The module with ``forward`` and ``backward`` of ``operation`` for ``blocked`` or ``triton``, imported on first use."""
+def implementation(operation: str, backend: str) -> Implementation:
+    """``forward`` and ``backward`` of ``operation`` for ``blocked`` or ``triton``, imported on first use."""
     room = {"blocked": "blocked", "triton": "kernels"}[backend]
-    return importlib.import_module(f"smt_kernels.{operation}.{room}")
+    return Implementation(importlib.import_module(f"smt_kernels.{operation}.{room}"))
+
+
+class Implementation:
+    """The functions of a module, as they are under autocast too."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return unaffected_by_autocast(getattr(self._module, name))
+
+
+def unaffected_by_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose first argument is a tensor, computing in the dtypes of its arguments.
+
+    An operation says itself what it accumulates in; autocast would lower the products that it is made of.
+    """
+
+    @functools.wraps(function)
+    def run(tensor: Tensor, *arguments: Any, **settings: Any) -> Any:
+        device = tensor.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(tensor, *arguments, **settings)
+        with torch.autocast(device, enabled=False):
+            return function(tensor, *arguments, **settings)
+
+    return run
 
 
 def _decide(operation: str, tensor: Tensor, requested: str | None, obstacle: str | None) -> BackendChoice:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smt_kernels.backends import unaffected_by_autocast
 from smt_kernels.window import WindowSpec
 
 EPS = 1e-5
 
 
+@unaffected_by_autocast
 def attention_pool(
     windows: Tensor, w_q: Tensor, w_k: Tensor, exists: Tensor, *, normalise: bool, dropout_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -25,6 +27,7 @@ def attention_pool(
     return torch.einsum("nw,nwd->nd", used, windows), weights
 
 
+@unaffected_by_autocast
 def attention_pool_sequence(
     tokens: Tensor,
     slots: Tensor | None,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smt_kernels.backends import unaffected_by_autocast
 
+
+@unaffected_by_autocast
 def stream_attention_decode(
     q: Tensor,
     k: Tensor,

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smt_kernels.backends import unaffected_by_autocast
 
+
+@unaffected_by_autocast
 def stride_write(
     x: Tensor,
     z: Tensor,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smt_kernels.backends import unaffected_by_autocast
 from smt_kernels.window import WindowSpec
 
 
+@unaffected_by_autocast
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, *, n_memory: int, valid_memory: Tensor | None, valid_tokens: Tensor | None, scale: float
 ) -> Tensor:

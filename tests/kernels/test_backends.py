@@ -14,6 +14,7 @@ from smt_kernels import (
     BACKENDS,
     BackendChoice,
     WindowSpec,
+    attention_pool_sequence,
     backends,
     last_choice,
     launch,
@@ -170,3 +171,27 @@ def test_importing_and_running_need_neither_triton_nor_a_gpu():
     )
     done = run_python(code, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", TRITON])
+def test_autocast_does_not_reach_into_an_operation(backend):
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator).requires_grad_()  # noqa: E731
+    tokens, w_q, w_k = random(2, 40, 16), random(16, 16), random(16, 16)
+    q, k, v, memory_k, memory_v = random(1, 40, 2, 16), random(1, 40, 2, 16), random(1, 40, 2, 16), *random(2, 1, 2, 2, 16)
+    window = WindowSpec(n_memory=2, n_tokens=20, stride=16)
+    writes = {"window": window, "first_write": 0, "n_writes": 2}
+
+    def results():
+        pooled, weights = attention_pool_sequence(tokens, None, w_q, w_k, **writes, backend=backend)
+        streamed = stream_attention(q, k, v, memory_k, memory_v, window=window, backend=backend)
+        windowed = window_attention(q, k, v, n_memory=2, backend=backend)
+        outputs = pooled, weights, streamed, windowed
+        return *outputs, *torch.autograd.grad(sum(out.square().sum() for out in outputs), (tokens, w_q, w_k, q, k, v, memory_v))
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (tokens @ w_q).dtype == torch.bfloat16
+        under_autocast = results()
+    for one, other in zip(plain, under_autocast, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype

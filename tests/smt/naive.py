@@ -19,8 +19,25 @@ def pool(entries, w_q, w_k, norm):
     return (weights[..., None] * x).sum(1), weights
 
 
-def naive_forward(ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encoding, empty, source, norm, group):
+def gated(gpt2, gates, slots_present):
+    """Hooks that scale, in every layer, the values of the first ``slots_present()`` entries by a gate for each head."""
+
+    def hook(gate):
+        def scale(module, inputs, qkv):
+            qkv = qkv.clone()
+            values = qkv[..., -qkv.shape[-1] // 3 :].unflatten(-1, (len(gate), -1))
+            values[:, : slots_present()] *= gate[:, None]
+            return qkv
+
+        return scale
+
+    return [layer.attn.c_attn.register_forward_hook(hook(gate)) for layer, gate in zip(gpt2.h, gates, strict=True)]
+
+
+def naive_forward(ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encoding, empty, source, norm, group, gates=None):
     """Logits (B, T, V), write steps, and weights per write; one GPT-2 call per step, on the existing entries of its window."""
+    present = []
+    hooks = gated(gpt2, gates, lambda: sum(position < n for position in present)) if gates is not None else []
     x = embedding[ids]
     batch, length, width = x.shape
     nothing = torch.zeros(batch, width, dtype=x.dtype)
@@ -37,7 +54,7 @@ def naive_forward(ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encodi
         assert written == len(slots)
         end = t if encoding == "token" else stride * math.ceil(t / stride)
         window = [slot(written - n + i) for i in range(n)] + [token(end - m + 1 + j) for j in range(m) if end - m + 1 + j <= t]
-        present = [position for position, entry in enumerate(window) if entry is not None]
+        present[:] = [position for position, entry in enumerate(window) if entry is not None]
         hidden = gpt2(
             inputs_embeds=torch.stack([window[position] for position in present], dim=1), position_ids=torch.tensor([present])
         ).last_hidden_state[:, -1]
@@ -53,4 +70,6 @@ def naive_forward(ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encodi
             slots.append(mamba(inputs_embeds=torch.stack(pooled, dim=1)).last_hidden_state[:, -1])
             write_steps.append(t)
             all_weights.append(weights)
+    for hook in hooks:
+        hook.remove()
     return torch.stack(logits, dim=1), write_steps, all_weights

@@ -43,7 +43,7 @@ def build(**switches):
     return StrideMemoryTransformer(SMTConfig(vocab_size=QUESTION + 1, **sizes, **switches))
 
 
-def test_memory_recalls_what_the_window_has_lost_and_nothing_else_does():
+def test_memory_recalls_what_the_window_has_lost_and_nothing_else_does(fresh_gates):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = build()

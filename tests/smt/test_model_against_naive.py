@@ -38,17 +38,20 @@ def build(seed, n, m, stride, **switches):
     return model, gpt2, mamba
 
 
-def compare(length, n, m, stride, encoding, empty_slots, pool_source, pooling_norm, write_group):
+def compare(length, n, m, stride, encoding, empty_slots, pool_source, pooling_norm, write_group, slot_gate="learned"):
     model, gpt2, mamba = build(
         length, n, m, stride, encoding=encoding, empty_slots=empty_slots, pool_source=pool_source,
-        pooling_norm=pooling_norm, write_group=write_group,
+        pooling_norm=pooling_norm, write_group=write_group, slot_gate=slot_gate,
     )  # fmt: skip
+    gates = None if slot_gate == "open" else [torch.zeros(4) for _ in model.decoder.blocks]
+    if slot_gate == "learned":
+        gates = [block.attention.gate().detach()[:, 0] for block in model.decoder.blocks]
     ids = torch.randint(VOCAB, (2, length))
     pooling = model.memory.pooling
     with torch.no_grad():
         expected, write_steps, weights = naive_forward(
             ids, model.embedding.weight, gpt2, mamba, pooling.w_q.weight, pooling.w_k.weight, n=n, m=m, stride=stride,
-            encoding=encoding, empty=empty_slots, source=pool_source, norm=pooling_norm, group=write_group,
+            encoding=encoding, empty=empty_slots, source=pool_source, norm=pooling_norm, group=write_group, gates=gates,
         )  # fmt: skip
         logits, aux = model(ids, return_weights=True)
     assert aux.write_steps == write_steps
@@ -79,8 +82,24 @@ def test_the_published_configuration_equals_the_naive_loop():
     config = SMTConfig.published(vocab_size=VOCAB)
     compare(
         130, config.n_ssm_outputs, config.m_input_tokens, config.stride, config.encoding, config.empty_slots,
-        config.pool_source, config.pooling_norm, config.write_group,
+        config.pool_source, config.pooling_norm, config.write_group, config.slot_gate,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("slot_gate", ["learned", "open", "closed"])
+@pytest.mark.parametrize("encoding", ["token", "stride"])
+def test_gates_scale_what_heads_read_from_slots(encoding, slot_gate):
+    compare(40, 4, 10, 4, encoding, "mask", "window", True, 8, slot_gate)
+
+
+def test_fresh_gates_are_half_open_and_slots_take_attention_behind_closed_ones(fresh_gates):
+    ids = torch.randint(VOCAB, (1, 60))
+    learned, closed, without = (
+        build(0, 4, 10, 4, slot_gate=gate, writes=writes)[0]
+        for gate, writes in (("learned", True), ("closed", True), ("closed", False))
+    )
+    assert all((block.attention.gate() == 0.5).all() for block in learned.decoder.blocks)
+    assert not torch.allclose(closed(ids)[0][:, 30:], without(ids)[0][:, 30:], atol=1e-3)
 
 
 def test_one_hundred_tokens_make_six_writes():
