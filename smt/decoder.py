@@ -24,16 +24,13 @@ from smt.windows import Span, cut_windows, window_cache, window_layout
 from smt_kernels import WindowSpec, stream_attention, window_attention
 
 NORM_EPS = 1e-5
-# A gate is sigmoid(GATE_RATE p), since Adam moves every number by about the learning rate in a step. It begins half open: what a
-# fresh memory says is noise, but behind a gate that is nearly closed it does not learn in time to say more.
-GATE_RATE = 5.0
 
 
 class Attention(nn.Module):
     """Projections of one attention layer; which entries see which is the caller's business.
 
-    A gate for each head scales the values of slots (``SMTConfig.slot_gate``). What a head gives to slots behind a closed gate,
-    it withholds from the tokens.
+    A gate for each head scales the values of slots (``SMTConfig.slot_gate``). A head that has no use for them can close it;
+    what attention it gives them then, it withholds from the tokens.
     """
 
     def __init__(self, config: SMTConfig) -> None:
@@ -46,14 +43,10 @@ class Attention(nn.Module):
         if self.gating == "learned":
             self.slot_gate = nn.Parameter(torch.empty(config.n_kv_heads, 1))
 
-    def gate(self) -> Tensor:
-        """(H_kv, 1), where it is learned."""
-        return torch.sigmoid(GATE_RATE * self.slot_gate)
-
     def slot_values(self, v: Tensor) -> Tensor:
         """What is attended to of the values v (..., H_kv, D) of slots."""
         if self.gating == "learned":
-            return v * self.gate().to(v.dtype)
+            return v * self.slot_gate.to(v.dtype)
         return v if self.gating == "open" else torch.zeros_like(v)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +104,7 @@ class Decoder(nn.Module):
             for residual in (block.attention.proj, block.down):
                 nn.init.normal_(residual.weight, std=std / math.sqrt(2 * len(self.blocks)))
             if block.attention.gating == "learned":
-                nn.init.zeros_(block.attention.slot_gate)
+                nn.init.ones_(block.attention.slot_gate)
         nn.init.normal_(self.slot_type if self.config.encoding == "stream" else self.positions, std=std)
 
     def encode_windows(

@@ -182,16 +182,14 @@ def test_autocast_does_not_reach_into_an_operation(backend):
     window = WindowSpec(n_memory=2, n_tokens=20, stride=16)
     writes = {"window": window, "first_write": 0, "n_writes": 2}
 
-    def results():
-        pooled, weights = attention_pool_sequence(tokens, None, w_q, w_k, **writes, backend=backend)
-        streamed = stream_attention(q, k, v, memory_k, memory_v, window=window, backend=backend)
-        windowed = window_attention(q, k, v, n_memory=2, backend=backend)
-        outputs = pooled, weights, streamed, windowed
-        return *outputs, *torch.autograd.grad(sum(out.square().sum() for out in outputs), (tokens, w_q, w_k, q, k, v, memory_v))
+    def results(*, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert ((tokens @ w_q).dtype == torch.bfloat16) == autocast
+            pooled, weights = attention_pool_sequence(tokens, None, w_q, w_k, **writes, backend=backend)
+            streamed = stream_attention(q, k, v, memory_k, memory_v, window=window, backend=backend)
+            outputs = pooled, weights, streamed, window_attention(q, k, v, n_memory=2, backend=backend)
+        total = sum(out.square().sum() for out in outputs)
+        return *outputs, *torch.autograd.grad(total, (tokens, w_q, w_k, q, k, v, memory_v))
 
-    plain = results()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (tokens @ w_q).dtype == torch.bfloat16
-        under_autocast = results()
-    for one, other in zip(plain, under_autocast, strict=True):
+    for one, other in zip(results(autocast=False), results(autocast=True), strict=True):
         assert torch.equal(one, other) and one.dtype == other.dtype

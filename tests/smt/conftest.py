@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smt.decoder import GATE_RATE, Decoder
+from smt.decoder import Decoder
 
 initialise = Decoder.initialise
 
@@ -14,7 +14,7 @@ def initialise_and_set_gates(decoder: Decoder) -> None:
     for block in decoder.blocks:
         if block.attention.gating == "learned":
             gate = block.attention.slot_gate.data
-            gate.copy_(torch.randn(gate.shape, generator=generator) / GATE_RATE)
+            gate.copy_(0.5 + torch.rand(gate.shape, generator=generator))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,5 +26,5 @@ def various_gates():
 
 @pytest.fixture
 def fresh_gates(monkeypatch):
-    """All half open, as the product has them."""
+    """All 1, as the product has them."""
     monkeypatch.setattr(Decoder, "initialise", initialise)

@@ -45,7 +45,7 @@ def compare(length, n, m, stride, encoding, empty_slots, pool_source, pooling_no
     )  # fmt: skip
     gates = None if slot_gate == "open" else [torch.zeros(4) for _ in model.decoder.blocks]
     if slot_gate == "learned":
-        gates = [block.attention.gate().detach()[:, 0] for block in model.decoder.blocks]
+        gates = [block.attention.slot_gate.detach()[:, 0] for block in model.decoder.blocks]
     ids = torch.randint(VOCAB, (2, length))
     pooling = model.memory.pooling
     with torch.no_grad():
@@ -92,14 +92,15 @@ def test_gates_scale_what_heads_read_from_slots(encoding, slot_gate):
     compare(40, 4, 10, 4, encoding, "mask", "window", True, 8, slot_gate)
 
 
-def test_fresh_gates_are_half_open_and_slots_take_attention_behind_closed_ones(fresh_gates):
+def test_fresh_gates_are_open_and_slots_take_attention_behind_closed_ones(fresh_gates):
     ids = torch.randint(VOCAB, (1, 60))
-    learned, closed, without = (
-        build(0, 4, 10, 4, slot_gate=gate, writes=writes)[0]
-        for gate, writes in (("learned", True), ("closed", True), ("closed", False))
+    learned, opened, closed, without = (
+        build(0, 4, 10, 4, slot_gate=gate, writes=writes)[0](ids)[0]
+        for gate, writes in (("learned", True), ("open", True), ("closed", True), ("closed", False))
     )
-    assert all((block.attention.gate() == 0.5).all() for block in learned.decoder.blocks)
-    assert not torch.allclose(closed(ids)[0][:, 30:], without(ids)[0][:, 30:], atol=1e-3)
+    assert torch.equal(learned, opened)
+    assert not torch.allclose(closed[:, 30:], opened[:, 30:], atol=1e-3)
+    assert not torch.allclose(closed[:, 30:], without[:, 30:], atol=1e-3)
 
 
 def test_one_hundred_tokens_make_six_writes():
