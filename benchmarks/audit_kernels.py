@@ -24,9 +24,9 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from environment import environment
 from roofline import BATCH, GPUS, HEADS, LAUNCH_SECONDS, LENGTH, full_attention_seconds, predicted_seconds
 
+from smt.environment import environment
 from smt_kernels.testing.aot import TARGETS
 from smt_kernels.testing.audit import Key, Row, audit, budget, figures, load_budgets, violations
 from smt_kernels.testing.cases import OPERATIONS

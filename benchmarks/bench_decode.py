@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from correctness import WrongResult, check_decoding
 from decode_cases import ENCODINGS, DecodeCases
-from environment import environment
 from measure import Case, Row, measure, time_in_turns
 from report import draw_decoding, write_json
 
 from smt import SMTConfig
+from smt.environment import environment
+from smt.process import use_huge_pages
 
 SECTIONS = ("prefill", "decode", "constancy", "all")
 CONTEXTS = [256 * 8**i for i in range(4)]
@@ -79,6 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; 1 if decoding disagrees with the forward pass."""
     options = parse(arguments)
+    use_huge_pages()
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

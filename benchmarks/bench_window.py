@@ -20,12 +20,13 @@ import torch
 from attention_cases import AttentionSizes, attention_cases, flex_obstacle, triton_obstacle
 from claims import PUBLISHED_SPEEDUP
 from correctness import LENGTH, WrongResult, check_attention, check_models
-from environment import environment
 from measure import Case, Row, Unavailable, measure
 from report import draw, print_header, print_rows, write_csv, write_json
 from training_cases import training_cases
 
 from smt import SMTConfig
+from smt.environment import environment
+from smt.process import use_huge_pages
 from smt_kernels import WindowSpec
 
 ATTENTION_LENGTHS = [512 * 2**i for i in range(8)]
@@ -65,6 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; 1 if an implementation disagrees with the reference."""
     options = parse(arguments)
+    use_huge_pages()
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

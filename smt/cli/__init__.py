@@ -16,6 +16,7 @@ from typing import TextIO
 
 from smt.cli.parser import Parser, UsageError
 from smt.fields import nearest
+from smt.process import sleep_while_waiting, use_huge_pages
 
 COMMANDS = {
     "train": "train a model on text, evaluate it on held-out documents, and leave the run in a folder",
@@ -43,11 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the exit code: 0; 1 after an error; 2 where the command line itself cannot be read, or is empty; 130 after Ctrl-C.
     """
     started = time.perf_counter()
-    # PyTorch's threads spin while they wait for each other. Beside any other busy process that makes a run on two cores two to
-    # six times slower; sleeping instead costs little on an idle machine. Read once, when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Large tensors in huge pages: first touching them in small ones costs a training step on a CPU 7 %.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    sleep_while_waiting()
+    use_huge_pages()
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or [""]
     try:
         with warnings.catch_warnings():

@@ -187,7 +187,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         curves = f"{config.experiment}: {evaluation.bits_per_byte:.3f} bits per byte"
         training_curves(progress.history, folder.curves, title=curves)
         results["seconds"] = time.perf_counter() - started
-        folder.save_results(config, results, str(accelerator.device))
+        folder.save_results(config, results, accelerator.device)
         checkpoints.finish()  # last: without results the run can still be resumed
     is_main = accelerator.is_main_process
     accelerator.end_training()

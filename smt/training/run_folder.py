@@ -9,10 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smt.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer, write_files
-from smt.training.environment import environment
+from smt.environment import environment
 from smt.training.progress import History
 from smt.training.settings import RunConfig
 
@@ -43,7 +44,7 @@ class RunFolder:
         """Write ``metrics_history.json``."""
         self._save_json(HISTORY_FILE, asdict(history))
 
-    def save_results(self, config: RunConfig, results: dict[str, Any], device: str) -> None:
+    def save_results(self, config: RunConfig, results: dict[str, Any], device: torch.device) -> None:
         """Write ``results.json``: the configuration, the results and where they were obtained."""
         self._save_json(RESULTS_FILE, {**config.to_dict(), "results": results, "environment": environment(device)})
 

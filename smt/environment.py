@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from smt.process import HUGE_PAGES
+
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
-    """The environment of a run on ``device``, for JSON."""
+    """What runs on ``device``, for JSON."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "revision": _revision(),
@@ -26,6 +28,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        HUGE_PAGES: os.environ.get(HUGE_PAGES),
     }
 
 
@@ -46,11 +49,13 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """The git commit of this checkout, marked when files differ from it; None outside a repository."""
+    """The git commit of this code, marked when files differ from it; None where it is not in a repository of its own."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + (" with local changes" if git("status", "--porcelain") else "")
