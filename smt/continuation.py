@@ -12,8 +12,8 @@ from smt.checkpoint import CONFIG_FILE
 from smt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from smt.model import StrideMemoryTransformer
 from smt.precision import precision
+from smt.sources import HF_CONFIG_FILE
 
-HF_CONFIG_FILE = "config.json"
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
 # Tokens held back while their last bytes are not a character; longer than any character, a broken one may not hold up the text.
 _MOST_HELD = 16

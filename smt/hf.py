@@ -17,12 +17,12 @@ from smt.hf_padding import right_padding_taken
 from smt.loss import IGNORE_INDEX
 from smt.model import StrideMemoryTransformer
 from smt.model_card import CARD_FILE, model_card
+from smt.sources import HF_CONFIG_FILE
 
 with needs_extra("hf"):
     from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-HF_CONFIG_FILE = "config.json"
 # What other models of transformers take and this one cannot give a meaning.
 _REFUSED = {
     "inputs_embeds": "the memory and the window are made of the embeddings of tokens: pass input_ids",

@@ -189,11 +189,10 @@ class StrideMemoryTransformer(nn.Module):
 
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""
-        count = lambda module: sum(parameter.numel() for parameter in module.parameters())  # noqa: E731
         return {
-            "total": count(self),
+            "total": _count(self),
             "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
-            "breakdown": {**{name: count(part) for name, part in self.parts().items()}, "lm_head": 0},
+            "breakdown": {**{name: _count(part) for name, part in self.parts().items()}, "lm_head": 0},
         }
 
     def parts(self) -> dict[str, nn.Module]:
@@ -238,3 +237,7 @@ class StrideMemoryTransformer(nn.Module):
             state.check(self.config, input_ids.shape[0])
             if state.tokens.device != device:
                 raise ValueError(f"state must be on the model's device {device}, got {state.tokens.device}")
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smt.data.tokenizer import TOKENIZER_FILES
 from smt.extras import needs_extra
 
+HF_CONFIG_FILE = "config.json"
 # In the order of preference; an index names the files that hold the parts of a large model.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -101,7 +102,7 @@ class _Hub:
 
 def _read(origin: str, find: Callable[[str], Path | None], explain: Callable[[], str]) -> Source:
     """The files of a model; ``find`` gives a file's path or None, ``explain`` why there may be none."""
-    path = find("config.json")
+    path = find(HF_CONFIG_FILE)
     if path is None:
         raise ValueError(f"{origin} has no config.json{explain()}")
     config = _json(path)

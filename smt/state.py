@@ -87,7 +87,6 @@ class SMTState:
     @classmethod
     def from_tensors(cls, config: SMTConfig, steps: Sequence[int], tensors: dict[str, Tensor]) -> SMTState:
         """The inverse of ``tensors``."""
-        many = lambda kind, count: tuple(tensors[f"{kind}.{index}"] for index in range(count))  # noqa: E731
         kept = KeyValues.__dataclass_fields__
         layers = range(config.transformer_n_layers)
         return cls(
@@ -95,8 +94,8 @@ class SMTState:
             steps=tuple(steps),
             tokens=tensors["tokens"],
             slots=tensors["slots"],
-            conv=many("conv", config.ssm_n_layers),
-            ssm=many("ssm", config.ssm_n_layers),
+            conv=tuple(tensors[f"conv.{index}"] for index in range(config.ssm_n_layers)),
+            ssm=tuple(tensors[f"ssm.{index}"] for index in range(config.ssm_n_layers)),
             layers=tuple(KeyValues(**{name: tensors[f"layers.{index}.{name}"] for name in kept}) for index in layers),
         )
 

@@ -35,8 +35,8 @@ def run(options: argparse.Namespace, started: float) -> int:
     if out is None:
         raise ValueError("smt eval --hf needs --out FOLDER for its files")
     from smt.device import find_device
-    from smt.evaluation.run import EvaluationConfig, data_named, evaluate_subjects
-    from smt.evaluation.subjects import data_of_run, open_causal_lm, open_run
+    from smt.evaluation.run import EvaluationConfig, evaluate_subjects
+    from smt.evaluation.subjects import data_named, data_of_run, open_causal_lm, open_run
 
     tasks = {} if options.tasks is None else {"tasks": tuple(filter(None, options.tasks.split(",")))}
     config = EvaluationConfig(documents=options.documents, trials=options.trials, seed=options.seed, **tasks)

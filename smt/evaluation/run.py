@@ -16,7 +16,7 @@ from smt.checkpoint import write_files
 from smt.data.documents import Corpus
 from smt.data.recall import RecallTask, words
 from smt.data.settings import DataConfig
-from smt.data.sources import SOURCES, read_corpus
+from smt.data.sources import read_corpus
 from smt.evaluation import plots
 from smt.evaluation.ablation import NO_WRITES, Ablation, ablate, slot_reach, without_writes
 from smt.evaluation.needle import ENGLISH, needle_in_haystack, recall_style, usual_lengths
@@ -267,20 +267,6 @@ TASKS: dict[str, Callable[[EvaluationRun], None]] = {
     "ablation": _ablation,
     "pooling": _pooling,
 }
-
-
-def data_named(name: str) -> DataConfig:
-    """The source of that name, or the file or folder there.
-
-    Raises:
-        ValueError: neither.
-    """
-    if name in SOURCES and name not in ("text", "dataset"):
-        return DataConfig(source=name)
-    if Path(name).exists():
-        return DataConfig(text=name)
-    sources = ", ".join(source for source in SOURCES if source not in ("text", "dataset"))
-    raise ValueError(f"data must be a file, a folder or one of {sources}, got {name!r}")
 
 
 def _with_memory(run: EvaluationRun, task: str) -> list[Subject]:

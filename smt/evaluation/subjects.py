@@ -12,6 +12,7 @@ import yaml
 from smt.baselines import FullAttentionGPT2
 from smt.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.data.settings import DataConfig
+from smt.data.sources import SOURCES
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.scorer import CausalLMScorer, Scorer, SMTScorer
 from smt.extras import needs_extra
@@ -91,6 +92,20 @@ def open_causal_lm(source: str, device: torch.device, context: int | None = None
         ) from tried[-1]
     scorer = CausalLMScorer(model.to(device).eval(), context)
     return Subject(Path(source).name, scorer, Tokenizer.pretrained(source))
+
+
+def data_named(name: str) -> DataConfig:
+    """The source of that name, or the file or folder there.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name in SOURCES and name not in ("text", "dataset"):
+        return DataConfig(source=name)
+    if Path(name).exists():
+        return DataConfig(text=name)
+    sources = ", ".join(source for source in SOURCES if source not in ("text", "dataset"))
+    raise ValueError(f"data must be a file, a folder or one of {sources}, got {name!r}")
 
 
 def data_of_run(folder: str | Path) -> DataConfig | None:

@@ -1,0 +1,153 @@
+"""A run from text to the folder that it leaves."""
+
+import json
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_training import run_config
+
+from smt import StrideMemoryTransformer
+from smt.data.local import read_text
+from smt.data.tokenizer import Tokenizer
+from smt.evaluation.perplexity import Evaluation
+from smt.evaluation.subjects import open_run
+from smt.training.run import run
+from smt.training.settings import RunConfig
+from smt.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("run")
+    return run(run_config(tmp_path, steps=4), tmp_path / "out")
+
+
+class TestRun:
+    def test_a_slow_first_step_does_not_end_a_run_bounded_by_time(self, tmp_path, monkeypatch):
+        step, calls = Trainer._step, []
+
+        def slow_at_first(*arguments, **options):
+            calls.append(None)
+            time.sleep(2.0 if len(calls) == 1 else 0.0)
+            return step(*arguments, **options)
+
+        monkeypatch.setattr(Trainer, "_step", slow_at_first)
+        outcome = run(run_config(tmp_path, minutes=0.2, sample_tokens=0), tmp_path / "out")
+        assert outcome.progress.step > 10
+        assert outcome.results["seconds"] < 12
+
+    def test_folder_holds_everything_and_nothing_half_written(self, outcome):
+        names = {path.name for path in outcome.folder.iterdir()}
+        assert names == {
+            "config.yaml", "results.json", "metrics_history.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json", "training_curves.png", "checkpoints",
+        }  # fmt: skip
+        assert outcome.folder.parent.name == "tiny"
+
+    def test_results_and_history_have_their_keys(self, outcome):
+        results = json.loads((outcome.folder / "results.json").read_text())
+        assert set(results) == {
+            "experiment", "architecture", "model", "data", "training", "results", "environment"
+        }  # fmt: skip
+        assert {
+            "best_val_loss", "best_val_ppl", "best_step", "final_val_loss", "final_val_ppl", "val_bits_per_byte",
+            "tokens_per_second",
+        } <= set(results["results"])  # fmt: skip
+        assert results["results"]["final_val_ppl"] == pytest.approx(math.exp(results["results"]["final_val_loss"]))
+        history = json.loads((outcome.folder / "metrics_history.json").read_text())
+        assert set(history) == {"train_loss", "train_steps", "val_loss", "val_ppl", "eval_steps"}
+        assert history["eval_steps"] == [2, 4] and len(history["train_loss"]) == len(history["train_steps"])
+
+    def test_saved_model_tokenizer_and_config_give_the_reported_loss(self, outcome):
+        config = RunConfig.from_dict(yaml.safe_load((outcome.folder / "config.yaml").read_text()))
+        assert config == outcome.config
+        model = StrideMemoryTransformer(config.model)
+        model.load_state_dict(load_file(outcome.folder / "model.safetensors"))
+        tokenizer = Tokenizer.load(outcome.folder)
+        assert tokenizer.vocab_size == config.model.vocab_size
+        text = "".join(document.text for document in read_text(config.data.text).validation)  # one of five files
+        tokens = torch.tensor([tokenizer.end_of_document, *tokenizer.encode(text), tokenizer.end_of_document])[None]
+        loss = model.eval().loss(tokens[:, :-1], tokens[:, 1:])[0].item()
+        assert loss == pytest.approx(outcome.results["best_val_loss"], rel=1e-4)
+        assert outcome.evaluation.n_bytes == len(text.encode())
+
+    def test_an_interrupted_save_leaves_the_old_weights(self, outcome, monkeypatch):
+        from smt.training.run_folder import RunFolder
+
+        folder, weights = RunFolder(outcome.folder), outcome.folder / "model.safetensors"
+        before = weights.read_bytes()
+
+        def fails(tensors, path, metadata):
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+
+        monkeypatch.setattr("safetensors.torch.save_file", fails)
+        with pytest.raises(OSError, match="disk full"):
+            folder.save_weights(StrideMemoryTransformer(outcome.config.model).state_dict())
+        assert weights.read_bytes() == before
+
+    @pytest.mark.parametrize("eval_documents", [None, 1, 99])
+    def test_evaluation_reads_all_held_out_documents_unless_the_settings_bound_it(self, tmp_path, eval_documents):
+        folder = tmp_path / "texts"
+        folder.mkdir()
+        for index in range(30):
+            (folder / f"{index}.txt").write_text(f"word{index} " * (10 + index))
+        config = run_config(tmp_path, steps=1, evaluations=1, sample_tokens=0)
+        config = replace(config, data=replace(config.data, eval_documents=eval_documents))
+        sizes = [len(document.text.encode()) for document in read_text(config.data.text).validation]
+        assert len(sizes) > 1
+        assert run(config, tmp_path / "out").evaluation.n_bytes == sum(sizes[:eval_documents])
+
+    def test_the_best_weights_are_kept_when_later_ones_are_worse(self, tmp_path, monkeypatch):
+        from smt.training import run as module
+
+        losses = iter([3.0, 2.0, 4.0])
+        weights = []
+
+        def evaluation(objective, *arguments, **options):
+            weights.append({name: tensor.clone() for name, tensor in objective.model.state_dict().items()})
+            return Evaluation(nats=next(losses), n_targets=1, n_bytes=1)
+
+        monkeypatch.setattr(module, "evaluate", evaluation)
+        outcome = run(run_config(tmp_path, steps=6, evaluations=3, sample_tokens=0), tmp_path / "out")
+        assert outcome.results["best_step"] == 4 and outcome.results["best_val_loss"] == 2.0
+        kept = load_file(outcome.folder / "model.safetensors")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in weights[1].items())
+
+    def test_a_tracker_is_told_settings_losses_and_rates(self, tmp_path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        config = run_config(tmp_path, steps=20, evaluations=2, report_to=["tensorboard"], sample_tokens=0)
+        outcome = run(config, tmp_path / "out")
+        events = [EventAccumulator(str(path.parent)).Reload() for path in outcome.folder.rglob("events.out.tfevents.*")]
+        scalars = {tag: [event.step for event in log.Scalars(tag)] for log in events for tag in log.Tags()["scalars"]}
+        assert scalars["train_loss"] == scalars["learning_rate"] == [10, 20] and scalars["val_loss"] == [10, 20]
+
+    def test_a_tracker_that_is_not_installed_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="report_to names wandb, which is not installed: pip install wandb"):
+            run(run_config(tmp_path, report_to=["wandb"]), tmp_path / "out")
+
+    def test_a_gpt2_trains_and_is_evaluated_in_the_same_way(self, tmp_path):
+        config = run_config(tmp_path, steps=20, evaluations=2, sample_tokens=3, learning_rate=0.01)
+        config = replace(config, architecture="gpt2", data=replace(config.data, eval_chunk_length=8))
+        outcome = run(config, tmp_path / "out")
+        losses = outcome.progress.history.val_loss
+        assert losses[1] < losses[0] and outcome.results["parameters"] < 270 * 16 + 8 * 16 + 16 * 16 * 13
+        subject = open_run(outcome.folder, torch.device("cpu"))
+        text = "".join(document.text for document in read_text(config.data.text).validation)
+        tokens = subject.tokenizer.encode(text)
+        end = subject.tokenizer.end_of_document
+        (scores,) = subject.scorer.score([torch.tensor([end, *tokens, end])])
+        # Evaluation in training begins anew every 8 tokens; the scorer's windows overlap.
+        assert -scores.log_probs.mean() < losses[1] + 0.05 and subject.name == "GPT-2"
+
+    def test_a_gpu_that_is_not_there_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="device 'cuda' was asked for, but PyTorch finds no GPU"):
+            run(run_config(tmp_path, device="cuda", steps=1), tmp_path / "out")

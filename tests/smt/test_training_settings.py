@@ -1,0 +1,115 @@
+"""A run's settings are checked and written down; its clock says how far it is."""
+
+import pytest
+from tiny_training import run_config
+
+from smt.training.clock import Clock, schedule
+from smt.training.settings import CONFIG_FOLDER, RunConfig, TrainingConfig
+
+
+class TestSettings:
+    def test_written_and_read_they_are_the_same(self, tmp_path):
+        config = run_config(tmp_path)
+        config.to_yaml(tmp_path / "config.yaml")
+        assert RunConfig.from_yaml(tmp_path / "config.yaml") == config
+
+    def test_the_packaged_example_is_valid_and_bounded_to_five_minutes(self):
+        config = RunConfig.from_yaml("stdlib")
+        assert config.training.steps is None and config.training.minutes < 5
+        assert config.model.encoding == "stream" and config.model.pool_source == "window" and config.model.write_group == 8
+
+    @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_every_packaged_example_is_valid_and_named_after_its_file(self, path):
+        assert RunConfig.from_yaml(path.stem).experiment == path.stem
+
+    def test_overrides_find_their_part_and_are_read_as_its_types(self):
+        overrides = {"stride": "10", "encoding": "token", "writes": "false", "steps": "none", "learning_rate": "1e-3"}
+        overrides["text"] = "x"
+        config = RunConfig.from_yaml("stdlib", overrides)
+        assert (config.model.stride, config.model.encoding, config.model.writes) == (10, "token", False)
+        assert (config.training.steps, config.training.learning_rate, config.data.text) == (None, 1e-3, "x")
+
+    @pytest.mark.parametrize(
+        ("overrides", "error", "message"),
+        [
+            ({"strid": "1"}, ValueError, "no setting 'strid'; did you mean 'stride'"),
+            ({"stride": "99"}, ValueError, "stride must lie in 1..m_input_tokens = 1..50, got 99"),
+            ({"d_model": "wide"}, TypeError, "d_model must be of type int, got 'wide'"),
+            ({"batch_size": "0"}, ValueError, "batch_size must be at least 1, got 0"),
+            ({"minutes": "-1"}, ValueError, "minutes must be above 0, got -1.0"),
+            ({"minutes": "nan"}, ValueError, "minutes must be above 0, got nan"),
+            ({"steps": "1.5"}, TypeError, "steps must be of type int | None, got '1.5'"),
+            ({"warmup": "1"}, ValueError, r"warmup must lie in \[0, 1\), got 1.0"),
+            ({"weight_decay": "-0.1"}, ValueError, "weight_decay must be at least 0, got -0.1"),
+            ({"match_scale": "true"}, ValueError, "match_scale needs a mamba in init_from, got {}"),
+            ({"eval_documents": "0"}, ValueError, "eval_documents must be at least 1, got 0"),
+            ({"lr_schedule": "cosin"}, ValueError, "lr_schedule must be one of cosine, linear, constant, got 'cosin'"),
+            ({"mixed_precision": "fp8"}, ValueError, "mixed_precision must be one of auto, no, bf16, fp16, got 'fp8'"),
+            ({"report_to": "wandbb"}, ValueError, "wandbb"),
+            ({"steps": "3", "epochs": "2"}, ValueError, "a run has one bound, got steps = 3 and epochs = 2"),
+            ({"save_steps": "0"}, ValueError, "save_steps must be at least 1, got 0"),
+            ({"architecture": "gpt3"}, ValueError, "architecture must be one of smt, gpt2, got 'gpt3'"),
+            ({"architecture": "gpt2"}, ValueError, "eval_chunk_length must be at most chunk_length = 128 for architecture"),
+            ({"device": "tpu"}, ValueError, "device must be one of auto, cpu, cuda, got 'tpu'"),
+            ({"experiment": "../up"}, ValueError, "experiment must be the name of a folder"),
+        ],
+        ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+    )
+    def test_a_bad_override_is_refused(self, overrides, error, message):
+        with pytest.raises(error, match=message.replace("|", r"\|")):
+            RunConfig.from_yaml("stdlib", overrides)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[1, 2]", "must hold a mapping"),
+            ("a: [", "is not YAML"),
+            ("modle: {}", "no part 'modle'; did you mean 'model'"),
+            ("model: {strid: 1}", "model has no field 'strid'; did you mean 'stride'"),
+            ("data: 3", "data must be a mapping of fields, got 3"),
+        ],
+        ids=["list", "broken", "unknown-part", "unknown-field", "scalar-part"],
+    )
+    def test_a_bad_file_is_refused(self, tmp_path, content, message):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            RunConfig.from_yaml(tmp_path / "bad.yaml")
+
+    def test_a_missing_file_is_refused_with_the_examples(self):
+        with pytest.raises(ValueError, match=r"one of the examples \(.*stdlib.*\), got 'missing'"):
+            RunConfig.from_yaml("missing")
+
+
+class TestClock:
+    def test_by_steps_progress_is_the_share_of_steps(self):
+        clock = Clock(TrainingConfig(steps=8, minutes=1e-9), 0.0)
+        clock.steps = 2
+        assert clock.progress == 0.25
+
+    def test_by_time_the_reserve_is_kept_and_what_came_before_counts(self):
+        now = 30.0
+        clock = Clock(TrainingConfig(minutes=2), 0.0, now=lambda: now)  # 30 of 120 seconds are gone
+        clock.reserve = 20.0
+        assert clock.progress == 0.0
+        now = 65.0
+        assert clock.progress == 0.5
+        now = 100.0
+        assert clock.progress == 1.0
+
+    def test_an_estimate_of_the_end_never_takes_more_than_half_of_the_time(self):
+        now = 0.0
+        clock = Clock(TrainingConfig(minutes=2), 0.0, now=lambda: now)
+        clock.reserve, now = 1000.0, 30.0
+        assert clock.progress == 0.5
+
+    def test_without_time_left_a_run_is_over_at_once(self):
+        assert Clock(TrainingConfig(minutes=1), 0.0, now=lambda: 61.0).progress == 1.0
+
+    @pytest.mark.parametrize(
+        ("shape", "progress", "share"),
+        [("cosine", 0.1, 1.0), ("cosine", 0.55, 0.5), ("linear", 0.55, 0.5), ("linear", 1.2, 0.0), ("constant", 0.9, 1.0)]
+        + [(shape, 0.05, 0.5) for shape in ("cosine", "linear", "constant")],
+    )
+    def test_learning_rate_rises_then_follows_its_schedule(self, shape, progress, share):
+        config = TrainingConfig(warmup=0.1, lr_schedule=shape)
+        assert schedule(config, progress) == pytest.approx(share)
