@@ -17,7 +17,7 @@ CHOICES = {
     "encoding": ("token", "stride", "stream"),
     "empty_slots": ("mask", "zero"),
     "pool_source": ("window", "tokens"),
-    "slot_gate": ("learned", "open", "closed"),
+    "slot_gate": ("learned", "opening", "open", "closed"),
 }
 
 # Sizes of the source documents, by the name that they use.
@@ -67,8 +67,9 @@ class SMTConfig:
         pool_source: a write pools the whole ``window`` or only its ``tokens``.
         pooling_norm: divide every pooled entry by its root mean square first.
         write_group: writes whose pooling sees only the slots of earlier groups, so that they run as one scan.
-        slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, from 1 on;
-            ``open``: 1, as published; ``closed``: 0, a control whose slots take attention and tell nothing.
+        slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, from 1 on; ``opening``:
+            learned from 0 on, so that slots tell nothing until they have something to tell; ``open``: 1, as published;
+            ``closed``: 0, a control whose slots take attention and tell nothing.
         writes: False switches the memory off (the no-writes control): no slot ever exists, whatever ``empty_slots``.
         initializer_range: standard deviation of fresh weights.
         rope_theta: base of the rotary frequencies of ``stream``.

@@ -24,6 +24,9 @@ from smt.windows import Span, cut_windows, window_cache, window_layout
 from smt_kernels import WindowSpec, stream_attention, window_attention
 
 NORM_EPS = 1e-5
+# A gate is this times its parameter: Adam moves every number by about the learning rate in a step, and a gate that is shut has a
+# long way to go.
+GATE_RATES = {"learned": 1.0, "opening": 5.0}
 
 
 class Attention(nn.Module):
@@ -40,13 +43,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, sum(self.sizes))
         self.proj = nn.Linear(config.d_model, config.d_model)
         self.gating = config.slot_gate if config.n_ssm_outputs else "open"
-        if self.gating == "learned":
+        if self.gating in GATE_RATES:
             self.slot_gate = nn.Parameter(torch.empty(config.n_kv_heads, 1))
 
     def slot_values(self, v: Tensor) -> Tensor:
         """What is attended to of the values v (..., H_kv, D) of slots."""
-        if self.gating == "learned":
-            return v * self.slot_gate.to(v.dtype)
+        if self.gating in GATE_RATES:
+            return v * (GATE_RATES[self.gating] * self.slot_gate).to(v.dtype)
         return v if self.gating == "open" else torch.zeros_like(v)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,8 +106,8 @@ class Decoder(nn.Module):
                 nn.init.zeros_(linear.bias)
             for residual in (block.attention.proj, block.down):
                 nn.init.normal_(residual.weight, std=std / math.sqrt(2 * len(self.blocks)))
-            if block.attention.gating == "learned":
-                nn.init.ones_(block.attention.slot_gate)
+            if block.attention.gating in GATE_RATES:
+                nn.init.constant_(block.attention.slot_gate, float(block.attention.gating == "learned"))
         nn.init.normal_(self.slot_type if self.config.encoding == "stream" else self.positions, std=std)
 
     def encode_windows(

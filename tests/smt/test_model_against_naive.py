@@ -44,8 +44,9 @@ def compare(length, n, m, stride, encoding, empty_slots, pool_source, pooling_no
         pooling_norm=pooling_norm, write_group=write_group, slot_gate=slot_gate,
     )  # fmt: skip
     gates = None if slot_gate == "open" else [torch.zeros(4) for _ in model.decoder.blocks]
-    if slot_gate == "learned":
-        gates = [block.attention.slot_gate.detach()[:, 0] for block in model.decoder.blocks]
+    if slot_gate in ("learned", "opening"):
+        rate = 5 if slot_gate == "opening" else 1
+        gates = [rate * block.attention.slot_gate.detach()[:, 0] for block in model.decoder.blocks]
     ids = torch.randint(VOCAB, (2, length))
     pooling = model.memory.pooling
     with torch.no_grad():
@@ -86,19 +87,19 @@ def test_the_published_configuration_equals_the_naive_loop():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("slot_gate", ["learned", "open", "closed"])
+@pytest.mark.parametrize("slot_gate", ["learned", "opening", "open", "closed"])
 @pytest.mark.parametrize("encoding", ["token", "stride"])
 def test_gates_scale_what_heads_read_from_slots(encoding, slot_gate):
     compare(40, 4, 10, 4, encoding, "mask", "window", True, 8, slot_gate)
 
 
-def test_fresh_gates_are_open_and_slots_take_attention_behind_closed_ones(fresh_gates):
+def test_fresh_gates_are_open_or_closed_and_slots_take_attention_behind_closed_ones(fresh_gates):
     ids = torch.randint(VOCAB, (1, 60))
-    learned, opened, closed, without = (
+    learned, opened, opening, closed, without = (
         build(0, 4, 10, 4, slot_gate=gate, writes=writes)[0](ids)[0]
-        for gate, writes in (("learned", True), ("open", True), ("closed", True), ("closed", False))
+        for gate, writes in (("learned", True), ("open", True), ("opening", True), ("closed", True), ("closed", False))
     )
-    assert torch.equal(learned, opened)
+    assert torch.equal(learned, opened) and torch.equal(opening, closed)
     assert not torch.allclose(closed[:, 30:], opened[:, 30:], atol=1e-3)
     assert not torch.allclose(closed[:, 30:], without[:, 30:], atol=1e-3)
 
