@@ -24,8 +24,8 @@ from smt.windows import Span, cut_windows, window_cache, window_layout
 from smt_kernels import WindowSpec, stream_attention, window_attention
 
 NORM_EPS = 1e-5
-# A gate is this times its parameter: Adam moves every number by about the learning rate in a step, and a gate that is shut has a
-# long way to go.
+# A gate is this times its parameter: Adam moves every number by about the learning rate in a step, and one that begins at 0 has
+# a long way to go.
 GATE_RATES = {"learned": 1.0, "opening": 5.0}
 
 
