@@ -144,8 +144,8 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         say(loaded, flush=True)
     if accelerator.process_index:  # the same weights on every process, but dropout of its own
         torch.manual_seed(config.training.seed + accelerator.process_index)
-    n_parameters = model.count_parameters()["total"]
-    say(f"vocabulary {config.model.vocab_size:,}; {n_parameters:,} parameters on {accelerator.device}", flush=True)
+    size = f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters"
+    say(f"{size} on {accelerator.device}", flush=True)
 
     clock = Clock(config.training, started, epoch_targets=text.train.n_targets)
     trainer = Trainer(model, text.train, config.data, config.training, clock, accelerator, counted=text.train.counted)
@@ -161,7 +161,26 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         folder.save_config(config)
     start_trackers(accelerator, config, path)
     evaluation = _train(trainer, text, config, folder, checkpoints)
-    progress, weights = trainer.progress, trainer.weights()
+    outcome = _finish(trainer, text, config, folder, evaluation, started)
+    if outcome.is_main:
+        checkpoints.finish()  # last: without results the run can still be resumed
+    accelerator.end_training()
+    return outcome
+
+
+def _finish(
+    trainer: Trainer, text: TokenizedCorpus, config: RunConfig, folder: RunFolder, evaluation: Evaluation, started: float
+) -> Outcome:
+    """Sample, plot and write the results, on the first process; all processes must come here."""
+    accelerator, progress, weights, sample = trainer.accelerator, trainer.progress, trainer.weights(), ("", "")
+    if accelerator.is_main_process:
+        model = trainer.model
+        if is_sharded(model):
+            model = _model(config)
+            model.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
+        sample = _sample(model, text.validation[0], config, text.tokenizer)
+        curves = f"{config.experiment}: {evaluation.bits_per_byte:.3f} bits per byte"
+        training_curves(progress.history, folder.curves, title=curves)
     results = {
         **progress.best,
         "final_val_loss": evaluation.loss,
@@ -169,7 +188,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         "val_bits_per_byte": evaluation.bits_per_byte,
         "val_tokens": evaluation.n_targets,
         "val_bytes": evaluation.n_bytes,
-        "parameters": n_parameters,
+        "parameters": trainer.model.count_parameters()["total"],
         "steps": progress.step,
         "train_tokens": progress.n_tokens,
         "padding": progress.padding,
@@ -177,21 +196,9 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         "training_seconds": progress.seconds,
         "seconds": time.perf_counter() - started,
     }
-    sample = "", ""
     if accelerator.is_main_process:
-        plain = model
-        if is_sharded(model):
-            plain = _model(config)
-            plain.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
-        sample = _sample(plain, text.validation[0], config, text.tokenizer)
-        curves = f"{config.experiment}: {evaluation.bits_per_byte:.3f} bits per byte"
-        training_curves(progress.history, folder.curves, title=curves)
-        results["seconds"] = time.perf_counter() - started
         folder.save_results(config, results, accelerator.device)
-        checkpoints.finish()  # last: without results the run can still be resumed
-    is_main = accelerator.is_main_process
-    accelerator.end_training()
-    return Outcome(config, path, evaluation, progress, sample, results, is_main)
+    return Outcome(config, folder.path, evaluation, progress, sample, results, accelerator.is_main_process)
 
 
 def _model(config: RunConfig) -> StrideMemoryTransformer | FullAttentionGPT2:
