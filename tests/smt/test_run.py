@@ -28,7 +28,8 @@ def outcome(tmp_path_factory):
 
 
 class TestRun:
-    def test_a_slow_first_step_does_not_end_a_run_bounded_by_time(self, tmp_path, monkeypatch):
+    # ``outcome`` has paid for the imports.
+    def test_a_slow_first_step_does_not_end_a_run_bounded_by_time(self, outcome, tmp_path, monkeypatch):
         step, calls = Trainer._step, []
 
         def slow_at_first(*arguments, **options):
@@ -37,9 +38,9 @@ class TestRun:
             return step(*arguments, **options)
 
         monkeypatch.setattr(Trainer, "_step", slow_at_first)
-        outcome = run(run_config(tmp_path, minutes=0.2, sample_tokens=0), tmp_path / "out")
-        assert outcome.progress.step > 10
-        assert outcome.results["seconds"] < 12
+        bounded = run(run_config(tmp_path, minutes=0.2, sample_tokens=0), tmp_path / "out")
+        assert bounded.progress.step > 10
+        assert bounded.results["seconds"] < 12
 
     def test_folder_holds_everything_and_nothing_half_written(self, outcome):
         names = {path.name for path in outcome.folder.iterdir()}
