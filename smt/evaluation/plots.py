@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,42 @@ if TYPE_CHECKING:
 # The marker shifts by one where the colours begin again.
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 MARKERS = "osD^vP"
+# A bin of a difference between models with fewer tokens shows chance alone.
+LEAST_TOKENS = 64
 
 
 def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, int], path: str | Path) -> None:
     """Loss over position for each model, with its 95 % interval; ``marks`` are vertical lines at positions, by name."""
     figure, axes = _figure()
+    _draw_positions(axes, results, marks)
+    axes.set(ylabel="loss (nats per token)")
+    axes.set_title("loss by position, with 95 % intervals over documents", fontsize=11)
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def plot_position_differences(results: Mapping[str, LossByPosition], control: str, path: str | Path) -> None:
+    """How much more each model loses than the control, over position, linear to ±0.02 and logarithmic beyond.
+
+    Bins of fewer than ``LEAST_TOKENS`` tokens are left out where a longer one exists.
+    """
+    figure, axes = _figure()
+    most = max(mean.n_tokens for result in results.values() for mean in result.bins if mean is not None)
+    least = min(LEAST_TOKENS, most)
+    shown = {
+        name: replace(result, bins=tuple(mean if mean and mean.n_tokens >= least else None for mean in result.bins))
+        for name, result in results.items()
+    }
+    _draw_positions(axes, shown, {})
+    axes.axhline(0.0, color="0.3", linewidth=1)
+    axes.set_yscale("symlog", linthresh=0.02)
+    axes.set(ylabel=f"loss more than {control} (nats per token)")
+    axes.set_title("below 0 the model predicts better than the control", fontsize=11)
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def _draw_positions(axes: Axes, results: Mapping[str, LossByPosition], marks: Mapping[str, int]) -> None:
     for index, (name, result) in enumerate(results.items()):
         # The middle of a bin on the logarithmic axis.
         bins = [
@@ -42,7 +74,7 @@ def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, in
         low, high = ([mean.nats + sign * mean.margin for _, mean in known] for sign in (-1, 1))
         axes.fill_between([middle for middle, _ in known], low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set_xscale("log")
-    axes.set(xlabel="position in the document (tokens before)", ylabel="loss (nats per token)")
+    axes.set(xlabel="position in the document (tokens before)")
     axes.grid(alpha=0.3, which="both")
     for name, position in marks.items():
         axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
@@ -58,9 +90,6 @@ def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, in
             fontsize=8,
             color="0.3",
         )
-    axes.set_title("loss by position, with 95 % intervals over documents", fontsize=11)
-    _legend_below(figure, axes)
-    _save(figure, path)
 
 
 def plot_needles(results: Mapping[str, NeedleGrid], path: str | Path) -> None:
@@ -190,7 +219,7 @@ def _legend_below(figure: Figure, axes: Axes, handles: list[Any] | None = None) 
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # a long legend would be cut
 
 
 def _mean(grid: NeedleGrid) -> float:

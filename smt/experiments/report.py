@@ -13,7 +13,7 @@ from smt.checkpoint import write_files
 from smt.data.sources import read_corpus
 from smt.device import find_device
 from smt.evaluation.ablation import slot_reach
-from smt.evaluation.plots import plot_positions
+from smt.evaluation.plots import plot_position_differences, plot_positions
 from smt.evaluation.position import loss_by_position
 from smt.evaluation.scorer import TokenScores
 from smt.evaluation.subjects import open_run
@@ -70,6 +70,8 @@ def report_study(study: Study, outcomes: Sequence[CellOutcome], folder: str | Pa
             for label, score in scores.items()
             if controls.get(label) in scores and controls[label] != label
         }
+        for name in dict.fromkeys(controls[label] for label in differences):
+            files.append(_plot_differences(scores, name, [label for label in differences if controls[label] == name], folder))
         if differences:
             first, named = next(iter(differences.values())), {controls[label] for label in differences}
             notes.append(
@@ -122,6 +124,23 @@ def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Seque
         if len(positions) == 1:  # else it is another one in every cell
             marks[name] = positions.pop()
     write_files({path: lambda partial: plot_positions(curves, marks, partial)})
+    return path
+
+
+def _plot_differences(scores: Mapping[str, Sequence[TokenScores]], control: str, labels: Sequence[str], folder: Path) -> Path:
+    """How much more the cells ``labels`` lose than ``control``, by position."""
+    path = folder / f"loss_more_than_{control}.png"
+    budget = f"{control.partition(',')[0]},"
+    curves = {
+        label.removeprefix(budget): loss_by_position(
+            [
+                TokenScores(score.log_probs - of_control.log_probs, score.greedy)
+                for score, of_control in zip(scores[label], scores[control], strict=True)
+            ]
+        )
+        for label in labels
+    }
+    write_files({path: lambda partial: plot_position_differences(curves, control, partial)})
     return path
 
 

@@ -39,8 +39,8 @@ def test_every_cell_of_the_grid_has_a_run_in_a_folder_of_its_label(study):
         assert f"encoding={values['model']['encoding']},pool_source={values['model']['pool_source']}" == label
 
 
-def test_the_table_is_sorted_by_perplexity_in_three_formats_beside_two_plots(study):
-    for name in ("ablation_results.png", "loss_by_position.png"):
+def test_the_table_is_sorted_by_perplexity_in_three_formats_beside_its_plots(study):
+    for name in ("ablation_results.png", "loss_by_position.png", f"loss_more_than_{LABELS[0]}.png"):
         assert (study / name).read_bytes().startswith(b"\x89PNG")
     values = json.loads((study / "ablation_results.json").read_text())
     perplexities = [row["perplexity"] for row in values["runs"]]
@@ -146,7 +146,7 @@ def config_of(texts, folder):
         (["--grid", "stride=8,16", "--control", "8"], "control has no '8'; did you mean 'stride=8'?"),
         (["--grid", "stride=8,16", "--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--grid", "stride=8,16", "--name", "a/b"], "name must be that of a folder, got 'a/b'"),
-        (["--study", "missing"], "study must be a YAML file or one of those packaged (switches), got 'missing'"),
+        (["--study", "missing"], "study must be a YAML file or one of those packaged (novels, switches), got 'missing'"),
         (["--study", "switches", "--config", "missing"], "config must be a YAML file or one of the examples"),
     ],
     ids=["field", "no-value", "twice", "empty", "equal", "range", "override", "control", "jobs", "name", "study", "config"],
