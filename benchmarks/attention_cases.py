@@ -126,13 +126,18 @@ def attention_cases(sizes: AttentionSizes, *, backward: bool, with_flex: bool) -
         return of_length
 
     cases = [Case(FULL, prepare(full_attention, lambda length: None), cost=lambda length: length**2)]
-    limit = lambda length: full_attention_ratio(length, window.size)  # noqa: E731
+
+    def limit(length):
+        return full_attention_ratio(length, window.size)
+
     obstacles = {"blocked": lambda length: None, "triton": triton_obstacle(sizes), "reference": _reference_obstacle(sizes)}
     for backend, obstacle in obstacles.items():
         run = _stream(window, backend)
         cost = (lambda length: length**2) if backend == "reference" else (lambda length: length)
         cases.append(Case(f"stream_attention, {backend}", prepare(run, obstacle), cost=cost, limit=limit))
-    run = lambda *tensors: flex_attention(*tensors, window=window)  # noqa: E731
+
+    def run(*tensors):
+        return flex_attention(*tensors, window=window)
 
     def prepare_flex(length: int) -> Callable[[], object]:
         call = prepare(run, flex_obstacle(sizes, backward, with_flex))(length)

@@ -54,7 +54,10 @@ class DecodeCases:
 
     def decoding(self) -> list[Case]:
         """``stride`` tokens per call, at a context; the first case is the baseline."""
-        gpt2 = lambda context: 1e4 + context  # noqa: E731  (only to predict the next context's time)
+
+        def gpt2(context):  # only to predict the next context's time
+            return 1e4 + context
+
         return [
             Case(DYNAMIC, self._dynamic, gpt2, calibrate=False),
             Case(STATIC, self._static, gpt2, calibrate=False),
@@ -73,12 +76,22 @@ class DecodeCases:
 
     def prefill(self) -> list[Case]:
         """All tokens of a context in one call, and the logits of the last."""
-        linear = lambda length: length  # noqa: E731
-        quadratic = lambda length: length * gpt2_training_cost(self.config, length).total  # noqa: E731
-        gpt2 = lambda ids: self.gpt2(ids, use_cache=True, logits_to_keep=1)  # noqa: E731
+
+        def linear(length):
+            return length
+
+        def quadratic(length):
+            return length * gpt2_training_cost(self.config, length).total
+
+        def gpt2(ids):
+            return self.gpt2(ids, use_cache=True, logits_to_keep=1)
+
         cases = [Case(DYNAMIC, lambda length: self._reading(gpt2, length), quadratic)]
         for encoding, model in self.models.items():
-            read = lambda ids, model=model: model(ids, last_only=True)  # noqa: E731
+
+            def read(ids, model=model):
+                return model(ids, last_only=True)
+
             cases.append(Case(f"SMT {encoding}", lambda length, read=read: self._reading(read, length), linear))
         return cases
 

@@ -30,7 +30,10 @@ def training_cases(config: SMTConfig, lengths: list[int], batch: int, device: to
     """The cases of the table, GPT-2 first; the fields of ``VARIANTS`` replace those of ``config``."""
     try:
         gpt2 = build_gpt2(config, n_positions=max(lengths)).to(device).train()
-        prepare = lambda length: _step(gpt2, lambda ids: gpt2(ids, labels=ids).loss, _batch(config, length, batch, device))  # noqa: E731
+
+        def prepare(length):
+            return _step(gpt2, lambda ids: gpt2(ids, labels=ids).loss, _batch(config, length, batch, device))
+
     except ImportError as error:
         reason = str(error)
 

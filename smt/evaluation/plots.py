@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 MARKERS = "osD^vP"
 # A bin of a difference between models with fewer tokens shows chance alone.
-LEAST_TOKENS = 64
+LEAST_TOKENS = 256
 
 
 def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, int], path: str | Path) -> None:

@@ -136,7 +136,8 @@ def _plot_differences(scores: Mapping[str, Sequence[TokenScores]], control: str,
             [
                 TokenScores(score.log_probs - of_control.log_probs, score.greedy)
                 for score, of_control in zip(scores[label], scores[control], strict=True)
-            ]
+            ],
+            bins_per_octave=1,
         )
         for label in labels
     }

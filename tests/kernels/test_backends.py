@@ -176,7 +176,10 @@ def test_importing_and_running_need_neither_triton_nor_a_gpu():
 @pytest.mark.parametrize("backend", ["reference", "blocked", TRITON])
 def test_autocast_does_not_reach_into_an_operation(backend):
     generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=generator).requires_grad_()  # noqa: E731
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
     tokens, w_q, w_k = random(2, 40, 16), random(16, 16), random(16, 16)
     q, k, v, memory_k, memory_v = random(1, 40, 2, 16), random(1, 40, 2, 16), random(1, 40, 2, 16), *random(2, 1, 2, 2, 16)
     window = WindowSpec(n_memory=2, n_tokens=20, stride=16)

@@ -75,7 +75,10 @@ def test_fake_tensors_never_reach_the_implementation(call):
 
 def test_compiled_code_holds_the_operator(call):
     graphs = []
-    backend = lambda graph, _: graphs.append(graph.code) or graph  # noqa: E731
+
+    def backend(graph, _):
+        return graphs.append(graph.code) or graph
+
     compiled = torch.compile(lambda x: call(x, 3.0), fullgraph=True, backend=backend)
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
     assert "smt_kernels_tests.double" in graphs[0]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_stream_attention import BACKENDS, FAST_BACKENDS, TRITON, Case, make_problem, spec
+from stream_attention_problem import BACKENDS, FAST_BACKENDS, TRITON, Case, make_problem, spec
 from torch import Tensor
 
 from smt_kernels import WindowSpec, last_choice, stream_attention

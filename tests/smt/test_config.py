@@ -54,7 +54,10 @@ def test_derived_sizes():
 
 
 def test_presets_are_the_sizes_of_the_source_documents():
-    sizes = lambda config: (config.n_ssm_outputs, config.m_input_tokens, config.stride)  # noqa: E731
+
+    def sizes(config):
+        return (config.n_ssm_outputs, config.m_input_tokens, config.stride)
+
     assert sizes(SMTConfig.preset("wikitext")) == (15, 50, 16)
     assert sizes(SMTConfig.preset("pg19")) == (20, 80, 25)
     small = SMTConfig.preset("small", vocab_size=100)

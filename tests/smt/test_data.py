@@ -33,14 +33,20 @@ def stdlib():
 
 class TestStandardLibrary:
     def test_held_out_packages_are_whole_and_disjoint_from_training(self, stdlib):
-        top = lambda part: {document.name.split("/")[0] for document in part}  # noqa: E731
+
+        def top(part):
+            return {document.name.split("/")[0] for document in part}
+
         assert top(stdlib.validation) <= set(HELD_OUT_PACKAGES)
         assert {"email", "http", "json"} <= top(stdlib.validation)
         assert not top(stdlib.train) & set(HELD_OUT_PACKAGES)
         assert not {document.text for document in stdlib.train} & {document.text for document in stdlib.validation}
 
     def test_held_out_documents_do_not_resemble_training_ones(self, stdlib):
-        long_lines = lambda part: [line for d in part for line in map(str.strip, d.text.splitlines()) if len(line) >= 20]  # noqa: E731
+
+        def long_lines(part):
+            return [line for d in part for line in map(str.strip, d.text.splitlines()) if len(line) >= 20]
+
         seen, held_out = set(long_lines(stdlib.train)), long_lines(stdlib.validation)
         assert sum(line in seen for line in held_out) < 0.1 * len(held_out)
 

@@ -164,7 +164,9 @@ class TestResuming:
     @MODES
     @pytest.mark.parametrize("n_before", [0, 1, 7, 30, 61])
     def test_it_goes_on_with_the_same_batches(self, together, n_before):
-        make = lambda: DocumentWalk(numbered(), batch_size=3, length=5, lanes=2, seed=3, together=together)  # noqa: E731
+        def make():
+            return DocumentWalk(numbered(), batch_size=3, length=5, lanes=2, seed=3, together=together)
+
         walk = make()
         batches = iter(walk)
         for _ in range(n_before):
@@ -217,7 +219,9 @@ class TestProcesses:
             assert equal(batch, Batch(batch.lane, **joined))
 
     def test_a_loader_hands_on_its_batches_with_and_without_a_worker(self):
-        make = lambda: DocumentWalk(numbered(), batch_size=3, length=8, epochs=1)  # noqa: E731
+        def make():
+            return DocumentWalk(numbered(), batch_size=3, length=8, epochs=1)
+
         for num_workers in (0, 1):
             loaded = list(DataLoader(make(), batch_size=None, num_workers=num_workers))
             assert all(map(equal, loaded, make())) and loaded

@@ -31,8 +31,13 @@ def test_gradients_match_finite_differences():
 
 def test_it_errs_at_most_twice_as_much_as_that_of_pytorch():
     norm, x = fresh(torch.float32)
-    theirs = lambda x, weight: F.rms_norm(x, (6,), weight, norm.eps)  # noqa: E731
-    ours = lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,))  # noqa: E731
+
+    def theirs(x, weight):
+        return F.rms_norm(x, (6,), weight, norm.eps)
+
+    def ours(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
     inputs = x, norm.weight
     exact = results(theirs, *(t.double() for t in inputs))
     assert_within_budget(results(ours, *inputs), exact, results(theirs, *inputs))

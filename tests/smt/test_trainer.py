@@ -40,7 +40,10 @@ class TestLoop:
 
     def test_a_chunk_weighs_as_much_as_it_has_targets(self, monkeypatch):
         gradients = []
-        keep = lambda self, parameters, norm: gradients.append([parameter.grad for parameter in parameters])  # noqa: E731
+
+        def keep(self, parameters, norm):
+            return gradients.append([parameter.grad for parameter in parameters])
+
         monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", keep)
         batches = recorded_batches(monkeypatch)
         train_tiny(steps=1)

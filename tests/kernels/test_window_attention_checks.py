@@ -1,0 +1,101 @@
+"""Window attention is a citizen of PyTorch: its operators pass opcheck and compile, and bad arguments are named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from window_attention_problem import BACKENDS, FAST_BACKENDS, Case, make_problem
+
+from smt_kernels import window_attention
+
+
+def operator_arguments(backend: str, device: str) -> tuple:
+    problem = make_problem(Case(6, tail=4, heads=2, kv_heads=1, head_dim=16, n_memory=2), torch.float32, device)
+    q, k, v = (x.clone().requires_grad_() for x in (problem.q[:, -4:], problem.k, problem.v))
+    return q, k, v, problem.valid_memory, problem.valid_tokens, 2, 0.25, backend
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_the_operators_pass_opcheck(backend, device):
+    arguments = operator_arguments(backend, device)
+    operators = torch.ops.smt_kernels
+    torch.library.opcheck(operators.window_attention.default, arguments)
+    q, k, v, *rest = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    out, lse = operators.window_attention(q, k, v, *rest)
+    torch.library.opcheck(operators.window_attention_backward.default, (torch.randn_like(q), q, k, v, out, lse, *rest))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_compiles_without_graph_breaks(backend, device):
+    problem = make_problem(Case(20, tail=8, kv_heads=1, head_dim=16, n_memory=5), torch.float32, device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return window_attention(q * 1.0, k, v, backend=backend, **problem.options()).sin()
+
+    def results(function) -> list[Tensor]:
+        inputs = [x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, problem.grad)]
+
+    torch._dynamo.reset()
+    compiled = results(torch.compile(call, fullgraph=True, backend="aot_eager"))
+    for actual, expected in zip(compiled, results(call), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def good_arguments() -> dict[str, object]:
+    q, k, v = torch.zeros(2, 6, 4, 8), torch.zeros(2, 6, 2, 8), torch.zeros(2, 6, 2, 8)
+    counts = torch.tensor([0, 2], dtype=torch.int32)
+    return {"q": q, "k": k, "v": v, "n_memory": 2, "valid_memory": counts, "valid_tokens": counts, "tail": None}
+
+
+BAD_ARGUMENTS = {
+    "q is no tensor": ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+    "q has three dimensions": ({"q": torch.zeros(6, 4, 8)}, ValueError, "q must have shape (N, W, H, D), got (6, 4, 8)"),
+    "q is of integers": ({"q": torch.zeros(2, 6, 4, 8, dtype=torch.int32)}, TypeError, "q must be a floating-point tensor"),
+    "q is empty": ({"q": torch.zeros(2, 6, 0, 8)}, ValueError, "q must not be empty in H"),
+    "q is neither whole nor a tail": ({"q": torch.zeros(2, 3, 4, 8)}, ValueError, "q must hold W = 6 entries per window, got"),
+    "q is not the tail asked for": (
+        {"q": torch.zeros(2, 3, 4, 8), "tail": 2}, ValueError, "q must hold W = 6 or tail = 2 entries per window, got 3",
+    ),
+    "k has other windows": ({"k": torch.zeros(3, 6, 2, 8)}, ValueError, "(N=2, W, H_kv, D=8), got (3, 6, 2, 8)"),
+    "k has another head size": ({"k": torch.zeros(2, 6, 2, 4)}, ValueError, "k must have shape (N=2, W, H_kv, D=8)"),
+    "k has another dtype": ({"k": torch.zeros(2, 6, 2, 8).half()}, TypeError, "k must have the dtype of q, torch.float32"),
+    "v has another length": ({"v": torch.zeros(2, 5, 2, 8)}, ValueError, "v must have shape (N=2, W=6, H_kv=2, D=8)"),
+    "v is on another device": (
+        {"v": torch.zeros(2, 6, 2, 8, device="meta")}, ValueError, "v must be on the device of q, cpu, got meta",
+    ),
+    "heads do not divide": (
+        {name: torch.zeros(2, 6, 3, 8) for name in "kv"}, ValueError, "q has 4 heads, which is not a multiple of the 3",
+    ),
+    "the window is too long": (
+        {name: torch.zeros(2, 129, 2, 8) for name in "qkv"}, ValueError, "a window holds at most 128 entries, got W = 129",
+    ),
+    "tail is zero": ({"tail": 0}, ValueError, "tail must lie in 1..W = 1..6, got 0"),
+    "tail is too long": ({"tail": 7}, ValueError, "tail must lie in 1..W = 1..6, got 7"),
+    "n_memory is negative": ({"n_memory": -1}, ValueError, "n_memory must lie in 0..W = 0..6, got -1"),
+    "n_memory is too large": ({"n_memory": 7}, ValueError, "n_memory must lie in 0..W = 0..6, got 7"),
+    "counts are of another dtype": (
+        {"valid_memory": torch.tensor([0, 2])}, TypeError, "valid_memory must be int32, got torch.int64",
+    ),
+    "counts are of another length": (
+        {"valid_tokens": torch.zeros(3, dtype=torch.int32)}, ValueError, "valid_tokens must have shape (N=2), got (3,)",
+    ),
+    "counts are too large": (
+        {"valid_memory": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, "valid_memory must lie in 0..2, got [0, 3]",
+    ),
+    "counts are negative": (
+        {"valid_tokens": torch.tensor([-1, 3], dtype=torch.int32)}, ValueError, "valid_tokens must lie in 0..4, got [-1, 3]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(bad):
+    changes, error, message = BAD_ARGUMENTS[bad]
+    with pytest.raises(error, match=re.escape(message)):
+        window_attention(**good_arguments() | changes)
+    window_attention(**good_arguments())
