@@ -22,7 +22,7 @@ class Encoded:
     """What encoding tokens gives.
 
     Attributes:
-        hidden: (B, T, d) after the decoder's final norm.
+        hidden: (B, T, d) after the decoder's final norm, with what the newest slot adds.
         state: the state of every row after its last token.
         weights: (B, K, W) pooling weights of the writes, zeros behind those of a row with fewer than K; None if not asked for.
     """
@@ -70,6 +70,10 @@ def encode_chunk(
         )
     else:
         hidden, layers = model.decoder.encode_windows(tokens, slots, first, stops)
+    if config.reads_out and config.writes:
+        steps = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
+        newest = config.window.writes_before(steps) - 1 - slots.first
+        hidden = model.decoder.slot_readout(hidden, slots.values, newest[None])
     next_state = SMTState(
         config=config,
         steps=tuple(stops),

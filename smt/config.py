@@ -42,6 +42,7 @@ PUBLISHED = {
     "write_group": 1,
     "pooling_norm": False,
     "slot_gate": "open",
+    "slot_readout": False,
 }
 
 
@@ -70,6 +71,8 @@ class SMTConfig:
         slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, from 1 on; ``opening``:
             learned from 0 on, so that slots tell nothing until they have something to tell; ``open``: 1, as published;
             ``closed``: 0, a control whose slots take attention and tell nothing.
+        slot_readout: the newest slot also moves the logits directly, by a matrix that is zero at first (``smt.readout``);
+            False: slots are only attended to, as published. Closed gates close it too.
         writes: False switches the memory off (the no-writes control): no slot ever exists, whatever ``empty_slots``.
         initializer_range: standard deviation of fresh weights.
         rope_theta: base of the rotary frequencies of ``stream``.
@@ -100,6 +103,7 @@ class SMTConfig:
     pooling_norm: bool = True
     write_group: int = 8
     slot_gate: str = "learned"
+    slot_readout: bool = True
     writes: bool = True
     initializer_range: float = 0.02
     rope_theta: float = 10000.0
@@ -155,7 +159,7 @@ class SMTConfig:
 
     @classmethod
     def published(cls, **overrides: Any) -> SMTConfig:
-        """Every switch as in the published description: ``token``, ``zero``, groups of 1, no pooling norm, open gates."""
+        """Every switch as published: ``token``, ``zero``, groups of 1, no pooling norm, open gates, no readout."""
         return cls.from_dict({**PUBLISHED, **overrides})
 
     @classmethod
@@ -200,6 +204,11 @@ class SMTConfig:
     def window_size(self) -> int:
         """Entries in the window, W = n + m."""
         return self.n_ssm_outputs + self.m_input_tokens
+
+    @property
+    def reads_out(self) -> bool:
+        """Whether the newest slot moves the logits directly."""
+        return self.slot_readout and self.n_ssm_outputs > 0 and self.slot_gate != "closed"
 
     @property
     def write_frequency(self) -> float:

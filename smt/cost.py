@@ -30,7 +30,7 @@ class Cost:
         attention: scores and weighted values in the decoder.
         pooling: attention pooling of the memory.
         ssm: the Mamba stack of the memory.
-        head: logits.
+        head: logits, and what the newest slot adds to them.
     """
 
     projections: float
@@ -86,7 +86,7 @@ def smt_cost(config: SMTConfig) -> Cost:
         attention=attention,
         pooling=memory * pooling_products(config, entries, form_keys=False),
         ssm=memory * ssm_products(config),
-        head=_head_products(config),
+        head=_head_products(config) + memory * readout_products(config),
     )
 
 
@@ -135,6 +135,11 @@ def ssm_products(config: SMTConfig) -> int:
     inner, rank, state = config.ssm_d_inner, config.dt_rank, config.ssm_d_state
     projections = config.d_model * 2 * inner + inner * (rank + 2 * state) + rank * inner + inner * config.d_model
     return config.ssm_n_layers * (projections + config.ssm_d_conv * inner + 3 * inner * state)
+
+
+def readout_products(config: SMTConfig) -> int:
+    """What a slot tells the head directly."""
+    return config.d_model**2 if config.reads_out else 0
 
 
 def break_even_context(config: SMTConfig) -> int:
@@ -197,7 +202,8 @@ def decode_bytes(config: SMTConfig, element_size: int) -> float:
     """Bytes that one decoded token of one sequence must read: decoder, head, state, and once per write the memory's weights."""
     weights = decoder_parameters(config) + config.vocab_size * config.d_model
     memory = (ssm_parameters(config) + 2 * config.d_model * config.d_k) / config.stride if config.writes else 0.0
-    return element_size * (weights + memory + state_floats(config))
+    readout = readout_products(config) if config.writes else 0  # decoding reads its matrix for every token
+    return element_size * (weights + readout + memory + state_floats(config))
 
 
 def gpt2_decode_bytes(config: SMTConfig, context: int, element_size: int) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smt.config import SMTConfig
+from smt.readout import SlotReadout
 from smt.rings import from_ring, to_ring
 from smt.rotary import Rotation, rotate, rotation
 from smt.state import KeyValues
@@ -92,6 +93,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.transformer_n_layers))
         self.norm = nn.LayerNorm(config.d_model, eps=NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
+        self.slot_readout = SlotReadout(config) if config.reads_out else None
         if config.encoding == "stream":
             self.slot_type = nn.Parameter(torch.empty(config.d_model))
         else:
@@ -108,6 +110,8 @@ class Decoder(nn.Module):
                 nn.init.normal_(residual.weight, std=std / math.sqrt(2 * len(self.blocks)))
             if block.attention.gating in GATE_RATES:
                 nn.init.constant_(block.attention.slot_gate, float(block.attention.gating == "learned"))
+        if self.slot_readout is not None:
+            self.slot_readout.reset_parameters()
         nn.init.normal_(self.slot_type if self.config.encoding == "stream" else self.positions, std=std)
 
     def encode_windows(

@@ -32,6 +32,12 @@ def decode_step(model: StrideMemoryTransformer, input_ids: Tensor, state: SMTSta
     rows, index = torch.tensor([range(len(steps)), newest], device=embedded.device)
     state.tokens[rows, index] = embedded
     hidden = _ENCODE[config.encoding](model.decoder, embedded, state)
+    if config.reads_out and config.writes:
+        written = [config.window.writes_before(step) for step in steps]
+        newest = [((count - 1) % config.n_state_slots, min(count, 1) - 1) for count in written]
+        index, exists = torch.tensor(list(zip(*newest, strict=True)), device=embedded.device)
+        slots = state.slots[rows, index].to(hidden.dtype)
+        hidden = model.decoder.slot_readout(hidden[:, None], slots[:, None], exists[:, None])[:, 0]
     made = config.window.writes_made
     writers = [row for row, step in enumerate(steps) if config.writes and made(step + 1) > made(step)]
     weights = None

@@ -29,7 +29,7 @@ def test_the_command_writes_a_checkpoint_and_prints_its_report(gpt2, mamba, tmp_
         f"Mamba from {mamba}",
         "  loaded (",
         "positions beyond the window",
-        "  fresh (3)",
+        "  fresh (4)",
         str(out),
     ):
         assert phrase in printed.out

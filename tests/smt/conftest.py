@@ -1,4 +1,4 @@
-"""Models of these tests have gates of their own for every head; fresh ones are all the same."""
+"""Models of these tests have gates of their own for every head, and read slots out; fresh ones are all the same, and do not."""
 
 import pytest
 import torch
@@ -8,19 +8,22 @@ from smt.decoder import Decoder
 initialise = Decoder.initialise
 
 
-def initialise_and_set_gates(decoder: Decoder) -> None:
+def initialise_and_open(decoder: Decoder) -> None:
     initialise(decoder)
     generator = torch.Generator().manual_seed(0)
     for block in decoder.blocks:
         if hasattr(block.attention, "slot_gate"):
             gate = block.attention.slot_gate.data
             gate.copy_(0.5 + torch.rand(gate.shape, generator=generator))
+    if decoder.slot_readout is not None:
+        weight = decoder.slot_readout.weight.data
+        weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def various_gates():
+def open_memory():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "initialise", initialise_and_set_gates)
+        patch.setattr(Decoder, "initialise", initialise_and_open)
         yield
 
 

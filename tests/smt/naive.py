@@ -34,7 +34,9 @@ def gated(gpt2, gates, slots_present):
     return [layer.attn.c_attn.register_forward_hook(hook(gate)) for layer, gate in zip(gpt2.h, gates, strict=True)]
 
 
-def naive_forward(ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encoding, empty, source, norm, group, gates=None):
+def naive_forward(
+    ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encoding, empty, source, norm, group, gates=None, readout=None
+):
     """Logits (B, T, V), write steps, and weights per write; one GPT-2 call per step, on the existing entries of its window."""
     present = []
     hooks = gated(gpt2, gates, lambda: sum(position < n for position in present)) if gates is not None else []
@@ -58,6 +60,8 @@ def naive_forward(ids, embedding, gpt2, mamba, w_q, w_k, *, n, m, stride, encodi
         hidden = gpt2(
             inputs_embeds=torch.stack([window[position] for position in present], dim=1), position_ids=torch.tensor([present])
         ).last_hidden_state[:, -1]
+        if readout is not None and written > 0:
+            hidden = hidden + rms(slots[-1]) @ readout.T
         logits.append(hidden @ embedding.T)
         if t > 0 and t % stride == 0:
             w = len(slots)

@@ -32,7 +32,8 @@ def test_a_converted_checkpoint_has_the_sources_sizes_and_weights(gpt2, mamba, t
     recurrent = MambaForCausalLM.from_pretrained(mamba).backbone
     assert torch.equal(model.memory.ssm.layers[1].mixer.in_proj.weight, recurrent.layers[1].mixer.in_proj.weight)
     assert set(report.fresh) == {
-        "memory.pooling.w_q.weight", "memory.pooling.w_k.weight", "decoder.blocks.0.attention.slot_gate"
+        "memory.pooling.w_q.weight", "memory.pooling.w_k.weight", "decoder.blocks.0.attention.slot_gate",
+        "decoder.slot_readout.weight",
     }  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "start" / name).read_bytes() == (gpt2 / name).read_bytes()

@@ -27,7 +27,7 @@ def settings(texts: Path, rows: int) -> dict:
         "model": {
             "vocab_size": 270, "d_model": 16, "d_k": 8, "dropout": 0.0, "n_ssm_outputs": 3, "m_input_tokens": 6, "stride": 2,
             "write_group": 2, "transformer_n_layers": 1, "transformer_n_heads": 2, "ssm_n_layers": 1, "ssm_d_state": 4,
-            "slot_gate": "open",  # conftest.py sets those of this process alone
+            "slot_gate": "open", "slot_readout": False,  # conftest.py opens the memory of this process alone
         },
         "data": {
             "text": str(texts), "batch_size": rows, "chunk_length": 16, "lanes": 2, "eval_batch_size": rows,

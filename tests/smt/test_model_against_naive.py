@@ -38,21 +38,28 @@ def build(seed, n, m, stride, **switches):
     return model, gpt2, mamba
 
 
-def compare(length, n, m, stride, encoding, empty_slots, pool_source, pooling_norm, write_group, slot_gate="learned"):
+def compare(
+    length, n, m, stride, encoding, empty_slots, pool_source, pooling_norm, write_group, slot_gate="learned", slot_readout=True
+):
     model, gpt2, mamba = build(
         length, n, m, stride, encoding=encoding, empty_slots=empty_slots, pool_source=pool_source,
-        pooling_norm=pooling_norm, write_group=write_group, slot_gate=slot_gate,
+        pooling_norm=pooling_norm, write_group=write_group, slot_gate=slot_gate, slot_readout=slot_readout,
     )  # fmt: skip
     gates = None if slot_gate == "open" else [torch.zeros(4) for _ in model.decoder.blocks]
     if slot_gate in ("learned", "opening"):
         rate = 5 if slot_gate == "opening" else 1
         gates = [rate * block.attention.slot_gate.detach()[:, 0] for block in model.decoder.blocks]
+    readout = None
+    if slot_readout and slot_gate != "closed":
+        readout = model.decoder.slot_readout.weight
+        assert readout.std() > 0.1, "a matrix of zeros tells nothing"
     ids = torch.randint(VOCAB, (2, length))
     pooling = model.memory.pooling
     with torch.no_grad():
         expected, write_steps, weights = naive_forward(
             ids, model.embedding.weight, gpt2, mamba, pooling.w_q.weight, pooling.w_k.weight, n=n, m=m, stride=stride,
             encoding=encoding, empty=empty_slots, source=pool_source, norm=pooling_norm, group=write_group, gates=gates,
+            readout=readout,
         )  # fmt: skip
         logits, aux = model(ids, return_weights=True)
     assert aux.write_steps == write_steps
@@ -83,14 +90,15 @@ def test_the_published_configuration_equals_the_naive_loop():
     config = SMTConfig.published(vocab_size=VOCAB)
     compare(
         130, config.n_ssm_outputs, config.m_input_tokens, config.stride, config.encoding, config.empty_slots,
-        config.pool_source, config.pooling_norm, config.write_group, config.slot_gate,
+        config.pool_source, config.pooling_norm, config.write_group, config.slot_gate, config.slot_readout,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("slot_readout", [True, False], ids=["readout", "no-readout"])
 @pytest.mark.parametrize("slot_gate", ["learned", "opening", "open", "closed"])
 @pytest.mark.parametrize("encoding", ["token", "stride"])
-def test_gates_scale_what_heads_read_from_slots(encoding, slot_gate):
-    compare(40, 4, 10, 4, encoding, "mask", "window", True, 8, slot_gate)
+def test_gates_scale_what_heads_read_from_slots_and_closed_ones_close_the_readout(encoding, slot_gate, slot_readout):
+    compare(40, 4, 10, 4, encoding, "mask", "window", True, 8, slot_gate, slot_readout)
 
 
 def test_fresh_gates_are_open_or_closed_and_slots_take_attention_behind_closed_ones(fresh_gates):

@@ -66,7 +66,7 @@ def test_the_decoder_on_a_window_is_gpt2_on_it(encoding, form):
     source = randomised(gpt2()).eval()
     if form is GPT2Model:
         source = source.transformer
-    model = smt(encoding=encoding, slot_gate="open").eval()
+    model = smt(encoding=encoding, slot_gate="open", slot_readout=False).eval()
     model.load_gpt2(source)
     window = model.config.window
     step = window.write_step(window.n_memory) + window.stride  # the end of a block, with every slot and token there
@@ -113,7 +113,7 @@ def test_the_reports_name_every_parameter():
     report = model.load_gpt2(gpt2())
     every = {name for name, _ in model.named_parameters()}
     assert set(report.loaded) | set(report.fresh) == every and not set(report.loaded) & set(report.fresh)
-    assert all(name.startswith("memory.") or name.endswith(".slot_gate") for name in report.fresh)
+    assert all(name.startswith("memory.") or name.endswith((".slot_gate", "slot_readout.weight")) for name in report.fresh)
     assert report.skipped == {"wpe.weight[65:]": "positions beyond the window"}
     report = model.load_mamba(mamba())
     assert all(name.startswith("memory.ssm.") for name in report.loaded)
@@ -261,7 +261,12 @@ def test_a_report_reads_as_a_table_and_two_add_up():
     assert "\n  skipped (1)\n    wpe.weight[65:]: positions beyond the window\n" in text
     both = first + second
     gates = [f"decoder.blocks.{layer}.attention.slot_gate" for layer in range(2)]
-    assert sorted(both.fresh) == [*gates, "memory.pooling.w_k.weight", "memory.pooling.w_q.weight"]
+    assert sorted(both.fresh) == [
+        *gates,
+        "decoder.slot_readout.weight",
+        "memory.pooling.w_k.weight",
+        "memory.pooling.w_q.weight",
+    ]
     assert set(both.loaded) | set(both.fresh) == {name for name, _ in model.named_parameters()}
     assert both.skipped.keys() == {"wpe.weight[65:]", "embeddings.weight"}
 

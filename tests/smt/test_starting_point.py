@@ -53,7 +53,7 @@ def test_sources_fill_the_model_and_their_tokenizer_reads_the_text(texts, gpt2, 
     model = StrideMemoryTransformer.from_pretrained(outcome.folder)
     assert torch.equal(model.embedding.weight, GPT2LMHeadModel.from_pretrained(gpt2).transformer.wte.weight)
     assert Tokenizer.load(outcome.folder).vocab_size == GPT2_TOKENS
-    assert "  fresh (3)\n    memory.pooling.w_q.weight" in capsys.readouterr().out
+    assert "  fresh (4)\n    memory.pooling.w_q.weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("match_scale", [False, True], ids=["loaded-scale", "matched-scale"])
