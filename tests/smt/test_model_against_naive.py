@@ -112,6 +112,16 @@ def test_fresh_gates_are_open_or_closed_and_slots_take_attention_behind_closed_o
     assert not torch.allclose(closed[:, 30:], without[:, 30:], atol=1e-3)
 
 
+def test_a_fresh_readout_tells_nothing_and_learns_from_every_token_after_the_first_write(fresh_gates):
+    ids = torch.randint(VOCAB, (1, 60))
+    model, without = (build(0, 4, 10, 4, slot_readout=readout)[0] for readout in (True, False))
+    hidden, _ = model.encode(ids)
+    assert torch.equal(hidden, without.encode(ids)[0]) and without.decoder.slot_readout is None
+    for step, learns in ((4, False), (5, True), (59, True)):
+        (gradient,) = torch.autograd.grad(hidden[0, step].sum(), model.decoder.slot_readout.weight, retain_graph=True)
+        assert bool(gradient.any()) == learns
+
+
 def test_one_hundred_tokens_make_six_writes():
     model, _, _ = build(0, 15, 50, 16)
     _, aux = model(torch.randint(VOCAB, (1, 100)))
