@@ -255,6 +255,8 @@ class SMTConfig:
                 f"  writes       one every {self.stride} steps ({self.write_frequency:.2%}), in groups of {self.write_group}, "
                 f"pooling the {self.pool_source!r}; each token is pooled {self.coverage:.1f} times"
                 + ("" if self.writes else " (switched off)"),
+                f"  slots        gates {self.slot_gate!r}, "
+                + ("the newest read out to the head" if self.reads_out else "no readout"),
                 f"  transformer  {self.transformer_n_layers} layers, width {self.d_model}, {self.transformer_n_heads} heads of "
                 f"{self.head_dim} ({self.n_kv_heads} for keys and values)",
                 f"  memory       {self.ssm_n_layers} Mamba layers, state {self.ssm_d_state}, conv {self.ssm_d_conv}, "
