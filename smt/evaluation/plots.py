@@ -52,8 +52,8 @@ def plot_position_differences(results: Mapping[str, LossByPosition], control: st
     _draw_positions(axes, shown, {})
     axes.axhline(0.0, color="0.3", linewidth=1)
     axes.set_yscale("symlog", linthresh=0.02)
-    axes.set(ylabel=f"loss more than {control} (nats per token)")
-    axes.set_title("below 0 the model predicts better than the control", fontsize=11)
+    axes.set(ylabel="difference of losses (nats per token)")
+    axes.set_title(f"below 0 the model predicts better than {control}; 95 % intervals over documents", fontsize=11)
     _legend_below(figure, axes)
     _save(figure, path)
 
