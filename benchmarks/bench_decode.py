@@ -24,7 +24,7 @@ from report import draw_decoding, write_json
 
 from smt import SMTConfig
 from smt.environment import environment
-from smt.process import use_huge_pages
+from smt.process import keep_freed_memory, restart_with_threads, use_huge_pages
 
 SECTIONS = ("prefill", "decode", "constancy", "all")
 CONTEXTS = [256 * 8**i for i in range(4)]
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-prefill", type=_number, help="tokens read to come to a context; default 2048, quick 512")
     parser.add_argument("--max-gib", type=float, default=4.0, help="largest KV cache that is built")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=_number, help="CPU threads; default: PyTorch's")
+    parser.add_argument("--threads", type=_number, help="CPU threads (OMP_NUM_THREADS); default: PyTorch's")
     parser.add_argument("--max-seconds", type=float, help="for all calls of one measurement; default 20, quick 2")
     parser.add_argument("--repeats", type=_number, help="calls of one measurement at most; default 9, quick 3")
     parser.add_argument("--d-model", type=_number, default=256, help="width, a multiple of 64; heads are of 64")
@@ -80,9 +80,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; 1 if decoding disagrees with the forward pass."""
     options = parse(arguments)
-    use_huge_pages()
     if options.threads:
-        torch.set_num_threads(options.threads)
+        restart_with_threads(options.threads)
+    use_huge_pages()
+    keep_freed_memory()
     torch.manual_seed(0)
     device = torch.device(options.device)
     described = environment(device)

@@ -26,7 +26,7 @@ from training_cases import training_cases
 
 from smt import SMTConfig
 from smt.environment import environment
-from smt.process import use_huge_pages
+from smt.process import keep_freed_memory, restart_with_threads, use_huge_pages
 from smt_kernels import WindowSpec
 
 ATTENTION_LENGTHS = [512 * 2**i for i in range(8)]
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=_positive, default=1, help="sequences")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of attention alone; training steps are fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=_positive, help="CPU threads; default: PyTorch's")
+    parser.add_argument("--threads", type=_positive, help="CPU threads (OMP_NUM_THREADS); default: PyTorch's")
     parser.add_argument("--max-seconds", type=float, help="for all calls of one measurement; default 120, quick 3")
     parser.add_argument("--repeats", type=_positive, help="calls of one measurement at most; default 15, quick 3")
     parser.add_argument("--quick", action="store_true", help="short lengths, no FlexAttention; under a minute on 2 cores")
@@ -66,9 +66,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; 1 if an implementation disagrees with the reference."""
     options = parse(arguments)
-    use_huge_pages()
     if options.threads:
-        torch.set_num_threads(options.threads)
+        restart_with_threads(options.threads)
+    use_huge_pages()
+    keep_freed_memory()
     torch.manual_seed(0)
     device = torch.device(options.device)
     described = environment(device)

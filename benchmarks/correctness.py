@@ -20,6 +20,7 @@ class WrongResult(Exception):
 
 
 LENGTH = 200  # several times the window, so that both halves are full, partly empty and moving
+HEADS = 12  # with few numbers the largest error of plain PyTorch, and so the budget, is a matter of luck
 NAMES = ("grad_q", "grad_k", "grad_v", "grad_memory_k", "grad_memory_v")
 
 
@@ -30,7 +31,7 @@ def check_attention(sizes: AttentionSizes, implementation: str, *, backward: boo
         WrongResult: an error larger than twice that of plain PyTorch in the same precision.
     """
     window = sizes.window
-    small = dataclasses.replace(sizes, batch=1, n_heads=min(sizes.n_heads, 2))
+    small = dataclasses.replace(sizes, batch=1, n_heads=HEADS)
     inputs = small.inputs(LENGTH, requires_grad=backward)
     grad_out = torch.randn_like(inputs[0])
 

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from smt.cli.parser import Parser, UsageError
 from smt.fields import nearest
-from smt.process import sleep_while_waiting, use_huge_pages
+from smt.process import keep_freed_memory, sleep_while_waiting, use_huge_pages
 
 COMMANDS = {
     "train": "train a model on text, evaluate it on held-out documents, and leave the run in a folder",
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     sleep_while_waiting()
     use_huge_pages()
+    keep_freed_memory()
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or [""]
     try:
         with warnings.catch_warnings():

@@ -17,7 +17,7 @@ from smt_kernels.stream_attention.strips import Run, runs
 from smt_kernels.window import WindowSpec
 
 # Scores per chunk: with fewer the time goes to Python, with more the keys, values and their gradients leave the cache.
-CHUNK_SCORES = 2**17
+CHUNK_SCORES = 2**18
 
 
 @dataclass(frozen=True)
@@ -33,30 +33,30 @@ class Chunk:
         """The query rows of x (B, T, H, D): (batch * blocks, kv heads, group * queries, D) in the accumulation dtype."""
         x = self.run.queries.gather(x[self.batch], self.run.n_blocks).flatten(0, 1)
         if self.group > 1:
-            x = x.unflatten(2, (-1, self.group)).movedim(3, 1).flatten(1, 2)
-        return x.transpose(1, 2).to(_accumulation(x.dtype))
+            x = x.unflatten(1, (-1, self.group)).flatten(2, 3)
+        return x.to(_accumulation(x.dtype))
 
     def set_queries(self, x: Tensor, values: Tensor) -> None:
         """The inverse of ``queries``: write the rows that exist to x (B, T, H, D)."""
-        values = values.transpose(1, 2)
         if self.group > 1:
-            values = values.unflatten(1, (self.group, -1)).movedim(1, 3).flatten(2, 3)
-        x = x[self.batch]
-        self.run.queries.write(x, values.reshape(len(x), -1, *x.shape[2:]))
+            values = values.unflatten(2, (self.group, -1)).flatten(1, 2)
+        self.run.queries.write(x[self.batch], self._by_block(values))
 
     def keys(self, memory: Tensor, tokens: Tensor) -> Tensor:
         """The rows [slots | tokens] of memory and tokens: (batch * blocks, heads, keys, D) in the accumulation dtype."""
         slots = self.run.slots.gather(memory[self.batch], self.run.n_blocks)
         tokens = self.run.tokens.gather(tokens[self.batch], self.run.n_blocks)
-        keys = torch.cat([slots, tokens], dim=2)
-        return keys.flatten(0, 1).transpose(1, 2).to(_accumulation(keys.dtype))
+        keys = torch.cat([slots, tokens], dim=3).flatten(0, 1)
+        return keys.to(_accumulation(keys.dtype))
 
     def add_keys(self, memory: Tensor, tokens: Tensor, values: Tensor) -> None:
         """The transpose of ``keys``: add values (batch * blocks, heads, keys, D) to the rows of memory and tokens."""
-        values = values.transpose(1, 2).unflatten(0, (-1, self.run.n_blocks))
-        slots, values = values.split([self.run.slots.length, self.run.tokens.length], dim=2)
+        slots, values = self._by_block(values).split([self.run.slots.length, self.run.tokens.length], dim=3)
         self.run.slots.add(memory[self.batch], slots)
         self.run.tokens.add(tokens[self.batch], values)
+
+    def _by_block(self, values: Tensor) -> Tensor:
+        return values.unflatten(0, (-1, self.run.n_blocks))
 
 
 def forward(

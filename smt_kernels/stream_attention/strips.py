@@ -45,32 +45,43 @@ class Strip:
         return (row >= 0) & (row < self.size)
 
     def gather(self, x: Tensor, n_blocks: int) -> Tensor:
-        """The strips of x (B, rows, H, D), (B, n_blocks, length, H, D): a view where all rows exist, else of a padded copy."""
+        """The strips of x (B, rows, H, D), (B, n_blocks, H, length, D): a view where all rows exist, else of a padded copy."""
         start = self.start
         if not self.complete(n_blocks):
-            stop = self._stop(n_blocks)
-            first, last = _clip((start, stop), 0, self.size)
-            before = min(max(first - start, 0), stop - start)
-            x = pad(x[:, first:last], (0, 0, 0, 0, before, stop - start - before - (last - first)))
+            first, last = self._existing(n_blocks)
+            x = pad(x[:, first:last], (0, 0, 0, 0, first - start, self._stop(n_blocks) - last))
             start = 0
-        batch, _, *row = x.shape
-        of_batch, of_row, *inside = x.stride()
-        strides = of_batch, self.advance * of_row, of_row, *inside
-        return x.as_strided((batch, n_blocks, self.length, *row), strides, x.storage_offset() + start * of_row)
+        return _strips(x, start, self.advance, n_blocks, self.length)
 
     def add(self, x: Tensor, values: Tensor) -> None:
-        """The transpose of ``gather``: add values (B, n_blocks, length, H, D) to x (B, rows, H, D), in a fixed order."""
-        for i, of_block in enumerate(values.unbind(1)):
-            start = self.start + self.advance * i
-            first, last = _clip((start, start + self.length), 0, self.size)
-            if last - first < self.length:
-                of_block = of_block[:, first - start : last - start]
-            x[:, first:last].add_(of_block)
+        """The transpose of ``gather``: add values (B, n_blocks, H, length, D) to x (B, rows, H, D), in a fixed order."""
+        n_blocks, start, target = values.shape[1], self.start, x
+        if not self.complete(n_blocks):
+            start, target = 0, x.new_zeros(x.shape[0], self._stop(n_blocks) - self.start, *x.shape[2:])
+        # Blocks that are ``apart`` blocks away from each other share no rows, and are added at once.
+        apart = min(n_blocks, -(-self.length // self.advance)) if self.advance else n_blocks
+        for first in range(apart):
+            of_these = values[:, first::apart]
+            rows = _strips(target, start + self.advance * first, self.advance * apart, of_these.shape[1], self.length)
+            rows.add_(of_these)
+        if target is not x:
+            first, last = self._existing(n_blocks)
+            x[:, first:last].add_(target[:, first - self.start : last - self.start])
 
     def write(self, x: Tensor, values: Tensor) -> None:
-        """Write values (B, n_blocks * length, H, D) to the rows of x (B, rows, H, D) that exist, of strips side by side."""
-        first, last = _clip((self.start, self.start + values.shape[1]), 0, self.size)
-        x[:, first:last] = values[:, first - self.start : last - self.start]
+        """Write values (B, n_blocks, H, length, D) to x (B, rows, H, D) where rows exist, of strips side by side."""
+        n_blocks = values.shape[1]
+        if self.complete(n_blocks):
+            _strips(x, self.start, self.advance, n_blocks, self.length).copy_(values)
+        else:
+            first, last = self._existing(n_blocks)
+            x[:, first:last] = values.transpose(2, 3).flatten(1, 2)[:, first - self.start : last - self.start]
+
+    def _existing(self, n_blocks: int) -> tuple[int, int]:
+        """Of all rows of the blocks, [first, last) exist; empty, and among the blocks' rows, if none does."""
+        stop = self._stop(n_blocks)
+        first = min(max(self.start, 0), stop)
+        return first, max(min(stop, self.size), first)
 
     def _stop(self, n_blocks: int) -> int:
         return self.start + self.advance * (n_blocks - 1) + self.length
@@ -157,6 +168,14 @@ def _pieces(start: int, stop: int, window: WindowSpec, has_slots: bool) -> Itera
             end = min(stop, window.block_end(window.block_of(start)) + 1)
             yield start, end, False
             start = end
+
+
+def _strips(x: Tensor, start: int, advance: int, n_blocks: int, length: int) -> Tensor:
+    """Rows [start + advance * i, ... + length) of x (B, rows, H, D) for block i: a view (B, n_blocks, H, length, D)."""
+    batch, _, heads, width = x.shape
+    of_batch, of_row, of_head, of_column = x.stride()
+    strides = of_batch, advance * of_row, of_head, of_row, of_column
+    return x.as_strided((batch, n_blocks, heads, length, width), strides, x.storage_offset() + start * of_row)
 
 
 def _clip(interval: tuple[int, int], low: int, high: int) -> tuple[int, int]:
