@@ -17,7 +17,7 @@ CHOICES = {
     "encoding": ("token", "stride", "stream"),
     "empty_slots": ("mask", "zero"),
     "pool_source": ("window", "tokens"),
-    "slot_gate": ("learned", "opening", "open", "closed"),
+    "slot_gate": ("learned", "open", "closed"),
 }
 
 # Sizes of the source documents, by the name that they use.
@@ -68,9 +68,9 @@ class SMTConfig:
         pool_source: a write pools the whole ``window`` or only its ``tokens``.
         pooling_norm: divide every pooled entry by its root mean square first.
         write_group: writes whose pooling sees only the slots of earlier groups, so that they run as one scan.
-        slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, from 1 on; ``opening``:
-            learned from 0 on, so that slots tell nothing until they have something to tell; ``open``: 1, as published;
-            ``closed``: 0, a control whose slots take attention and tell nothing.
+        slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, nearly closed at first, so
+            that slots tell little until they have something to tell; ``open``: 1, as published; ``closed``: 0, a control whose
+            slots take attention and tell nothing.
         slot_readout: the newest slot also moves the logits directly, by a matrix that is zero at first (``smt.readout``);
             False: slots are only attended to, as published. Closed gates close it too.
         writes: False switches the memory off (the no-writes control): no slot ever exists, whatever ``empty_slots``.

@@ -25,9 +25,9 @@ from smt.windows import Span, cut_windows, window_cache, window_layout
 from smt_kernels import WindowSpec, stream_attention, window_attention
 
 NORM_EPS = 1e-5
-# A gate is this times its parameter: Adam moves every number by about the learning rate in a step, and one that begins at 0 has
-# a long way to go.
-GATE_RATES = {"learned": 1.0, "opening": 5.0}
+# A fresh gate lets little through, as a fresh slot has nothing to tell, but not none: the memory learns through it. A gate
+# is its parameter times the rate, because Adam moves every parameter by about the learning rate, and a gate has far to go.
+FRESH_GATE, GATE_RATE = 0.01, 20.0
 
 
 class Attention(nn.Module):
@@ -44,13 +44,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, sum(self.sizes))
         self.proj = nn.Linear(config.d_model, config.d_model)
         self.gating = config.slot_gate if config.n_ssm_outputs else "open"
-        if self.gating in GATE_RATES:
+        if self.gating == "learned":
             self.slot_gate = nn.Parameter(torch.empty(config.n_kv_heads, 1))
 
     def slot_values(self, v: Tensor) -> Tensor:
         """What is attended to of the values v (..., H_kv, D) of slots."""
-        if self.gating in GATE_RATES:
-            return v * (GATE_RATES[self.gating] * self.slot_gate).to(v.dtype)
+        if self.gating == "learned":
+            return v * (GATE_RATE * self.slot_gate).to(v.dtype)
         return v if self.gating == "open" else torch.zeros_like(v)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,8 +108,8 @@ class Decoder(nn.Module):
                 nn.init.zeros_(linear.bias)
             for residual in (block.attention.proj, block.down):
                 nn.init.normal_(residual.weight, std=std / math.sqrt(2 * len(self.blocks)))
-            if block.attention.gating in GATE_RATES:
-                nn.init.constant_(block.attention.slot_gate, float(block.attention.gating == "learned"))
+            if block.attention.gating == "learned":
+                nn.init.constant_(block.attention.slot_gate, FRESH_GATE / GATE_RATE)
         if self.slot_readout is not None:
             self.slot_readout.reset_parameters()
         nn.init.normal_(self.slot_type if self.config.encoding == "stream" else self.positions, std=std)

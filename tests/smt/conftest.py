@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smt.decoder import Decoder
+from smt.decoder import GATE_RATE, Decoder
 
 initialise = Decoder.initialise
 
@@ -14,7 +14,7 @@ def initialise_and_open(decoder: Decoder) -> None:
     for block in decoder.blocks:
         if hasattr(block.attention, "slot_gate"):
             gate = block.attention.slot_gate.data
-            gate.copy_(0.5 + torch.rand(gate.shape, generator=generator))
+            gate.copy_((0.5 + torch.rand(gate.shape, generator=generator)) / GATE_RATE)
     if decoder.slot_readout is not None:
         weight = decoder.slot_readout.weight.data
         weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)

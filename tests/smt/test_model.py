@@ -37,7 +37,7 @@ def test_the_loss_at_initialisation_is_that_of_a_uniform_guess(encoding):
 @pytest.mark.parametrize("empty_slots", ["mask", "zero"])
 @pytest.mark.parametrize("pool_source", ["window", "tokens"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_parameter_learns_from_one_batch_of_96_tokens(encoding, pool_source, empty_slots):
+def test_every_fresh_parameter_learns_from_one_batch_of_96_tokens(encoding, pool_source, empty_slots, fresh_gates):
     model = build(encoding=encoding, pool_source=pool_source, empty_slots=empty_slots)
     model.loss(torch.randint(211, (2, 96)))[0].backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]

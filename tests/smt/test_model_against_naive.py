@@ -46,9 +46,8 @@ def compare(
         pooling_norm=pooling_norm, write_group=write_group, slot_gate=slot_gate, slot_readout=slot_readout,
     )  # fmt: skip
     gates = None if slot_gate == "open" else [torch.zeros(4) for _ in model.decoder.blocks]
-    if slot_gate in ("learned", "opening"):
-        rate = 5 if slot_gate == "opening" else 1
-        gates = [rate * block.attention.slot_gate.detach()[:, 0] for block in model.decoder.blocks]
+    if slot_gate == "learned":
+        gates = [20 * block.attention.slot_gate.detach()[:, 0] for block in model.decoder.blocks]
     readout = None
     if slot_readout and slot_gate != "closed":
         readout = model.decoder.slot_readout.weight
@@ -95,21 +94,21 @@ def test_the_published_configuration_equals_the_naive_loop():
 
 
 @pytest.mark.parametrize("slot_readout", [True, False], ids=["readout", "no-readout"])
-@pytest.mark.parametrize("slot_gate", ["learned", "opening", "open", "closed"])
+@pytest.mark.parametrize("slot_gate", ["learned", "open", "closed"])
 @pytest.mark.parametrize("encoding", ["token", "stride"])
 def test_gates_scale_what_heads_read_from_slots_and_closed_ones_close_the_readout(encoding, slot_gate, slot_readout):
     compare(40, 4, 10, 4, encoding, "mask", "window", True, 8, slot_gate, slot_readout)
 
 
-def test_fresh_gates_are_open_or_closed_and_slots_take_attention_behind_closed_ones(fresh_gates):
+def test_fresh_gates_are_nearly_closed_and_slots_take_attention_behind_closed_ones(fresh_gates):
     ids = torch.randint(VOCAB, (1, 60))
-    learned, opened, opening, closed, without = (
-        build(0, 4, 10, 4, slot_gate=gate, writes=writes)[0](ids)[0]
-        for gate, writes in (("learned", True), ("open", True), ("opening", True), ("closed", True), ("closed", False))
+    learned, opened, closed, without = (
+        build(0, 4, 10, 4, slot_gate=gate, writes=writes)[0](ids)[0][:, 30:]
+        for gate, writes in (("learned", True), ("open", True), ("closed", True), ("closed", False))
     )
-    assert torch.equal(learned, opened) and torch.equal(opening, closed)
-    assert not torch.allclose(closed[:, 30:], opened[:, 30:], atol=1e-3)
-    assert not torch.allclose(closed[:, 30:], without[:, 30:], atol=1e-3)
+    assert 0 < (learned - closed).norm() < 0.02 * (opened - closed).norm()
+    assert not torch.allclose(closed, opened, atol=1e-3)
+    assert not torch.allclose(closed, without, atol=1e-3)
 
 
 def test_a_fresh_readout_tells_nothing_and_learns_from_every_token_after_the_first_write(fresh_gates):
