@@ -37,7 +37,7 @@ setup(
             "pytest-benchmark>=4",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
-            "tensorboard>=2.16",
+            "tensorboard>=2.17",
         ],
     },
     entry_points={"console_scripts": ["smt=smt.cli:main"]},
