@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -46,6 +47,10 @@ PUBLISHED = {
 }
 
 
+# GPT-2's standard deviation of fresh weights, and the width that it belongs to.
+INITIALIZER_STD, INITIALIZER_WIDTH = 0.02, 768
+
+
 @dataclass(frozen=True, kw_only=True)
 class SMTConfig:
     """Configuration of ``StrideMemoryTransformer``; the defaults are the WikiText sizes of the source documents.
@@ -74,7 +79,7 @@ class SMTConfig:
         slot_readout: the newest slot also moves the logits directly, by a matrix that is zero at first (``smt.readout``);
             False: slots are only attended to, as published. Closed gates close it too.
         writes: False switches the memory off (the no-writes control): no slot ever exists, whatever ``empty_slots``.
-        initializer_range: standard deviation of fresh weights.
+        initializer_range: standard deviation of fresh weights; None: ``initializer_std``, which follows the width.
         rope_theta: base of the rotary frequencies of ``stream``.
 
     Raises:
@@ -105,7 +110,7 @@ class SMTConfig:
     slot_gate: str = "learned"
     slot_readout: bool = True
     writes: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
@@ -128,8 +133,9 @@ class SMTConfig:
         if self.ssm_d_conv < 2:
             raise ValueError(f"ssm_d_conv must be at least 2, got {self.ssm_d_conv}")
         for name in ("dropout", "initializer_range"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
         if self.rope_theta <= 1.0:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
         if self.d_model % self.transformer_n_heads:
@@ -209,6 +215,16 @@ class SMTConfig:
     def reads_out(self) -> bool:
         """Whether the newest slot moves the logits directly."""
         return self.slot_readout and self.n_ssm_outputs > 0 and self.slot_gate != "closed"
+
+    @property
+    def initializer_std(self) -> float:
+        """Standard deviation of fresh weights: ``initializer_range``, or GPT-2's 0.02 at its width of 768, and at others what
+        gives as much: the variance of a sum over d terms stays when that of each falls as 1 / d."""
+        return (
+            INITIALIZER_STD * math.sqrt(INITIALIZER_WIDTH / self.d_model)
+            if self.initializer_range is None
+            else self.initializer_range
+        )
 
     @property
     def write_frequency(self) -> float:

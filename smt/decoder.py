@@ -101,7 +101,7 @@ class Decoder(nn.Module):
 
     def initialise(self) -> None:
         """Fresh weights as in GPT-2: normal, zero biases, residual projections scaled by 1 / sqrt(2 layers)."""
-        std = self.config.initializer_range
+        std = self.config.initializer_std
         for block in self.blocks:
             for linear in (block.attention.qkv, block.attention.proj, block.up, block.down):
                 nn.init.normal_(linear.weight, std=std)

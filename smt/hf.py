@@ -180,7 +180,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         # The model inside has drawn its own weights when it was built; only an embedding that is being resized is not its.
         if isinstance(module, nn.Embedding) and module is not self.model.embedding:
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=self.model.config.initializer_std)
 
     def _refuse(
         self,

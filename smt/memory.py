@@ -85,8 +85,8 @@ class StrideMemory(nn.Module):
     def initialise(self) -> None:
         """Fresh weights."""
         for linear in (self.pooling.w_q, self.pooling.w_k):
-            nn.init.normal_(linear.weight, std=self.config.initializer_range)
-        self.ssm.initialise(self.config.initializer_range)
+            nn.init.normal_(linear.weight, std=self.config.initializer_std)
+        self.ssm.initialise(self.config.initializer_std)
 
     @torch.no_grad()
     def match_scale(self, embedding: Tensor) -> None:

@@ -88,7 +88,7 @@ class StrideMemoryTransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.memory = StrideMemory(config)
         self.decoder = Decoder(config)
-        nn.init.normal_(self.embedding.weight, std=config.initializer_range)
+        nn.init.normal_(self.embedding.weight, std=config.initializer_std)
         self.memory.initialise()
         self.decoder.initialise()
 

@@ -50,7 +50,7 @@ def build_gpt2(config: SMTConfig, n_positions: int) -> GPT2LMHeadModel:
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
             attn_pdrop=0.0,  # as in SMT, whose fused kernels have no dropout on attention weights
-            initializer_range=config.initializer_range,
+            initializer_range=config.initializer_std,
             bos_token_id=0,
             eos_token_id=0,
             use_cache=False,
