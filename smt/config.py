@@ -42,6 +42,7 @@ PUBLISHED = {
     "pool_source": "window",
     "write_group": 1,
     "pooling_norm": False,
+    "pooling_dropout": 0.1,
     "slot_gate": "open",
     "slot_readout": False,
 }
@@ -62,8 +63,10 @@ class SMTConfig:
         m_input_tokens: tokens in the window, m; n + m <= 128.
         stride: steps between writes, S; 1 <= S <= m.
         d_k: width of the pooling's queries and keys.
-        dropout: probability, on embeddings, residual branches and pooling weights in training (not on attention weights:
-            the fused kernels have none).
+        dropout: probability, on embeddings and residual branches in training (not on attention weights: the fused kernels have
+            none).
+        pooling_dropout: probability, on pooling weights in training; published: 0.1. None by default: noise in what is written
+            stays in the memory, and it drowns the first faint signs by which pooling and memory learn of each other.
         transformer_n_layers, transformer_n_heads, transformer_n_kv_heads: decoder depth, query heads, and key/value heads
             (None: as many as query heads).
         ssm_n_layers, ssm_d_state, ssm_d_conv, ssm_expand_factor: the Mamba stack of the memory.
@@ -94,6 +97,7 @@ class SMTConfig:
     stride: int = 16
     d_k: int = 768
     dropout: float = 0.1
+    pooling_dropout: float = 0.0
     transformer_n_layers: int = 12
     transformer_n_heads: int = 12
     transformer_n_kv_heads: int | None = None
@@ -132,7 +136,7 @@ class SMTConfig:
             raise ValueError(f"stride must lie in 1..m_input_tokens = 1..{self.m_input_tokens}, got {self.stride}")
         if self.ssm_d_conv < 2:
             raise ValueError(f"ssm_d_conv must be at least 2, got {self.ssm_d_conv}")
-        for name in ("dropout", "initializer_range"):
+        for name in ("dropout", "pooling_dropout", "initializer_range"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")

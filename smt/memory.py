@@ -37,7 +37,7 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.w_q = nn.Linear(config.d_model, config.d_k, bias=False)
         self.w_k = nn.Linear(config.d_model, config.d_k, bias=False)
-        self.dropout = config.dropout
+        self.dropout = config.pooling_dropout
         self.normalise = config.pooling_norm
 
     def forward(
