@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from measure import Case, Unavailable
 from torch import Tensor
 
-from smt.cost import full_attention_ratio
+from smt.model.cost import full_attention_ratio
 from smt_kernels import WindowSpec, stream_attention
 from smt_kernels.backends import TRITON_DTYPES, TRITON_LIMITS
 

@@ -26,7 +26,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from roofline import BATCH, GPUS, HEADS, LAUNCH_SECONDS, LENGTH, full_attention_seconds, predicted_seconds
 
-from smt.environment import environment
+from smt.runtime.environment import environment
 from smt_kernels.testing.aot import TARGETS
 from smt_kernels.testing.audit import Key, Row, audit, budget, figures, load_budgets, violations
 from smt_kernels.testing.cases import OPERATIONS

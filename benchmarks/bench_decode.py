@@ -23,8 +23,8 @@ from measure import Case, Row, measure, time_in_turns
 from report import draw_decoding, write_json
 
 from smt import SMTConfig
-from smt.environment import environment
-from smt.process import keep_freed_memory, restart_with_threads, use_huge_pages
+from smt.runtime.environment import environment
+from smt.runtime.process import keep_freed_memory, restart_with_threads, use_huge_pages
 
 SECTIONS = ("prefill", "decode", "constancy", "all")
 CONTEXTS = [256 * 8**i for i in range(4)]

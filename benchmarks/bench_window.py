@@ -25,8 +25,8 @@ from report import draw, print_header, print_rows, write_csv, write_json
 from training_cases import training_cases
 
 from smt import SMTConfig
-from smt.environment import environment
-from smt.process import keep_freed_memory, restart_with_threads, use_huge_pages
+from smt.runtime.environment import environment
+from smt.runtime.process import keep_freed_memory, restart_with_threads, use_huge_pages
 from smt_kernels import WindowSpec
 
 ATTENTION_LENGTHS = [512 * 2**i for i in range(8)]

@@ -1,7 +1,7 @@
 """The published claims beside what counting gives: ``python benchmarks/claims.py`` prints them as a Markdown table.
 
 The published sizes: GPT-2 small (12 layers, d = 768), Mamba with 24 layers, W = 65, S = 16. What counts as a multiply-add (MAC)
-is said in ``smt.cost``.
+is said in ``smt.model.cost``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from smt.config import SMTConfig
-from smt.cost import (
+from smt.model.cost import (
     attention_products,
     break_even_context,
     break_even_length,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smt import SMTConfig, SMTState, StrideMemoryTransformer
 from smt.baselines.gpt2 import build_gpt2
-from smt.cost import gpt2_training_cost, kv_cache_floats
+from smt.model.cost import gpt2_training_cost, kv_cache_floats
 
 DYNAMIC, STATIC, MAMBA = "GPT-2, KV cache", "GPT-2, static KV cache", "Mamba"
 ENCODINGS = ("stream", "stride", "token")

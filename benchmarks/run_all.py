@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from smt.environment import environment
+from smt.runtime.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.baselines import build_gpt2
-from smt.cost import gpt2_training_cost, smt_cost
+from smt.model.cost import gpt2_training_cost, smt_cost
 
 GPT2 = "GPT-2, full attention (Hugging Face)"
 # What is compared: name -> fields of the configuration.

@@ -5,25 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from smt.registration import register
+from smt.huggingface.registration import register
 
 if TYPE_CHECKING:
     from smt.config import SMTConfig
-    from smt.hf import SMTForCausalLM
-    from smt.hf_cache import SMTCache
-    from smt.hf_config import SMTPreTrainedConfig
-    from smt.model import Aux, StrideMemoryTransformer
-    from smt.state import SMTState
+    from smt.huggingface.cache import SMTCache
+    from smt.huggingface.config import SMTPreTrainedConfig
+    from smt.huggingface.model import SMTForCausalLM
+    from smt.model.transformer import Aux, StrideMemoryTransformer
+    from smt.state.state import SMTState
 
 # Imported on first use: the command line must set up torch's threads before torch is there.
 _HOMES = {
-    "Aux": "smt.model",
-    "SMTCache": "smt.hf_cache",
+    "Aux": "smt.model.transformer",
+    "SMTCache": "smt.huggingface.cache",
     "SMTConfig": "smt.config",
-    "SMTForCausalLM": "smt.hf",
-    "SMTPreTrainedConfig": "smt.hf_config",
-    "SMTState": "smt.state",
-    "StrideMemoryTransformer": "smt.model",
+    "SMTForCausalLM": "smt.huggingface.model",
+    "SMTPreTrainedConfig": "smt.huggingface.config",
+    "SMTState": "smt.state.state",
+    "StrideMemoryTransformer": "smt.model.transformer",
 }
 __all__ = ["Aux", "SMTCache", "SMTConfig", "SMTForCausalLM", "SMTPreTrainedConfig", "SMTState", "StrideMemoryTransformer"]
 

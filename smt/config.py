@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from smt.fields import check_types, nearest
+from smt.runtime.fields import check_types, nearest
 from smt_kernels import WindowSpec
 from smt_kernels.window_attention import MAX_WINDOW
 
@@ -79,7 +79,7 @@ class SMTConfig:
         slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, nearly closed at first, so
             that slots tell little until they have something to tell; ``open``: 1, as published; ``closed``: 0, a control whose
             slots take attention and tell nothing.
-        slot_readout: the newest slot also moves the logits directly, by a matrix that is zero at first (``smt.readout``);
+        slot_readout: the newest slot also moves the logits directly, by a matrix that is zero at first (``smt.model.readout``);
             False: slots are only attended to, as published. Closed gates close it too.
         writes: False switches the memory off (the no-writes control): no slot ever exists, whatever ``empty_slots``.
         initializer_range: standard deviation of fresh weights; None: ``initializer_std``, which follows the width.

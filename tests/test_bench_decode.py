@@ -79,7 +79,7 @@ def test_constancy_is_relative_to_the_shortest_context(run):
 
 def test_no_time_is_printed_when_decoding_is_wrong(load, monkeypatch, capsys):
     bench = load("bench_decode")
-    layers = importlib.import_module("smt.decoding_layers")
+    layers = importlib.import_module("smt.model.step_layers")
     right = layers.rotate
     monkeypatch.setattr(layers, "rotate", lambda x, turn: right(x, turn) * 1.01)
     assert bench.main(["--quick", "--contexts", "64", "--d-model", "64", "--layers", "1", "--device", "cpu"]) == 1

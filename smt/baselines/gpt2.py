@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
-from smt.generation import sample
-from smt.loss import linear_cross_entropy
+from smt.model.generation import sample
+from smt.model.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

@@ -2,6 +2,10 @@
 
 A command's module has EXAMPLES, ``add_options(parser)`` and ``run(options, started) -> exit code``. Errors are one line on
 standard error, with a traceback only under ``--debug``.
+
+Beside the commands: ``parser`` and ``run_fields`` (their options), ``output`` (what a terminal can show), and what two of them
+do: ``continuation`` (text continued, for ``generate``) and ``conversion`` (pretrained weights into a checkpoint, for
+``convert``).
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from smt.cli.parser import Parser, UsageError
-from smt.fields import nearest
-from smt.process import keep_freed_memory, sleep_while_waiting, use_huge_pages
+from smt.runtime.fields import nearest
+from smt.runtime.process import keep_freed_memory, sleep_while_waiting, use_huge_pages
 
 COMMANDS = {
     "train": "train a model on text, evaluate it on held-out documents, and leave the run in a folder",

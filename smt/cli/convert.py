@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, started: float) -> int:
     """Write the checkpoint, and print what is in it."""
-    from smt.conversion import convert
+    from smt.cli.conversion import convert
 
     for setting in options.set:
         if "=" not in setting:

@@ -34,9 +34,9 @@ def run(options: argparse.Namespace, started: float) -> int:
     out = options.out or options.run
     if out is None:
         raise ValueError("smt eval --hf needs --out FOLDER for its files")
-    from smt.device import find_device
     from smt.evaluation.run import EvaluationConfig, evaluate_subjects
     from smt.evaluation.subjects import data_named, data_of_run, open_causal_lm, open_run
+    from smt.runtime.device import find_device
 
     tasks = {} if options.tasks is None else {"tasks": tuple(filter(None, options.tasks.split(",")))}
     config = EvaluationConfig(documents=options.documents, trials=options.trials, seed=options.seed, **tasks)

@@ -48,8 +48,8 @@ def run(options: argparse.Namespace, started: float) -> int:
     text = options.prompt if options.file is None else _read(options.file)
     temperature = 0.0 if options.greedy else 0.8 if options.temperature is None else options.temperature
 
-    from smt.continuation import Continuer, Sampling
-    from smt.device import find_device
+    from smt.cli.continuation import Continuer, Sampling
+    from smt.runtime.device import find_device
 
     sampling = Sampling(options.max_new_tokens, temperature, options.top_k, options.top_p, options.seed)
     continuer = Continuer.from_folder(options.model, sampling, find_device(options.device))

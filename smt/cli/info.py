@@ -61,7 +61,7 @@ def describe(device: str = "auto") -> dict[str, Any]:
     """
     import torch
 
-    from smt.device import find_device
+    from smt.runtime.device import find_device
     from smt_kernels.backends import TRITON_LIMITS, automatic_choice
 
     chosen = find_device(device)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from smt.fields import nearest
+from smt.runtime.fields import nearest
 
 
 class UsageError(ValueError):

@@ -21,8 +21,8 @@ def run(options: argparse.Namespace, started: float) -> int:
     """Draw, and say where."""
     if len(options.runs) > 1 and options.out is None:
         raise ValueError("smt plot needs --out FILE to draw several runs in one figure")
-    from smt import plots
     from smt.experiments.record import RESULTS_FILE, Losses, RunRecord, named
+    from smt.training import plots
 
     histories = {name: Losses.read(folder) for name, folder in named(options.runs).items()}
     out = Path(options.out or Path(options.runs[0]) / "training_curves.png")

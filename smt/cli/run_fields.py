@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from smt.fields import kind_of
+from smt.runtime.fields import kind_of
 
 
 def add_run_fields(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smt.data.documents import Corpus, Document, Documents, hash_texts, hold_out
-from smt.extras import needs_extra
+from smt.runtime.extras import needs_extra
 
 if TYPE_CHECKING:
     import datasets

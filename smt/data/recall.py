@@ -18,7 +18,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 from smt.data.documents import Corpus, Document, Documents, hash_texts
-from smt.fields import check_at_least, check_types
+from smt.runtime.fields import check_at_least, check_types
 
 VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
 # Of one first letter: vowel, consonant, vowel follow.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from smt.data.recall import RecallTask
 from smt.data.sources import SOURCES
-from smt.fields import check_at_least, check_names, check_types, nearest
+from smt.runtime.fields import check_at_least, check_names, check_types, nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from smt.data.documents import Documents, hash_texts
 from smt.data.tokenizer import Tokenizer
-from smt.extras import needs_extra
+from smt.runtime.extras import needs_extra
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smt.data.documents import Document
-from smt.extras import needs_extra
+from smt.runtime.extras import needs_extra
 
 if TYPE_CHECKING:
     import tokenizers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from smt.loss import IGNORE_INDEX
+from smt.model.loss import IGNORE_INDEX
 
 # A document is drawn from this many documents per row of similar length: enough to mix, similar enough to end together.
 BUCKET = 8

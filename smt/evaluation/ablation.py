@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from smt.chunk import encode_chunk, initial_state
 from smt.config import SMTConfig
 from smt.evaluation.position import Mean, mean_between
 from smt.evaluation.scorer import SMTScorer, TokenScores
-from smt.model import StrideMemoryTransformer
-from smt.state import SMTState
+from smt.model.parallel import encode_chunk, initial_state
+from smt.model.transformer import StrideMemoryTransformer
+from smt.state.state import SMTState
 
 NO_WRITES, SLOTS_ZEROED, FROZEN = "no writes", "slots zeroed", "frozen"
 

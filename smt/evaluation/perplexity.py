@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smt.carried_states import CarriedStates
 from smt.data.walk import Batch
+from smt.state.carried import CarriedStates
 
 Sum = Callable[[Tensor], Tensor]
 

@@ -14,7 +14,7 @@ from smt.evaluation.needle import NeedleGrid
 from smt.evaluation.pooling import PoolingAnalysis
 from smt.evaluation.position import LossByPosition
 from smt.evaluation.recall import Recall
-from smt.extras import needs_extra
+from smt.runtime.extras import needs_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smt.carried_states import CarriedStates
 from smt.data.walk import DocumentWalk
-from smt.model import StrideMemoryTransformer
-from smt.precision import precision
+from smt.model.transformer import StrideMemoryTransformer
+from smt.runtime.precision import precision
+from smt.state.carried import CarriedStates
 
 
 @dataclass(frozen=True)

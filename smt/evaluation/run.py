@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from smt.checkpoint import write_files
 from smt.data.documents import Corpus
 from smt.data.recall import RecallTask, words
 from smt.data.settings import DataConfig
@@ -28,7 +27,8 @@ from smt.evaluation.report import Report
 from smt.evaluation.scorer import SMTScorer, TokenScores
 from smt.evaluation.subjects import Subject
 from smt.evaluation.text import HeldOutText, held_out_text
-from smt.fields import check_names
+from smt.model.checkpoint import write_files
+from smt.runtime.fields import check_names
 
 RESULTS_FILE = "evaluation.json"
 # Where loss by position names the window and the reach of the slots of a model that is none of ours.

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smt.carried_states import CarriedStates
 from smt.data.walk import DocumentWalk
-from smt.loss import IGNORE_INDEX
-from smt.model import StrideMemoryTransformer
-from smt.precision import precision
+from smt.model.loss import IGNORE_INDEX
+from smt.model.transformer import StrideMemoryTransformer
+from smt.runtime.precision import precision
+from smt.state.carried import CarriedStates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

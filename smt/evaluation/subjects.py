@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from smt.baselines import FullAttentionGPT2
-from smt.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.data.settings import DataConfig
 from smt.data.sources import SOURCES
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.scorer import CausalLMScorer, Scorer, SMTScorer
-from smt.extras import needs_extra
-from smt.fields import parse
-from smt.model import StrideMemoryTransformer
+from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
+from smt.model.transformer import StrideMemoryTransformer
+from smt.runtime.extras import needs_extra
+from smt.runtime.fields import parse
 
 
 @dataclass(frozen=True)

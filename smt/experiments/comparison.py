@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smt import plots
 from smt.experiments.record import RunRecord
+from smt.training import plots
 
 # Keys of a row: the column's title, and how its values are shown.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from smt.checkpoint import write_files
 from smt.data.sources import read_corpus
-from smt.device import find_device
 from smt.evaluation.ablation import slot_reach
 from smt.evaluation.plots import plot_position_differences, plot_positions
 from smt.evaluation.position import loss_by_position
@@ -23,6 +21,8 @@ from smt.experiments.paired import PairedDifference, paired_difference
 from smt.experiments.record import RunRecord
 from smt.experiments.run import CellOutcome
 from smt.experiments.settings import Study
+from smt.model.checkpoint import write_files
+from smt.runtime.device import find_device
 
 STEM, POSITION_FILE = "ablation_results", "loss_by_position.png"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from smt.fields import check_names, nearest
+from smt.runtime.fields import check_names, nearest
 from smt.training.settings import RunConfig
 
 STUDY_FOLDER = Path(__file__).parent.parent / "studies"

@@ -1,1 +1,7 @@
-"""A training run: its settings, its loop and the folder that it leaves."""
+"""A training run: its settings, its loop and the folder that it leaves.
+
+In reading order: ``settings`` (every field of a run), ``run`` (one run from text to results), ``trainer`` (the loop),
+``objective`` (the loss of a chunk), ``parameter_groups`` (what AdamW trains), ``clock`` (how far a run is), ``progress`` (what
+it has done), ``starting_point`` (where weights come from), ``checkpoints`` (from which a run goes on exactly), ``run_folder``
+(what is left), ``accelerate`` and ``sharding`` (several processes), ``plots`` (curves of losses).
+"""

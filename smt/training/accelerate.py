@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smt.device import find_device
-from smt.extras import MissingExtraError
+from smt.runtime.device import find_device
+from smt.runtime.extras import MissingExtraError
 from smt.training.settings import RunConfig, TrainingConfig
 
 if TYPE_CHECKING:

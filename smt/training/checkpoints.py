@@ -1,7 +1,7 @@
 """Checkpoints from which a run goes on exactly: weights, optimiser, memory, random numbers, and where everything stood.
 
     checkpoints/step_00000500/
-        config.yaml, tokenizer.json, model.safetensors    a checkpoint as any other (``smt.checkpoint``)
+        config.yaml, tokenizer.json, model.safetensors    a checkpoint as any other (``smt.model.checkpoint``)
         optimizer.safetensors  AdamW's moments, by the names of the parameters
         rank_0.safetensors     of each process: the memory of its rows and its random numbers
         progress.json          counts, losses, the clock and the place in the documents
@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from smt.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer
-from smt.sources import read_safetensors
+from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer
+from smt.pretrained.sources import read_safetensors
 
 FOLDER, PREFIX, PARTIAL = "checkpoints", "step_", ".partial"
 OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"

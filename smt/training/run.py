@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smt.baselines import FullAttentionGPT2
-from smt.checkpoint import CONFIG_FILE
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
 from smt.data.tokenizer import TRAINED, Tokenizer
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
-from smt.extras import needs_extra
-from smt.model import StrideMemoryTransformer
-from smt.plots import training_curves
+from smt.model.checkpoint import CONFIG_FILE
+from smt.model.transformer import StrideMemoryTransformer
+from smt.runtime.extras import needs_extra
 from smt.training.accelerate import agreed, make_accelerator, start_trackers
 from smt.training.checkpoints import Checkpoints
 from smt.training.clock import Clock
+from smt.training.plots import training_curves
 from smt.training.progress import Progress
 from smt.training.run_folder import RunFolder, new_folder
 from smt.training.settings import RunConfig

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smt.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer, write_files
-from smt.environment import environment
+from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer, write_files
+from smt.runtime.environment import environment
 from smt.training.progress import History
 from smt.training.settings import RunConfig
 
@@ -21,7 +21,7 @@ RESULTS_FILE, HISTORY_FILE, CURVES_FILE = "results.json", "metrics_history.json"
 
 
 class RunFolder:
-    """Paths and writers of one run, a checkpoint among them (``smt.checkpoint``); no file is ever half there."""
+    """Paths and writers of one run, a checkpoint among them (``smt.model.checkpoint``); no file is ever half there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -10,8 +10,8 @@ import yaml
 
 from smt.config import SMTConfig
 from smt.data.settings import DataConfig
-from smt.fields import check_at_least, check_names, check_types, nearest, parse
-from smt.model import PARTS as MODEL_PARTS
+from smt.model.transformer import PARTS as MODEL_PARTS
+from smt.runtime.fields import check_at_least, check_names, check_types, nearest, parse
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 LR_SCHEDULES = ("cosine", "linear", "constant")

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from smt.checkpoint import CONFIG_FILE, load_weights, read_config
-from smt.conversion import load_parts
+from smt.cli.conversion import load_parts
 from smt.data.tokenizer import TOKENIZER_FILE
-from smt.families import READERS
-from smt.model import StrideMemoryTransformer
-from smt.sources import open_source
+from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
+from smt.model.transformer import StrideMemoryTransformer
+from smt.pretrained.families import READERS
+from smt.pretrained.sources import open_source
+from smt.pretrained.transfer import LoadReport
 from smt.training.settings import RunConfig
-from smt.transfer import LoadReport
 
 NO_TOKENIZER = "without a tokenizer.json its tokens are not those of this run"
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smt.carried_states import CarriedStates
 from smt.data.parts import Parts
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation
+from smt.state.carried import CarriedStates
 from smt.training.checkpoints import Snapshot
 from smt.training.clock import Clock, schedule
 from smt.training.objective import ChunkLoss

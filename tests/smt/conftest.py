@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smt.decoder import GATE_RATE, Decoder
+from smt.model.decoder import GATE_RATE, Decoder
 
 initialise = Decoder.initialise
 

@@ -1,0 +1,6 @@
+"""The model as a model of Hugging Face ``transformers``.
+
+In reading order: ``config`` (``SMTConfig`` as theirs), ``model`` (the causal language model), ``cache`` (the state where their
+``generate`` expects keys and values), ``padding`` (what their collators put behind a row), ``model_card`` (the README of a
+saved model), ``registration`` (their Auto classes know ours, whichever package is imported first).
+"""

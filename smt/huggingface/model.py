@@ -1,0 +1,208 @@
+"""The model as a causal language model of Hugging Face ``transformers``: Auto classes, ``generate``, ``Trainer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smt.huggingface.cache import SMTCache
+from smt.huggingface.config import SMTPreTrainedConfig
+from smt.huggingface.model_card import CARD_FILE, model_card
+from smt.huggingface.padding import right_padding_taken
+from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
+from smt.model.loss import IGNORE_INDEX
+from smt.model.transformer import StrideMemoryTransformer
+from smt.pretrained.sources import HF_CONFIG_FILE
+from smt.runtime.extras import needs_extra
+
+with needs_extra("hf"):
+    from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What other models of transformers take and this one cannot give a meaning.
+_REFUSED = {
+    "inputs_embeds": "the memory and the window are made of the embeddings of tokens: pass input_ids",
+    "position_ids": "positions follow from the state; texts packed into one row would share one memory",
+    "output_attentions": "attention is fused; StrideMemoryTransformer's return_weights gives the weights of the pooling",
+    "output_hidden_states": "layers run over windows, not over the sequence; model.model.encode gives the last one's output",
+}
+
+
+class SMTForCausalLM(PreTrainedModel, GenerationMixin):
+    """A ``StrideMemoryTransformer``, at ``model.model``, with the interface of ``transformers``.
+
+    Its names of weights are those of ``StrideMemoryTransformer`` behind ``model.``; ``from_pretrained`` reads both, and the
+    folder of a run. The head is the embedding: there is no ``lm_head``.
+
+    Args:
+        config: whose ``smt`` is the configuration of the model inside.
+        model: the model inside; None: a fresh one.
+    """
+
+    config_class = SMTPreTrainedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block", "MambaLayer")
+    _is_stateful = True  # no assisted generation: the memory cannot take tokens back
+    _keep_in_fp32_modules_strict = ("A_log",)  # its exponential is the rate at which the memory forgets
+
+    def __init__(self, config: SMTPreTrainedConfig, model: StrideMemoryTransformer | None = None) -> None:
+        super().__init__(config)
+        self.model = StrideMemoryTransformer(config.smt) if model is None else model
+        self.post_init()
+
+    @classmethod
+    def of(cls, model: StrideMemoryTransformer, **fields: Any) -> SMTForCausalLM:
+        """Wrap a model, whose parameters stay the same tensors; ``fields`` of the configuration, like ``eos_token_id``."""
+        return cls(SMTPreTrainedConfig(**model.config.to_dict(), dtype=model.embedding.weight.dtype, **fields), model)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """As in ``transformers``; also from what ``StrideMemoryTransformer.save_pretrained`` or a training run left.
+
+        Raises:
+            ValueError: weights that are not exactly the model's; the message names them.
+        """
+        ours = Path(source) / CONFIG_FILE
+        if "config" not in options and ours.is_file() and not (Path(source) / HF_CONFIG_FILE).is_file():
+            options["config"] = SMTPreTrainedConfig(**read_config(ours).to_dict())
+            options.setdefault("generation_config", GenerationConfig())  # else sought in the folder
+        model, report = super().from_pretrained(source, *arguments, output_loading_info=True, **options)
+        for problem, names in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
+            if names:
+                more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+                raise ValueError(f"the checkpoint {str(source)!r} {problem} {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
+        model.model.memory.ssm_is_loaded = True
+        return (model, report) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """As in ``transformers``; also writes a model card, ``README.md``, where there is none."""
+        card = Path(save_directory) / CARD_FILE
+        card.parent.mkdir(parents=True, exist_ok=True)
+        if options.get("is_main_process", True) and not card.exists():
+            card.write_text(model_card(self.model), encoding="utf-8")
+        super().save_pretrained(save_directory, *arguments, **options)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: SMTCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Next-token logits; rows are padded on the left, or on the right where no state is kept.
+
+        Args:
+            input_ids: (B, T) integer tokens.
+            attention_mask: (B, T), 1 at tokens; or (B, columns so far + T), as ``generate`` passes it, whose last T columns
+                count. Tokens of a row stand together. Padding behind them is harmless, as nothing before it sees it, but a
+                state would take it in.
+            past_key_values: what to continue, and what is advanced by the call.
+            labels: (B, T), the tokens themselves, shifted inside; -100 is left out, and so is what would follow padding.
+            use_cache: return the state; None: as ``config.use_cache`` says, where it can be and is likely used: not in
+                training, not beside labels, not with padding on the right.
+            logits_to_keep: so many last steps, or the steps (K,) int64, have logits; 0: all.
+            return_dict: False: a tuple.
+            options: ``num_items_in_batch``, by which the sum of losses is divided instead of by their number.
+
+        Raises:
+            TypeError, ValueError: as ``StrideMemoryTransformer.forward``; an input that the model cannot give a meaning.
+        """
+        self._refuse(input_ids, past_key_values, labels, logits_to_keep, options)
+        padded = False
+        if attention_mask is not None:
+            seen = past_key_values.n_columns if past_key_values is not None else 0
+            if attention_mask.ndim == 2 and attention_mask.shape[1] == seen + input_ids.shape[1]:
+                attention_mask = attention_mask[:, seen:]
+            attention_mask, padded = right_padding_taken(attention_mask)
+            if labels is not None and labels.shape == attention_mask.shape:
+                labels = labels.masked_fill(F.pad(attention_mask, (1, -1), value=1) == 0, IGNORE_INDEX)
+            if padded and (use_cache or past_key_values is not None):
+                raise ValueError("attention_mask must be padded on the left to keep a state, some rows end with padding")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None and not padded
+        hidden, aux = self.model.encode(
+            input_ids,
+            None if past_key_values is None else past_key_values.state,
+            attention_mask=attention_mask,
+            overwrite_state=past_key_values is not None and not torch.is_grad_enabled(),
+        )
+        if past_key_values is None and use_cache:
+            past_key_values = SMTCache()
+        if past_key_values is not None:
+            past_key_values.advance(aux.state, input_ids.shape[1])
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            hidden = hidden[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
+        logits = F.linear(hidden, self.model.embedding.weight)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding, which is the head too."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding, and with it the head and the size of the vocabulary."""
+        self.model.set_embedding(value)
+        self.config.vocab_size = value.num_embeddings
+
+    def get_output_embeddings(self) -> None:
+        """None: no module is tied to the embedding, which itself is the head."""
+        return None
+
+    def prepare_inputs_for_generation(self, *arguments: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
+        """As in ``transformers``, without the mask of decoding steps: it is all ones, and reading it waits for the device."""
+        # generate lets the arguments of forward through where it finds the name kwargs.
+        inputs = super().prepare_inputs_for_generation(*arguments, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and inputs.get("past_key_values") is not None:
+            inputs["attention_mask"] = None
+        return inputs
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation must be None, got {generation_config.cache_implementation!r}: the state is the cache"
+            )
+        if generation_config.use_cache is not False:
+            model_kwargs.setdefault("past_key_values", SMTCache())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The model inside has drawn its own weights when it was built; only an embedding that is being resized is not its.
+        if isinstance(module, nn.Embedding) and module is not self.model.embedding:
+            nn.init.normal_(module.weight, std=self.model.config.initializer_std)
+
+    def _refuse(
+        self,
+        input_ids: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        options: dict[str, Any],
+    ) -> None:
+        for name, reason in _REFUSED.items():
+            given = options.pop(name, None)
+            if given is not None and given is not False:
+                raise ValueError(f"{name} cannot be used: {reason}")
+        if input_ids is None:
+            raise ValueError("input_ids must be given")
+        if past_key_values is not None and not isinstance(past_key_values, SMTCache):
+            raise TypeError(f"past_key_values must be an SMTCache, got {type(past_key_values).__name__}")
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise ValueError("labels need all logits: logits_to_keep must be 0 beside them")
+        if labels is not None and labels.shape != input_ids.shape:
+            shapes = tuple(input_ids.shape), tuple(labels.shape)
+            raise ValueError(f"labels must have the shape of input_ids, {shapes[0]}, got {shapes[1]}")
+
+
+AutoModelForCausalLM.register(SMTPreTrainedConfig, SMTForCausalLM, exist_ok=True)

@@ -1,0 +1,165 @@
+"""A model in a folder: ``config.yaml`` and ``model.safetensors``, whose tensors have the names of ``model.state_dict()``.
+
+``config.yaml`` holds the fields of ``SMTConfig`` under ``model``, as the configuration of a training run does: a checkpoint's
+is a valid configuration of a run, and a run's folder is a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from smt.config import SMTConfig
+from smt.pretrained.sources import read_safetensors
+
+CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
+NAMES_SHOWN = 3
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write ``model.config`` and the weights into ``folder``, which is made if need be.
+
+    Both files are complete under temporary names before either takes its place.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = yaml.safe_dump({"model": model.config.to_dict()}, sort_keys=False)
+    write_files(
+        {
+            folder / WEIGHTS_FILE: tensors_writer(model.state_dict()),
+            folder / CONFIG_FILE: lambda path: path.write_text(fields, encoding="utf-8"),
+        }
+    )
+
+
+def load_model(cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu") -> Model:
+    """Build the model of a checkpoint, for evaluation (no dropout), in the number format in which it was saved.
+
+    Args:
+        cls: builds a model from an ``SMTConfig``.
+        folder: what ``save_model`` or a training run left.
+
+    Raises:
+        ValueError: a file that is missing or damaged, or weights that are not those of the configuration, with their names.
+    """
+    folder = Path(folder)
+    config = read_config(folder / CONFIG_FILE)
+    tensors = _read_weights(folder)
+    with torch.device("meta"):  # fresh weights would be drawn for nothing
+        model = cls(config)
+    _check(model, tensors, folder)
+    model.load_state_dict(tensors, assign=True)
+    _note_loaded(model)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: str | Path, *, leave: tuple[str, ...] = ()) -> list[str]:
+    """Copy a checkpoint's weights into ``model``, whose configuration may differ where the shapes of weights do not.
+
+    Args:
+        leave: parameters of the model to leave as they are.
+
+    Returns:
+        the names of what was copied.
+
+    Raises:
+        ValueError: as ``load_model``; the message names the fields of the configurations that differ.
+    """
+    folder = Path(folder)
+    theirs, ours = read_config(folder / CONFIG_FILE).to_dict(), model.config.to_dict()
+    tensors = {name: tensor for name, tensor in _read_weights(folder).items() if name not in leave}
+    differing = [f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
+    _check(model, tensors, folder, leave, f"; its config has {', '.join(differing)}" if differing else "")
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    _note_loaded(model)
+    return list(tensors)
+
+
+def read_config(path: str | Path) -> SMTConfig:
+    """The model's part of a YAML file: of a checkpoint, of a run, or nothing but the fields of ``SMTConfig``.
+
+    Raises:
+        ValueError: no such file, not a mapping, an unknown field or a value out of range.
+    """
+    return SMTConfig.from_dict(read_fields(path))
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields of ``SMTConfig`` that a YAML file gives, unchecked; errors as ``read_config``."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    fields = values.get("model", values) if isinstance(values, dict) else values
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(fields).__name__}")
+    return fields
+
+
+def tensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    """What writes tensors as safetensors to a path."""
+
+    def write(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(on_cpu, path, metadata={"format": "pt"})
+
+    return write
+
+
+def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Write files, each under a temporary name; when all are written, rename them. None is ever half there."""
+    temporary = {path: path.with_name(f"{path.stem}.partial{path.suffix}") for path in writers}
+    try:
+        for path, write in writers.items():
+            write(temporary[path])
+        for path in writers:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _note_loaded(model: nn.Module) -> None:
+    if hasattr(model, "memory"):  # a baseline has none
+        model.memory.ssm_is_loaded = True
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    return read_safetensors(path)
+
+
+def _check(model: nn.Module, tensors: dict[str, Tensor], folder: Path, leave: tuple[str, ...] = (), hint: str = "") -> None:
+    """Raise ValueError unless ``tensors`` are exactly the model's, by name and shape."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in leave}
+    problems = {
+        "lacks {}": [name for name in own if name not in tensors],
+        "has {}, which the model has not": [name for name in tensors if name not in own],
+        "has other shapes: {}": [
+            f"{name} {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ],
+    }
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            raise ValueError(f"{folder / WEIGHTS_FILE} {problem.format(', '.join(names[:NAMES_SHOWN]) + more)}{hint}")

@@ -1,0 +1,148 @@
+"""Continuing prompts: one parallel pass over them, then one decoding step per token, each row until its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smt.model.batch import token_counts
+
+if TYPE_CHECKING:
+    from smt.model.transformer import StrideMemoryTransformer
+
+
+def generate(model: StrideMemoryTransformer, input_ids: Tensor, max_new_tokens: int, **options: object) -> Tensor:
+    """Continue ``input_ids`` (B, T): the prompts and what ``stream`` yields behind them; arguments and errors as there.
+
+    Returns:
+        (B, T + new) int64, where new is max_new_tokens, or less when all rows have ended before.
+    """
+    return torch.cat([input_ids, *(tokens[:, None] for tokens in stream(model, input_ids, max_new_tokens, **options))], dim=1)
+
+
+def stream(
+    model: StrideMemoryTransformer,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """The next token of every row, again and again, as soon as it is drawn.
+
+    A row that has ended is not computed any more, so the others go faster. Memory is constant however long this runs.
+
+    Args:
+        input_ids: (B, T) integer tokens of the prompts.
+        max_new_tokens: tokens per row at most.
+        attention_mask: (B, T), 0 at padding on the left of shorter prompts; every row has a token. None: no padding.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep only the k most likely tokens.
+        top_p: keep only the most likely tokens whose probabilities first sum to at least p.
+        eos_token_id: token or tokens that end their row; None: none does.
+        pad_token_id: stands in rows behind their end; None: the first of ``eos_token_id``.
+        generator: source of randomness.
+
+    Yields:
+        (B,) int64 tokens, at most ``max_new_tokens`` times, until all rows have ended.
+
+    Raises:
+        TypeError: as the model's ``forward`` does.
+        ValueError: an option out of range, a row without tokens, or as ``forward`` does.
+    """
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    _check(model, max_new_tokens, temperature, top_k, top_p, ends, pad_token_id)
+    if attention_mask is not None:
+        empty = [row for row, count in enumerate(token_counts(attention_mask, input_ids)) if count == 0]
+        if empty:
+            raise ValueError(f"every row of attention_mask must have a token, rows {empty} have none")
+    return _stream(model, input_ids, max_new_tokens, attention_mask, (temperature, top_k, top_p, generator), ends, pad_token_id)
+
+
+@torch.no_grad()
+def _stream(
+    model: StrideMemoryTransformer,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    attention_mask: Tensor | None,
+    sampling: tuple[float, int | None, float | None, torch.Generator | None],
+    ends: list[int],
+    pad_token_id: int | None,
+) -> Iterator[Tensor]:
+    device, batch = input_ids.device, input_ids.shape[0]
+    stops = torch.tensor(ends, dtype=torch.int64, device=device)
+    padding = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+    running = torch.arange(batch, device=device)  # rows that have not ended
+    piece, state = input_ids, None
+    for _ in range(max_new_tokens):
+        was_training = model.training
+        model.eval()
+        try:
+            logits, aux = model(piece, state, attention_mask=attention_mask, last_only=True, overwrite_state=True)
+        finally:
+            if was_training:
+                model.train()
+        state, attention_mask = aux.state, None
+        piece = sample(logits[:, -1], *sampling)
+        tokens = piece[:, 0].clone()
+        if len(running) < batch:
+            tokens = tokens.new_full((batch,), padding).index_copy_(0, running, tokens)
+        yield tokens
+        if ends:
+            going = ~torch.isin(piece[:, 0], stops)
+            kept = going.nonzero().flatten()
+            if len(kept) == 0:
+                return
+            if len(kept) < len(running):
+                running, piece, state = running[kept], piece[kept], state.rows(kept)
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token per row, (B, 1) int64, from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(dim=-1)
+        before = probability.cumsum(dim=-1) - probability  # mass of the more likely tokens
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, before >= top_p)
+        logits = logits.masked_fill(dropped, float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+
+
+def _check(
+    model: StrideMemoryTransformer,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    ends: list[int],
+    pad_token_id: int | None,
+) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    size = model.config.vocab_size
+    for name, tokens in (("eos_token_id", ends), ("pad_token_id", [] if pad_token_id is None else [pad_token_id])):
+        for token in tokens:
+            if not 0 <= token < size:
+                raise ValueError(f"{name} must lie in 0..vocab_size - 1 = 0..{size - 1}, got {token}")

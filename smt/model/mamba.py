@@ -1,0 +1,127 @@
+"""A stack of Mamba-1 blocks that runs one time step per memory write: x += Mamba(RMSNorm(x)), then a final RMSNorm.
+
+Parameter names and shapes are those of Hugging Face's ``MambaModel``, so its weights load by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smt.config import SMTConfig
+from smt.model.rms_norm import RMSNorm
+from smt.model.shared_linear import SharedLinear
+from smt_kernels import stride_write
+
+NORM_EPS = 1e-5
+# Mamba (Gu & Dao, 2023), section 3.6: time steps start log-uniform in this range.
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a mixer works with, formed once for all groups of writes of a pass: projections and ``stride_write``'s weights."""
+
+    in_proj: SharedLinear
+    out_proj: SharedLinear
+    write: dict[str, Tensor]
+
+
+class MambaMixer(nn.Module):
+    """One Mamba-1 mixer: two projections around ``stride_write``."""
+
+    def __init__(self, config: SMTConfig) -> None:
+        super().__init__()
+        d_inner, d_state, rank = config.ssm_d_inner, config.ssm_d_state, config.dt_rank
+        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.ssm_d_conv, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(rank, d_inner)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, d_state + 1, dtype=torch.float32)).repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+
+    def prepare(self) -> Parameters:
+        """What ``forward`` needs of the weights."""
+        write = {
+            "conv_weight": self.conv1d.weight[:, 0],
+            "conv_bias": self.conv1d.bias,
+            "x_proj_weight": self.x_proj.weight,
+            "dt_proj_weight": self.dt_proj.weight,
+            "dt_proj_bias": self.dt_proj.bias,
+            "a": -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            "d": self.D,
+        }
+        return Parameters(SharedLinear(self.in_proj), SharedLinear(self.out_proj), write)
+
+    def forward(
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, K, d), states (B, E, C - 1) and (B, E, N), gate (B, K) -> (B, K, d) and both states after K steps."""
+        u, z = parameters.in_proj(x).chunk(2, dim=-1)
+        # Under autocast the projections are in low precision and the weights are not, which stride_write takes as they are.
+        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **parameters.write, gate=gate)
+        return parameters.out_proj(y), conv_state, ssm_state
+
+
+class MambaLayer(nn.Module):
+    """x + Mamba(RMSNorm(x))."""
+
+    def __init__(self, config: SMTConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, eps=NORM_EPS)
+        self.mixer = MambaMixer(config)
+
+    def forward(
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``MambaMixer.forward``."""
+        update, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, parameters, gate)
+        return x + update, conv_state, ssm_state
+
+
+class MambaStack(nn.Module):
+    """The SSM of the memory."""
+
+    def __init__(self, config: SMTConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.ssm_n_layers))
+        self.norm_f = RMSNorm(config.d_model, eps=NORM_EPS)
+
+    def prepare(self) -> list[Parameters]:
+        """What ``forward`` needs of each layer."""
+        return [layer.mixer.prepare() for layer in self.layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        conv: tuple[Tensor, ...],
+        ssm: tuple[Tensor, ...],
+        parameters: list[Parameters],
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x (B, K, d), one conv and SSM state per layer, gate (B, K) -> slots (B, K, d) and the states after K steps."""
+        new_conv, new_ssm = [], []
+        for layer, conv_state, ssm_state, prepared in zip(self.layers, conv, ssm, parameters, strict=True):
+            x, conv_state, ssm_state = layer(x, conv_state, ssm_state, prepared, gate)
+            new_conv.append(conv_state)
+            new_ssm.append(ssm_state)
+        return self.norm_f(x), tuple(new_conv), tuple(new_ssm)
+
+    @torch.no_grad()
+    def initialise(self, std: float) -> None:
+        """Fresh weights as in Mamba; the final norm's weight is ``std``, so that slots have the scale of embeddings."""
+        for layer in self.layers:
+            mixer = layer.mixer
+            rank = mixer.dt_proj.in_features
+            for linear in (mixer.in_proj, mixer.x_proj):
+                nn.init.normal_(linear.weight, std=std)
+            nn.init.normal_(mixer.out_proj.weight, std=std / math.sqrt(len(self.layers)))
+            nn.init.uniform_(mixer.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+            log_dt = torch.empty_like(mixer.dt_proj.bias).uniform_(math.log(DT_MIN), math.log(DT_MAX))
+            dt = log_dt.exp().clamp(min=DT_FLOOR)
+            mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.norm_f.weight.fill_(std)

@@ -1,0 +1,243 @@
+"""The Stride Memory Transformer: embed; run the writes, group by group; encode everything else in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smt.config import SMTConfig
+from smt.model.batch import encode_batch, token_counts
+from smt.model.checkpoint import load_model, save_model
+from smt.model.decoder import Decoder
+from smt.model.generation import generate, stream
+from smt.model.loss import IGNORE_INDEX, linear_cross_entropy
+from smt.model.memory import StrideMemory
+from smt.model.parallel import initial_state
+from smt.pretrained.loading import load_gpt2, load_mamba
+from smt.pretrained.transfer import LoadReport
+from smt.state.state import SMTState
+
+# The parts that parameters are counted, trained and frozen by.
+PARTS = {"embedding": "embedding", "transformer": "decoder", "attention_pooling": "memory.pooling", "ssm": "memory.ssm"}
+
+
+@dataclass(frozen=True)
+class Aux:
+    """What a forward pass tells besides its logits; fields and properties are also items (``aux["n_writes"]``).
+
+    Attributes:
+        config: the model's.
+        writes: for each row the indices of the writes that it made in this call.
+        n_tokens: tokens that all rows took together.
+        attention_weights: (B, K, W) pooling weights of each row's K writes before dropout, slots first, zeros behind those of a
+            row that made fewer; None unless asked for.
+        state: what to pass to the next call.
+    """
+
+    config: SMTConfig
+    writes: tuple[range, ...]
+    n_tokens: int
+    attention_weights: Tensor | None
+    state: SMTState
+
+    @property
+    def write_steps(self) -> list[int]:
+        """The steps at whose end a slot was written, when they are those of every row.
+
+        Raises:
+            ValueError: the rows made different writes; ``writes`` tells each row's.
+        """
+        if any(of_row != self.writes[0] for of_row in self.writes):
+            raise ValueError("the rows made different writes: see writes, one range per row")
+        return [self.config.window.write_step(write) for write in self.writes[0]]
+
+    @property
+    def n_writes(self) -> int:
+        """How many writes these are, under the same condition."""
+        return len(self.write_steps)
+
+    @property
+    def write_frequency(self) -> float:
+        """Writes per token of all rows."""
+        return sum(map(len, self.writes)) / max(1, self.n_tokens)
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+
+class StrideMemoryTransformer(nn.Module):
+    """A decoder language model with a constant-size view of an unbounded past.
+
+    ``model.embedding`` is tied to the output head; ``model.memory`` pools and writes; ``model.decoder`` attends.
+    """
+
+    def __init__(self, config: SMTConfig) -> None:
+        super().__init__()
+        if not isinstance(config, SMTConfig):
+            raise TypeError(f"config must be an SMTConfig, got {type(config).__name__}")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.memory = StrideMemory(config)
+        self.decoder = Decoder(config)
+        nn.init.normal_(self.embedding.weight, std=config.initializer_std)
+        self.memory.initialise()
+        self.decoder.initialise()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: SMTState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        return_weights: bool = False,
+        last_only: bool = False,
+        overwrite_state: bool = False,
+    ) -> tuple[Tensor, Aux]:
+        """Next-token logits of every step; each row gives what it gives alone.
+
+        Any number of tokens runs in parallel. One token per row, without gradients and not in training mode, is a decoding
+        step: its time and memory are constant, whatever the length of the past.
+
+        Args:
+            input_ids: (B, T) integer tokens; on CPU their range is checked.
+            state: the ``aux.state`` of the call before, to continue its sequences; None: start. Rows may be at any steps.
+            attention_mask: (B, T), 0 at padding, which is on the left, and 1 at tokens; a row of zeros takes nothing. Logits at
+                padding mean nothing, but are finite. None: no padding.
+            return_weights: also return the pooling weights of each write.
+            last_only: logits of the last step alone, (B, 1, V).
+            overwrite_state: the new state may take the tensors of ``state``, which must not be used again.
+
+        Returns:
+            logits (B, T, V) and ``Aux``.
+
+        Raises:
+            TypeError: input_ids is not an integer tensor.
+            ValueError: wrong rank, an empty batch, another device, a token out of range, a state of another config or batch
+                size, or a mask that is not left padding.
+        """
+        hidden, aux = self.encode(
+            input_ids, state, attention_mask=attention_mask, return_weights=return_weights, overwrite_state=overwrite_state
+        )
+        return F.linear(hidden[:, -1:] if last_only else hidden, self.embedding.weight), aux
+
+    def loss(self, input_ids: Tensor, targets: Tensor | None = None, state: SMTState | None = None) -> tuple[Tensor, Aux]:
+        """Mean cross-entropy per target, without ever holding all logits.
+
+        Args:
+            input_ids: (B, T) integer tokens.
+            targets: (B, T) int64, the token that should follow each step, or -100 to leave it out; None: ``input_ids``
+                shifted by one, the last step left out.
+            state: as in ``forward``.
+
+        Returns:
+            a scalar in nats and ``Aux``.
+        """
+        hidden, aux = self.encode(input_ids, state)
+        if targets is None:
+            targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+        elif targets.shape != input_ids.shape:
+            raise ValueError(f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
+        return linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, targets.flatten().long()), aux
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        state: SMTState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        return_weights: bool = False,
+        overwrite_state: bool = False,
+    ) -> tuple[Tensor, Aux]:
+        """Hidden states (B, T, d) after the final norm, before the head; arguments and errors as in ``forward``."""
+        self._check(input_ids, state)
+        batch, length = input_ids.shape
+        counts = (length,) * batch if attention_mask is None else token_counts(attention_mask, input_ids)
+        if state is None:
+            state = initial_state(self, batch)
+        encoded = encode_batch(self, input_ids, state, counts, return_weights=return_weights, overwrite_state=overwrite_state)
+        made = self.config.window.writes_made if self.config.writes else lambda step: 0
+        writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
+        return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Prompts (B, T) and their continuations, (B, T + new): see ``smt.model.generation.generate``."""
+        return generate(self, input_ids, max_new_tokens, **options)
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """The next tokens (B,) of prompts (B, T), one step at a time: see ``smt.model.generation.stream``."""
+        return stream(self, input_ids, max_new_tokens, **options)
+
+    def set_embedding(self, embedding: nn.Embedding) -> None:
+        """Replace the embedding, and with it the head: another vocabulary over the same memory and decoder."""
+        if embedding.embedding_dim != self.config.d_model:
+            raise ValueError(f"embedding must have width d_model = {self.config.d_model}, got {embedding.embedding_dim}")
+        self.embedding = embedding
+        self.config = replace(self.config, vocab_size=embedding.num_embeddings)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Train with less memory: keep only the input of every decoder block and compute the rest again backward."""
+        self.decoder.gradient_checkpointing = True
+
+    def count_parameters(self) -> dict[str, Any]:
+        """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""
+        return {
+            "total": _count(self),
+            "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
+            "breakdown": {**{name: _count(part) for name, part in self.parts().items()}, "lm_head": 0},
+        }
+
+    def parts(self) -> dict[str, nn.Module]:
+        """``embedding``, ``transformer``, ``attention_pooling`` and ``ssm``; every parameter is in one of them."""
+        return {name: self.get_submodule(path) for name, path in PARTS.items()}
+
+    def load_gpt2(self, source: Any, *, embedding: bool | None = None, first_layers: bool = False) -> LoadReport:
+        """Load a GPT-2 into decoder and embedding: see ``smt.pretrained.loading.load_gpt2``."""
+        return load_gpt2(self, source, embedding=embedding, first_layers=first_layers)
+
+    def load_mamba(
+        self, source: Any, *, embedding: bool | None = False, match_scale: bool = False, first_layers: bool = False
+    ) -> LoadReport:
+        """Load a Mamba into the memory: see ``smt.pretrained.loading.load_mamba``."""
+        return load_mamba(self, source, embedding=embedding, match_scale=match_scale, first_layers=first_layers)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write configuration and weights into ``folder``: see ``smt.model.checkpoint.save_model``."""
+        save_model(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> StrideMemoryTransformer:
+        """The model that ``save_pretrained`` or a training run left in ``folder``: see ``smt.model.checkpoint.load_model``."""
+        return load_model(cls, folder, device=device)
+
+    def _check(self, input_ids: Tensor, state: SMTState | None) -> None:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"input_ids must be an int64 or int32 tensor, got {got}")
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids must have shape (B, T) with B, T >= 1, got {tuple(input_ids.shape)}")
+        device = self.embedding.weight.device
+        if input_ids.device != device:
+            raise ValueError(f"input_ids must be on the model's device {device}, got {input_ids.device}")
+        # On a GPU reading the range would wait for the device; the embedding's own assertion stands guard there.
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                valid = f"0..vocab_size - 1 = 0..{self.config.vocab_size - 1}"
+                raise ValueError(f"input_ids must lie in {valid}, got {low}..{high}")
+        if state is not None:
+            state.check(self.config, input_ids.shape[0])
+            if state.tokens.device != device:
+                raise ValueError(f"state must be on the model's device {device}, got {state.tokens.device}")
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

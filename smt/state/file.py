@@ -1,0 +1,78 @@
+"""Saved states: one safetensors file of the tensors by name, with the configuration and the steps in its metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smt.config import SMTConfig
+from smt.model.checkpoint import write_files
+from smt.state.state import SMTState, state_shapes
+
+FORMAT = "smt.state/1"
+
+
+def save_state(state: SMTState, path: str | Path) -> None:
+    """Write ``state`` under a temporary name and rename it, so that no half-written file is ever at ``path``."""
+    from safetensors.torch import save_file
+
+    metadata = {"format": FORMAT, "config": json.dumps(state.config.to_dict()), "steps": json.dumps(state.steps)}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors().items()}
+    write_files({Path(path): lambda partial: save_file(tensors, partial, metadata)})
+
+
+def load_state(path: str | Path, device: torch.device | str = "cpu") -> SMTState:
+    """Read a state that ``save_state`` wrote, onto ``device``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: damaged, not a state, or its tensors are not those of its configuration; the message names the key.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no state file {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a saved state: its metadata has format {metadata.get('format')!r}, not {FORMAT!r}")
+    config, steps = _read(path, metadata)
+    _check(path, config, steps, tensors)
+    return SMTState.from_tensors(config, steps, tensors)
+
+
+def _read(path: Path, metadata: dict[str, str]) -> tuple[SMTConfig, list[int]]:
+    for name in ("config", "steps"):
+        if name not in metadata:
+            raise ValueError(f"{path} has no {name!r} in its metadata")
+    try:
+        config = SMTConfig.from_dict(json.loads(metadata["config"]))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a 'config' that cannot be used: {error}") from error
+    try:
+        steps = json.loads(metadata["steps"])
+    except ValueError as error:
+        raise ValueError(f"{path} has 'steps' that cannot be read: {error}") from error
+    if not isinstance(steps, list) or not steps or any(type(step) is not int or step < 0 for step in steps):
+        raise ValueError(f"{path} must have a list of step counts in 'steps', got {metadata['steps']}")
+    return config, steps
+
+
+def _check(path: Path, config: SMTConfig, steps: list[int], tensors: dict[str, Tensor]) -> None:
+    shapes = state_shapes(config)
+    for name in sorted(tensors.keys() ^ shapes.keys()):
+        raise ValueError(f"{path} {'has an unknown' if name in tensors else 'lacks the'} tensor {name!r}")
+    for name, shape in shapes.items():
+        expected = (len(steps), *shape)
+        if tuple(tensors[name].shape) != expected:
+            raise ValueError(f"{path} must have {name!r} of shape {expected}, got {tuple(tensors[name].shape)}")
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{path} must have {name!r} of a floating dtype, got {tensors[name].dtype}")

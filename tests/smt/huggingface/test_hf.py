@@ -1,0 +1,248 @@
+"""``SMTForCausalLM`` in the hands of ``transformers``: Auto classes, folders, losses, checkpointing, number formats."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hf_models import ENCODINGS, SIZES, VOCAB, build, padded
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from smt import SMTConfig, SMTForCausalLM, SMTPreTrainedConfig, StrideMemoryTransformer
+from smt.huggingface.model_card import model_card
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "model"
+    build(torch.float32).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import smt; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import smt",
+        "from transformers import AutoConfig; import smt; from transformers import AutoModelForCausalLM",
+        "from smt import SMTForCausalLM; from transformers import AutoModelForCausalLM",
+    ],
+    ids=["smt-first", "transformers-first", "between", "class"],
+)
+def test_auto_classes_know_the_model_in_any_order_of_imports(imports, folder):
+    program = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "SMTForCausalLM", done.stderr
+
+
+def test_importing_smt_loads_neither_torch_nor_transformers():
+    program = "import sys, smt; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_saved_model_is_the_same_after_loading(folder):
+    model, again = build(torch.float32), AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(VOCAB, (2, 20))
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert not again.training and again.model.memory.ssm_is_loaded
+    config = AutoConfig.from_pretrained(folder)
+    assert isinstance(config, SMTPreTrainedConfig) and config.smt == SMTConfig(**SIZES)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["SMTForCausalLM"]
+
+
+def test_checkpoints_go_from_one_class_to_the_other(folder, tmp_path):
+    model = StrideMemoryTransformer(SMTConfig(**SIZES)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    loaded = SMTForCausalLM.from_pretrained(tmp_path / "ours")
+    loaded.model.save_pretrained(tmp_path / "back")
+    ids = torch.randint(VOCAB, (2, 20))
+    expected = model(ids)[0]
+    for other in (loaded.model, StrideMemoryTransformer.from_pretrained(tmp_path / "back"), SMTForCausalLM.of(model).model):
+        assert torch.equal(other(ids)[0], expected)
+
+
+def test_wrapping_keeps_the_weights_themselves():
+    model = StrideMemoryTransformer(SMTConfig(**SIZES))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    wrapped = SMTForCausalLM.of(model, eos_token_id=3)
+    assert wrapped.generation_config.eos_token_id == 3
+    for name, parameter in wrapped.model.named_parameters():
+        assert parameter is model.get_parameter(name) and torch.equal(parameter, before[name])
+
+
+def test_fresh_weights_are_those_of_the_model_itself():
+    torch.manual_seed(5)
+    model = StrideMemoryTransformer(SMTConfig(**SIZES))
+    torch.manual_seed(5)
+    auto = AutoModelForCausalLM.from_config(SMTPreTrainedConfig(**SIZES))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, auto.model.get_parameter(name)), name
+
+
+def test_weights_that_are_not_the_models_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = build(torch.float32)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.memory.pooling.w_q.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks model\.memory\.pooling\.w_q\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_card_is_written_once(tmp_path):
+    model = build(torch.float32)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card == model_card(model.model) and "4 memory slots" in card and "$" not in card
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def shifted_loss(logits, labels, **options):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, **options)
+
+
+def test_labels_are_shifted_inside_and_100_is_left_out():
+    model = build(torch.float32)
+    ids = torch.randint(VOCAB, (2, 20))
+    labels = ids.masked_fill(torch.rand(2, 20) < 0.3, -100)
+    output = model(ids, labels=labels)
+    torch.testing.assert_close(output.loss, shifted_loss(output.logits, labels))
+    torch.testing.assert_close(model(ids, labels=ids).loss, model.model.loss(ids)[0])
+    assert output.past_key_values is None and model(ids, labels=ids, return_dict=False)[0] == model(ids, labels=ids).loss
+
+
+def test_accumulated_losses_are_those_of_one_batch():
+    model = build(torch.float32)
+    ids = torch.randint(VOCAB, (4, 20))
+    labels = ids.clone()
+    labels[0, 4:] = labels[2, 9:] = -100
+    n_items = (labels[:, 1:] != -100).sum()
+    parts = [model(ids[rows], labels=labels[rows], num_items_in_batch=n_items).loss for rows in ([0, 1], [2, 3])]
+    torch.testing.assert_close(sum(parts), model(ids, labels=labels).loss)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_leaves_loss_and_gradients_as_they_are_alone(side):
+    model = build()
+    ids, mask, alone = padded([6, 20, 11], side)
+    labels = ids.masked_fill(mask == 0, -100)
+    loss = model(ids, attention_mask=mask, labels=labels).loss
+    # The mean over all targets of the rows, each alone; a row's first token is nobody's target.
+    n_targets = sum(len(prompt) - 1 for prompt in alone)
+    expected = sum(model(prompt[None], labels=prompt[None], num_items_in_batch=n_targets).loss for prompt in alone)
+    torch.testing.assert_close(loss, expected)
+    parameters = list(model.parameters())
+    gradients = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True)
+    for mine, theirs in gradients:
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_state_with_padding_behind_it_is_never_returned():
+    model = build()
+    ids, mask, _ = padded([6, 20], "right")
+    assert model(ids, attention_mask=mask).past_key_values is None
+    assert model(ids, attention_mask=mask.bool()).past_key_values is None
+    with pytest.raises(ValueError, match="padded on the left"):
+        model(ids, attention_mask=mask, use_cache=True)
+
+
+def test_logits_to_keep_are_the_last_or_those_named():
+    model = build()
+    ids = torch.randint(VOCAB, (2, 12))
+    logits = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([2, 7])).logits, logits[:, [2, 7]])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(encoding):
+    model = build(encoding=encoding, dropout=0.0).train()
+    ids = torch.randint(VOCAB, (2, 40))
+
+    def step():
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+        return sum(kept.values()), torch.autograd.grad(loss, list(model.parameters()))
+
+    n_bytes, gradients = step()
+    model.activation_checkpointing_enable()
+    n_bytes_less, again = step()
+    for mine, theirs in zip(again, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert n_bytes_less < 0.7 * n_bytes
+    model.activation_checkpointing_disable()
+    assert step()[0] == n_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_low_precision_loads_keep_the_rates_of_the_memory(dtype, folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtypes[name] for name in dtypes if name.endswith("A_log")} == {torch.float32}
+    assert {dtypes[name] for name in dtypes if not name.endswith("A_log")} == {dtype}
+    ids = torch.randint(VOCAB, (2, 20))
+    output = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert output.shape == (2, 25) and model(ids).logits.dtype == dtype
+
+
+def test_a_larger_vocabulary_keeps_what_was_learnt():
+    model = build(torch.float32)
+    ids = torch.randint(VOCAB, (2, 20))
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCAB + 3)
+    torch.testing.assert_close(model(ids).logits[..., :VOCAB], before)
+    assert model.config.vocab_size == model.model.config.vocab_size == VOCAB + 3
+    assert model(torch.full((1, 4), VOCAB + 2)).logits.shape == (1, 4, VOCAB + 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 3, 16)}, ValueError, "inputs_embeds cannot be used"),
+        ({"position_ids": torch.tensor([[0, 1, 0]])}, ValueError, "position_ids cannot be used"),
+        ({"output_attentions": True}, ValueError, "output_attentions cannot be used"),
+        ({"past_key_values": ()}, TypeError, "past_key_values must be an SMTCache, got tuple"),
+        ({"labels": torch.ones(1, 3, dtype=torch.long), "logits_to_keep": 1}, ValueError, "labels need all logits"),
+        ({"labels": torch.ones(3, dtype=torch.long)}, ValueError, r"labels must have the shape of input_ids, \(1, 3\)"),
+        ({"attention_mask": torch.ones(1, 1, 3, 3)}, ValueError, r"attention_mask must have shape \(B, T\)"),
+        ({"attention_mask": torch.ones(1, 4)}, ValueError, "attention_mask must have the shape of input_ids"),
+        ({"input_ids": None}, ValueError, "input_ids must be given"),
+    ],
+    ids=["embeds", "positions", "attentions", "past", "logits", "labels", "4d", "width", "none"],
+)
+def test_inputs_without_a_meaning_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        build()(**{"input_ids": torch.ones(1, 3, dtype=torch.long), **options})
+
+
+def test_a_configuration_is_checked_when_it_is_built():
+    with pytest.raises(ValueError, match="stride must lie in"):
+        SMTPreTrainedConfig(**{**SIZES, "stride": 99})
+    with pytest.raises(ValueError, match="the head is the embedding"):
+        SMTPreTrainedConfig(**SIZES, tie_word_embeddings=False)
+    assert SMTPreTrainedConfig(**SIZES).hidden_size == 16 and SMTPreTrainedConfig(hidden_size=24).d_model == 24
+
+
+def test_a_batch_padded_on_the_right_without_a_mask_scores_rows_as_alone():
+    model = build()  # lm-eval calls it like this
+    ids, _, alone = padded([6, 20, 11], "right")
+    logits = model(ids).logits
+    for row, prompt in enumerate(alone):
+        torch.testing.assert_close(logits[row, : len(prompt)], model(prompt[None]).logits[0])
+
+
+def test_evaluation_harnesses_find_no_longest_context():
+    config = SMTPreTrainedConfig(**SIZES)
+    assert not any(hasattr(config, name) for name in ("n_positions", "max_position_embeddings", "n_ctx"))

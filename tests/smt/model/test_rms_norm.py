@@ -1,0 +1,54 @@
+"""RMSNorm as one node of the graph is PyTorch's own, and leaves to it what has a kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smt.model.rms_norm import RMSNorm
+from smt_kernels.testing.budget import assert_within_budget
+
+
+def fresh(dtype: torch.dtype = torch.float64) -> tuple[RMSNorm, torch.Tensor]:
+    norm = RMSNorm(6, eps=1e-5, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    return norm, torch.randn(2, 3, 6, dtype=dtype, requires_grad=True)
+
+
+def results(function, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    return {"y": y.detach()} | dict(zip(("dx", "dw"), torch.autograd.grad(y, inputs, torch.cos(y.detach())), strict=True))
+
+
+def test_gradients_match_finite_differences():
+    norm, x = fresh()
+    assert torch.autograd.gradcheck(
+        lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)), (x, norm.weight)
+    )
+
+
+def test_it_errs_at_most_twice_as_much_as_that_of_pytorch():
+    norm, x = fresh(torch.float32)
+
+    def theirs(x, weight):
+        return F.rms_norm(x, (6,), weight, norm.eps)
+
+    def ours(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    inputs = x, norm.weight
+    exact = results(theirs, *(t.double() for t in inputs))
+    assert_within_budget(results(ours, *inputs), exact, results(theirs, *inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_low_precision_is_left_to_pytorch(dtype):
+    norm, x = fresh(dtype)
+    assert torch.equal(norm(x), F.rms_norm(x, (6,), norm.weight, norm.eps))
+
+
+def test_it_compiles_whole():
+    norm, x = fresh(torch.float32)
+    torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="aot_eager")(x), norm(x))

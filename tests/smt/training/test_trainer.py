@@ -1,0 +1,158 @@
+"""What the training loop does with every target, document, gradient and evaluation."""
+
+import math
+
+import pytest
+import torch
+from tiny_training import DATA, MODEL, random_documents, recorded_batches, train_tiny, trainer_of
+
+from smt import SMTConfig, StrideMemoryTransformer
+from smt.evaluation.perplexity import Evaluation
+from smt.model.loss import IGNORE_INDEX
+from smt.training.clock import Clock
+from smt.training.settings import TrainingConfig
+
+
+class TestLoop:
+    def test_state_is_carried_over_the_chunks_of_a_document_and_carries_no_gradient(self, monkeypatch):
+        steps_before = []
+        loss_of = StrideMemoryTransformer.loss
+
+        def loss(self, input_ids, targets, state):
+            if state is not None:
+                assert not state.tokens.requires_grad and not any(kv.token_k.requires_grad for kv in state.layers)
+            steps_before.append(0 if state is None else state.step)
+            return loss_of(self, input_ids, targets, state)
+
+        monkeypatch.setattr(StrideMemoryTransformer, "loss", loss)
+        batches = recorded_batches(monkeypatch)
+        train_tiny(steps=12)
+        expected = [batch.positions[batch.reading][0].item() for batch in batches]
+        assert steps_before == expected and max(expected) >= 16
+
+    def test_every_target_counts_once_and_padding_does_not(self, monkeypatch):
+        batches = recorded_batches(monkeypatch)
+        _, done, _ = train_tiny(steps=12)
+        targets = sum((batch.targets != IGNORE_INDEX).sum().item() for batch in batches)
+        positions = sum(batch.targets[batch.reading].numel() for batch in batches)
+        assert (done.step, done.n_targets) == (12, targets)
+        assert done.padding == pytest.approx(1 - targets / positions) and done.padding > 0
+
+    def test_a_chunk_weighs_as_much_as_it_has_targets(self, monkeypatch):
+        gradients = []
+
+        def keep(self, parameters, norm):
+            return gradients.append([parameter.grad for parameter in parameters])
+
+        monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", keep)
+        batches = recorded_batches(monkeypatch)
+        train_tiny(steps=1)
+        torch.manual_seed(0)
+        model = StrideMemoryTransformer(SMTConfig(**MODEL))
+        logits = model(batches[0].input_ids)[0]
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batches[0].targets.flatten(), reduction="sum")
+        (nats / (DATA["batch_size"] * DATA["chunk_length"])).backward()
+        for got, parameter in zip(gradients[0], model.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad)
+
+    def test_every_part_follows_the_schedule_from_its_own_peak(self, monkeypatch):
+        rates = []
+        step = torch.optim.AdamW.step
+
+        def recorded(optimiser, *arguments):
+            rates.append({group["part"]: group["lr"] for group in optimiser.param_groups})
+            return step(optimiser, *arguments)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+        peaks = {"embedding": 1e-3, "transformer": 5e-6, "attention_pooling": 1e-4, "ssm": 1e-3}
+        listed = {name: peaks[name] for name in ("transformer", "attention_pooling")}
+        train_tiny(steps=4, learning_rate=1e-3, learning_rates=listed, lr_schedule="linear", warmup=0.0)
+        for index, share in enumerate((1.0, 0.75, 0.5, 0.25)):
+            assert rates[index] == pytest.approx({name: share * peak for name, peak in peaks.items()})
+
+    def test_evaluations_are_spread_over_the_run_and_the_last_is_at_its_end(self):
+        _, done, evaluated = train_tiny(steps=6, evaluations=3)
+        assert evaluated == done.history.eval_steps == [2, 4, 6]
+
+    @pytest.mark.parametrize(("steps", "evaluations"), [(1, 1), (1, 2), (2, 5), (3, 3)])
+    def test_no_step_is_evaluated_twice(self, steps, evaluations):
+        _, done, evaluated = train_tiny(steps=steps, evaluations=evaluations)
+        assert evaluated == done.history.eval_steps == list(range(1, steps + 1))
+
+    def test_time_that_runs_out_in_an_evaluation_does_not_repeat_it(self):
+        now = 0.0
+
+        def on_step(done):
+            nonlocal now
+            now += 35.0
+
+        def evaluate():
+            nonlocal now
+            now += 60.0
+            return Evaluation(nats=1.0, n_targets=1, n_bytes=1)
+
+        bounds = {"minutes": 1.0, "evaluations": 2, "steps": None}
+        trainer = trainer_of(clock=Clock(TrainingConfig(**bounds), 0.0, now=lambda: now), **bounds)
+        trainer.train(evaluate, on_step=lambda: on_step(trainer.progress))
+        assert trainer.progress.history.eval_steps == [1]
+
+    def test_a_run_bounded_by_steps_is_repeatable(self):
+        losses = []
+        for _ in range(2):
+            run_losses: list[float] = []
+            train_tiny(steps=3, on_step=lambda done, into=run_losses: into.append(done.loss))
+            losses.append(run_losses)
+        assert losses[0] == losses[1] and len(losses[0]) == 3
+
+    def test_two_accumulated_batches_train_what_one_of_both_trains(self):
+        texts = [torch.arange(9) + 10 * index for index in range(4)]  # four rows, or two and then two
+        rates = {"steps": 3, "learning_rate": 0.05, "documents": texts}
+        together, _, _ = train_tiny(data={"batch_size": 4, "lanes": 1}, **rates)
+        apart, _, _ = train_tiny(data={"batch_size": 2, "lanes": 2}, gradient_accumulation_steps=2, **rates)
+        for (name, one), two in zip(together.named_parameters(), apart.parameters(), strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+    def test_evaluations_may_be_every_so_many_steps(self):
+        assert train_tiny(steps=7, eval_steps=3, evaluations=1)[2] == [3, 6, 7]
+
+    def test_a_run_ends_early_when_evaluations_no_longer_improve(self):
+        losses = [5.0, 4.0, 4.5, 4.2, 3.0]
+        _, done, evaluated = train_tiny(steps=20, eval_steps=2, early_stopping_patience=2, losses=losses)
+        assert evaluated == [2, 4, 6, 8] and done.step == 8
+        assert done.best == {"best_val_loss": 4.0, "best_val_ppl": math.exp(4.0), "best_step": 4}
+
+    def test_epochs_bound_a_run_by_its_targets(self):
+        _, done, _ = train_tiny(steps=None, epochs=2, data={"lanes": 1})
+        targets = sum(len(document) - 1 for document in random_documents())
+        assert 2 * targets <= done.n_targets < 2 * targets + DATA["batch_size"] * DATA["chunk_length"]
+
+    def test_gradient_checkpointing_trains_the_same_and_is_used(self, monkeypatch):
+        from smt.model.decoder import Decoder
+
+        plain, _, _ = train_tiny(steps=2)
+        calls = []
+        monkeypatch.setattr(
+            Decoder, "_gradient_checkpointing_func", staticmethod(lambda f, *given: (calls.append(f), f(*given))[1])
+        )
+        trainer = trainer_of(steps=2)
+        trainer.model.gradient_checkpointing_enable()
+        trainer.train(lambda: Evaluation(nats=1.0, n_targets=1, n_bytes=1))
+        assert calls
+        for one, two in zip(plain.parameters(), trainer.model.parameters(), strict=True):
+            torch.testing.assert_close(two, one)
+
+    def test_bf16_trains(self):
+        losses: list[float] = []
+        repeated = [torch.arange(60) % 7 for _ in range(4)]
+        train_tiny(
+            steps=20, on_step=lambda done: losses.append(done.loss), documents=repeated, learning_rate=0.02,
+            mixed_precision="bf16",
+        )  # fmt: skip
+        assert losses[-1] < losses[0] / 2
+
+    def test_the_loss_falls(self):
+        losses: list[float] = []
+        repeated = [torch.arange(60) % 7 for _ in range(4)]
+        train_tiny(steps=20, on_step=lambda done: losses.append(done.loss), documents=repeated, learning_rate=0.02)
+        assert losses[0] == pytest.approx(math.log(MODEL["vocab_size"]), rel=0.05)
+        assert losses[-1] < losses[0] / 2
