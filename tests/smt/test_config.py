@@ -20,6 +20,8 @@ from smt import SMTConfig
         ({"empty_slots": "drop"}, ValueError, "empty_slots must be one of mask, zero, got 'drop'"),
         ({"pool_source": "slots"}, ValueError, "pool_source must be one of window, tokens, got 'slots'"),
         ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"pooling_dropout": -0.1}, ValueError, r"pooling_dropout must lie in \[0, 1\), got -0.1"),
+        ({"initializer_range": 1.0}, ValueError, r"initializer_range must lie in \[0, 1\), got 1.0"),
         ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
         ({"write_group": 0}, ValueError, "write_group must be at least 1, got 0"),
         ({"ssm_d_conv": 1}, ValueError, "ssm_d_conv must be at least 2, got 1"),
@@ -51,6 +53,12 @@ def test_derived_sizes():
     assert (config.window_size, config.write_frequency, config.coverage) == (65, 1 / 16, 50 / 16)
     assert (config.head_dim, config.n_kv_heads, config.ssm_d_inner, config.dt_rank) == (64, 12, 1536, 48)
     assert config.n_state_slots == 15 + 8 - 1
+
+
+@pytest.mark.parametrize(("d_model", "std"), [(768, 0.02), (192, 0.04), (48, 0.08)])
+def test_fresh_weights_follow_the_width_unless_their_deviation_is_given(d_model, std):
+    assert SMTConfig(d_model=d_model, transformer_n_heads=12).initializer_std == pytest.approx(std)
+    assert SMTConfig(d_model=d_model, transformer_n_heads=12, initializer_range=0.3).initializer_std == 0.3
 
 
 def test_presets_are_the_sizes_of_the_source_documents():

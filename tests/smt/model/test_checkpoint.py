@@ -35,7 +35,7 @@ def edit(folder, change):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
 def test_a_saved_model_comes_back_with_its_config_weights_and_number_format(encoding, dtype, tmp_path):
-    model = model_of(encoding=encoding, dropout=0.3).to(dtype)
+    model = model_of(encoding=encoding, dropout=0.3, pooling_dropout=0.3).to(dtype)
     model.save_pretrained(tmp_path / "deep" / "folder")
     again = StrideMemoryTransformer.from_pretrained(tmp_path / "deep" / "folder")
     assert again.config == model.config and not again.training

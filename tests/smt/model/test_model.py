@@ -169,9 +169,10 @@ def test_bad_targets_and_options_are_explained():
         StrideMemoryTransformer({})
 
 
+@pytest.mark.parametrize("field", ["dropout", "pooling_dropout"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_dropout_acts_in_training_only(encoding):
-    model = build(encoding=encoding, dropout=0.3)
+def test_dropout_acts_in_training_only(encoding, field):
+    model = build(encoding=encoding, slot_gate="open", **{field: 0.3})
     ids = torch.randint(211, (1, 70))
     assert not torch.equal(model.train()(ids)[0], model(ids)[0])
     assert torch.equal(model.eval()(ids)[0], model(ids)[0])
