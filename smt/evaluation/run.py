@@ -27,8 +27,8 @@ from smt.evaluation.report import Report
 from smt.evaluation.scorer import SMTScorer, TokenScores
 from smt.evaluation.subjects import Subject
 from smt.evaluation.text import HeldOutText, held_out_text
-from smt.model.checkpoint import write_files
 from smt.runtime.fields import check_names
+from smt.runtime.files import write_files
 
 RESULTS_FILE = "evaluation.json"
 # Where loss by position names the window and the reach of the slots of a model that is none of ours.

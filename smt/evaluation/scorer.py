@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smt.data.walk import DocumentWalk
-from smt.model.loss import IGNORE_INDEX
+from smt.data.walk import IGNORE_INDEX, DocumentWalk
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.precision import precision
 from smt.state.carried import CarriedStates

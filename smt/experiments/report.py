@@ -21,8 +21,8 @@ from smt.experiments.paired import PairedDifference, paired_difference
 from smt.experiments.record import RunRecord
 from smt.experiments.run import CellOutcome
 from smt.experiments.settings import Study
-from smt.model.checkpoint import write_files
 from smt.runtime.device import find_device
+from smt.runtime.files import write_files
 
 STEM, POSITION_FILE = "ablation_results", "loss_by_position.png"
 

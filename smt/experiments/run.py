@@ -14,7 +14,7 @@ from pathlib import Path
 from smt.experiments.cell import CELL_FILE, FAILURE_FILE, attempt
 from smt.experiments.record import RESULTS_FILE
 from smt.experiments.settings import Cell, Study
-from smt.model.checkpoint import write_files
+from smt.runtime.files import write_files
 from smt.training.settings import RunConfig
 
 OUTPUT_FILE = "output.txt"

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smt.data.walk import IGNORE_INDEX
 from smt.huggingface.cache import SMTCache
 from smt.huggingface.config import SMTPreTrainedConfig
 from smt.huggingface.model_card import CARD_FILE, model_card
 from smt.huggingface.padding import right_padding_taken
 from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
-from smt.model.loss import IGNORE_INDEX
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.sources import HF_CONFIG_FILE
 from smt.runtime.extras import needs_extra

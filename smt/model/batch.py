@@ -7,19 +7,17 @@ over their tokens (``smt.model.parallel``), together with those that start at th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smt.model.decoder import Decoder
+from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded, encode_chunk
 from smt.model.step import decode_step
 from smt.state.rings import take
 from smt.state.state import SMTState
-
-if TYPE_CHECKING:
-    from smt.model.transformer import StrideMemoryTransformer
 
 
 def token_counts(attention_mask: Tensor, input_ids: Tensor) -> tuple[int, ...]:
@@ -48,50 +46,56 @@ def token_counts(attention_mask: Tensor, input_ids: Tensor) -> tuple[int, ...]:
 
 
 def encode_batch(
-    model: StrideMemoryTransformer,
-    input_ids: Tensor,
+    memory: StrideMemory,
+    decoder: Decoder,
+    embedded: Tensor,
     state: SMTState,
     counts: Sequence[int],
     *,
+    decodes: bool,
     return_weights: bool,
     overwrite_state: bool,
 ) -> Encoded:
-    """Encode the last counts[r] >= 0 tokens of each row of input_ids (B, T) on top of ``state``; hidden is zero elsewhere."""
-    batch, length = input_ids.shape
-    # A decoding step has no gradient and no dropout.
-    decodes = not torch.is_grad_enabled() and not model.training
+    """Encode the last counts[r] >= 0 embedded tokens of each row, (B, T, d), on top of ``state``; hidden is zero elsewhere.
+
+    Args:
+        decodes: whether one token of a row may be a decoding step, which has no gradient and no dropout.
+        return_weights: also return the pooling weights of each write.
+        overwrite_state: the new state may take the tensors of ``state``.
+    """
+    batch, length, width = embedded.shape
     parts: dict[int | None, list[int]] = {}
     for row, (step, count) in enumerate(zip(state.steps, counts, strict=True)):
         if count:
             parts.setdefault(None if decodes and count == 1 and step > 0 else step, []).append(row)
 
-    def encode(step: int | None, input_ids: Tensor, state: SMTState, counts: Sequence[int]) -> Encoded:
+    def encode(step: int | None, embedded: Tensor, state: SMTState, counts: Sequence[int]) -> Encoded:
         if step is None:
-            return decode_step(model, input_ids, state, return_weights=return_weights)
-        return encode_chunk(model, input_ids, state, counts, return_weights=return_weights)
+            return decode_step(memory, decoder, embedded, state, return_weights=return_weights)
+        return encode_chunk(memory, decoder, embedded, state, counts, return_weights=return_weights)
 
     if len(parts) == 1 and min(counts) == length:
         ((step, _),) = parts.items()
         if step is None and not overwrite_state:
             state = state.clone()
-        return encode(step, input_ids, state, counts)
+        return encode(step, embedded, state, counts)
 
     results = []
     for step, rows in parts.items():
         counts_here = [counts[row] for row in rows]
-        padding = torch.tensor([length - count for count in counts_here], device=input_ids.device)[:, None]
-        position = torch.arange(length, device=input_ids.device)
-        ids = take(input_ids[rows], position[: max(counts_here)] + padding)  # left-aligned; behind a row's end token 0
-        part = encode(step, ids, state.rows(rows), counts_here)
+        padding = torch.tensor([length - count for count in counts_here], device=embedded.device)[:, None]
+        position = torch.arange(length, device=embedded.device)
+        here = take(embedded[rows], position[: max(counts_here)] + padding)  # left-aligned; zeros behind a row's end
+        part = encode(step, here, state.rows(rows), counts_here)
         results.append((rows, Encoded(take(part.hidden, position - padding), part.state, part.weights)))
     if not overwrite_state:
         state = state.clone()
     for rows, part in results:
         state = state.overwrite_rows(rows, part.state)
     return Encoded(
-        _scatter([(rows, part.hidden) for rows, part in results], batch, (length, model.config.d_model), state.tokens),
+        _scatter([(rows, part.hidden) for rows, part in results], batch, (length, width), state.tokens),
         state,
-        _scatter_weights(results, batch, model.config.window_size, state.tokens) if return_weights else None,
+        _scatter_weights(results, batch, decoder.config.window_size, state.tokens) if return_weights else None,
     )
 
 

@@ -6,8 +6,6 @@ is a valid configuration of a run, and a run's folder is a checkpoint.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
-from smt.pretrained.sources import read_safetensors
+from smt.runtime.files import read_safetensors, tensors_writer, write_files
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 NAMES_SHOWN = 3
@@ -108,31 +106,6 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(fields).__name__}")
     return fields
-
-
-def tensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
-    """What writes tensors as safetensors to a path."""
-
-    def write(path: Path) -> None:
-        from safetensors.torch import save_file
-
-        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(on_cpu, path, metadata={"format": "pt"})
-
-    return write
-
-
-def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Write files, each under a temporary name; when all are written, rename them. None is ever half there."""
-    temporary = {path: path.with_name(f"{path.stem}.partial{path.suffix}") for path in writers}
-    try:
-        for path, write in writers.items():
-            write(temporary[path])
-        for path in writers:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def _note_loaded(model: nn.Module) -> None:

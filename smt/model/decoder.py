@@ -20,8 +20,8 @@ from smt.config import SMTConfig
 from smt.model.readout import SlotReadout
 from smt.model.rotary import Rotation, rotate, rotation
 from smt.model.windows import Span, cut_windows, window_cache, window_layout
+from smt.state.layout import KeyValues
 from smt.state.rings import from_ring, to_ring
-from smt.state.state import KeyValues
 from smt_kernels import WindowSpec, stream_attention, window_attention
 
 NORM_EPS = 1e-5

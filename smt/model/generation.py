@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smt.model.batch import token_counts
+from smt.state.state import SMTState
 
-if TYPE_CHECKING:
-    from smt.model.transformer import StrideMemoryTransformer
+# Tokens (B, T), what their rows carry (None: nothing yet) and their mask -> logits (B, V) of what follows, and what they carry.
+NextLogits = Callable[[Tensor, SMTState | None, Tensor | None], tuple[Tensor, SMTState]]
 
 
-def generate(model: StrideMemoryTransformer, input_ids: Tensor, max_new_tokens: int, **options: object) -> Tensor:
+def generate(next_logits: NextLogits, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
     """Continue ``input_ids`` (B, T): the prompts and what ``stream`` yields behind them; arguments and errors as there.
 
     Returns:
         (B, T + new) int64, where new is max_new_tokens, or less when all rows have ended before.
     """
-    return torch.cat([input_ids, *(tokens[:, None] for tokens in stream(model, input_ids, max_new_tokens, **options))], dim=1)
+    return torch.cat(
+        [input_ids, *(tokens[:, None] for tokens in stream(next_logits, input_ids, max_new_tokens, **options))], dim=1
+    )
 
 
 def stream(
-    model: StrideMemoryTransformer,
+    next_logits: NextLogits,
     input_ids: Tensor,
     max_new_tokens: int,
     *,
+    vocab_size: int,
     attention_mask: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -41,8 +45,10 @@ def stream(
     A row that has ended is not computed any more, so the others go faster. Memory is constant however long this runs.
 
     Args:
+        next_logits: one call of a model.
         input_ids: (B, T) integer tokens of the prompts.
         max_new_tokens: tokens per row at most.
+        vocab_size: how many tokens the model knows.
         attention_mask: (B, T), 0 at padding on the left of shorter prompts; every row has a token. None: no padding.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep only the k most likely tokens.
@@ -55,21 +61,23 @@ def stream(
         (B,) int64 tokens, at most ``max_new_tokens`` times, until all rows have ended.
 
     Raises:
-        TypeError: as the model's ``forward`` does.
-        ValueError: an option out of range, a row without tokens, or as ``forward`` does.
+        TypeError: as ``next_logits`` does.
+        ValueError: an option out of range, a row without tokens, or as ``next_logits`` does.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    _check(model, max_new_tokens, temperature, top_k, top_p, ends, pad_token_id)
+    _check(vocab_size, max_new_tokens, temperature, top_k, top_p, ends, pad_token_id)
     if attention_mask is not None:
         empty = [row for row, count in enumerate(token_counts(attention_mask, input_ids)) if count == 0]
         if empty:
             raise ValueError(f"every row of attention_mask must have a token, rows {empty} have none")
-    return _stream(model, input_ids, max_new_tokens, attention_mask, (temperature, top_k, top_p, generator), ends, pad_token_id)
+    return _stream(
+        next_logits, input_ids, max_new_tokens, attention_mask, (temperature, top_k, top_p, generator), ends, pad_token_id
+    )
 
 
 @torch.no_grad()
 def _stream(
-    model: StrideMemoryTransformer,
+    next_logits: NextLogits,
     input_ids: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None,
@@ -83,15 +91,9 @@ def _stream(
     running = torch.arange(batch, device=device)  # rows that have not ended
     piece, state = input_ids, None
     for _ in range(max_new_tokens):
-        was_training = model.training
-        model.eval()
-        try:
-            logits, aux = model(piece, state, attention_mask=attention_mask, last_only=True, overwrite_state=True)
-        finally:
-            if was_training:
-                model.train()
-        state, attention_mask = aux.state, None
-        piece = sample(logits[:, -1], *sampling)
+        logits, state = next_logits(piece, state, attention_mask)
+        attention_mask = None
+        piece = sample(logits, *sampling)
         tokens = piece[:, 0].clone()
         if len(running) < batch:
             tokens = tokens.new_full((batch,), padding).index_copy_(0, running, tokens)
@@ -125,7 +127,7 @@ def sample(
 
 
 def _check(
-    model: StrideMemoryTransformer,
+    vocab_size: int,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -141,8 +143,7 @@ def _check(
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-    size = model.config.vocab_size
     for name, tokens in (("eos_token_id", ends), ("pad_token_id", [] if pad_token_id is None else [pad_token_id])):
         for token in tokens:
-            if not 0 <= token < size:
-                raise ValueError(f"{name} must lie in 0..vocab_size - 1 = 0..{size - 1}, got {token}")
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{name} must lie in 0..vocab_size - 1 = 0..{vocab_size - 1}, got {token}")

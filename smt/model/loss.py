@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from smt.data.walk import IGNORE_INDEX
+
 # Logits held at once: enough for full-speed matrix products, small beside the weights.
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 

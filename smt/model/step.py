@@ -7,52 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from smt.model.decoder import Decoder
+from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded
 from smt.model.step_layers import decode_stream, decode_stride, decode_token, keep_slots
 from smt.state.rings import last_entries
 from smt.state.state import SMTState
 from smt_kernels import attention_pool
 
-if TYPE_CHECKING:
-    from smt.model.transformer import StrideMemoryTransformer
-
 _ENCODE = {"stream": decode_stream, "stride": decode_stride, "token": decode_token}
 
 
-def decode_step(model: StrideMemoryTransformer, input_ids: Tensor, state: SMTState, *, return_weights: bool) -> Encoded:
-    """Take one token per row, input_ids (B, 1), on top of ``state``, whose tensors it overwrites; no row is at step 0."""
-    config, steps = model.config, state.steps
-    embedded = model.embedding(input_ids)[:, 0]
+def decode_step(memory: StrideMemory, decoder: Decoder, embedded: Tensor, state: SMTState, *, return_weights: bool) -> Encoded:
+    """Take one embedded token per row, (B, 1, d), on top of ``state``, whose tensors it overwrites; no row is at step 0."""
+    config, steps, embedded = decoder.config, state.steps, embedded[:, 0]
     newest = [step % config.m_input_tokens for step in steps]
     rows, index = torch.tensor([range(len(steps)), newest], device=embedded.device)
     state.tokens[rows, index] = embedded
-    hidden = _ENCODE[config.encoding](model.decoder, embedded, state)
+    hidden = _ENCODE[config.encoding](decoder, embedded, state)
     if config.reads_out and config.writes:
         written = [config.window.writes_before(step) for step in steps]
         newest = [((count - 1) % config.n_state_slots, min(count, 1) - 1) for count in written]
         index, exists = torch.tensor(list(zip(*newest, strict=True)), device=embedded.device)
         slots = state.slots[rows, index].to(hidden.dtype)
-        hidden = model.decoder.slot_readout(hidden[:, None], slots[:, None], exists[:, None])[:, 0]
+        hidden = decoder.slot_readout(hidden[:, None], slots[:, None], exists[:, None])[:, 0]
     made = config.window.writes_made
     writers = [row for row, step in enumerate(steps) if config.writes and made(step + 1) > made(step)]
     weights = None
     if return_weights:
         weights = hidden.new_zeros(len(steps), 1 if writers else 0, config.window_size)
     if writers:
-        of_writers = _write(model, state, writers)
+        of_writers = _write(memory, decoder, state, writers)
         if return_weights:
             weights[writers, 0, config.window_size - of_writers.shape[1] :] = of_writers.to(weights.dtype)
     return Encoded(hidden[:, None], replace(state, steps=tuple(step + 1 for step in steps)), weights)
 
 
-def _write(model: StrideMemoryTransformer, state: SMTState, writers: Sequence[int]) -> Tensor:
+def _write(memory: StrideMemory, decoder: Decoder, state: SMTState, writers: Sequence[int]) -> Tensor:
     """Make the write of each row of ``writers``; returns its pooling weights (R, W), without slots (R, m)."""
-    config, memory, window = model.config, model.memory, model.config.window
+    config, window = decoder.config, decoder.config.window
     steps = [state.steps[row] for row in writers]
     writes = [window.writes_made(step + 1) - 1 for step in steps]
     slot_stops = [window.pooled_slots(write, config.write_group)[1] for write in writes]
@@ -90,5 +87,5 @@ def _write(model: StrideMemoryTransformer, state: SMTState, writers: Sequence[in
         index = torch.tensor([write % config.n_state_slots for write in writes], device=rows.device)
         state.slots[rows, index] = slots[:, 0].to(state.slots.dtype)
     if config.encoding == "stream" and config.n_ssm_outputs:
-        keep_slots(model.decoder, slots[:, 0], state, writers, writes)
+        keep_slots(decoder, slots[:, 0], state, writers, writes)
     return weights

@@ -19,8 +19,9 @@ from smt.config import SMTConfig
 from smt.model.decoder import Block, Decoder
 from smt.model.rotary import Rotation, rotate, rotation
 from smt.model.windows import absent_in_block, window_cache
+from smt.state.layout import KeyValues, existing
 from smt.state.rings import last_entries
-from smt.state.state import KeyValues, SMTState, existing
+from smt.state.state import SMTState
 from smt_kernels import stream_attention_decode, window_attention
 
 

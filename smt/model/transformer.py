@@ -162,26 +162,41 @@ class StrideMemoryTransformer(nn.Module):
         batch, length = input_ids.shape
         counts = (length,) * batch if attention_mask is None else token_counts(attention_mask, input_ids)
         if state is None:
-            state = initial_state(self, batch)
-        encoded = encode_batch(self, input_ids, state, counts, return_weights=return_weights, overwrite_state=overwrite_state)
+            state = self.initial_state(batch)
+        encoded = encode_batch(
+            self.memory,
+            self.decoder,
+            self.embedding(input_ids),
+            state,
+            counts,
+            decodes=not torch.is_grad_enabled() and not self.training,
+            return_weights=return_weights,
+            overwrite_state=overwrite_state,
+        )
         made = self.config.window.writes_made if self.config.writes else lambda step: 0
         writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
         return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
 
+    def initial_state(self, batch_size: int) -> SMTState:
+        """The state before the first token of each row."""
+        weight = self.embedding.weight
+        return initial_state(self.decoder, batch_size, device=weight.device, dtype=weight.dtype)
+
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Prompts (B, T) and their continuations, (B, T + new): see ``smt.model.generation.generate``."""
-        return generate(self, input_ids, max_new_tokens, **options)
+        return generate(self._next_logits, input_ids, max_new_tokens, vocab_size=self.config.vocab_size, **options)
 
     def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
         """The next tokens (B,) of prompts (B, T), one step at a time: see ``smt.model.generation.stream``."""
-        return stream(self, input_ids, max_new_tokens, **options)
+        return stream(self._next_logits, input_ids, max_new_tokens, vocab_size=self.config.vocab_size, **options)
 
     def set_embedding(self, embedding: nn.Embedding) -> None:
         """Replace the embedding, and with it the head: another vocabulary over the same memory and decoder."""
         if embedding.embedding_dim != self.config.d_model:
             raise ValueError(f"embedding must have width d_model = {self.config.d_model}, got {embedding.embedding_dim}")
         self.embedding = embedding
-        self.config = replace(self.config, vocab_size=embedding.num_embeddings)
+        config = replace(self.config, vocab_size=embedding.num_embeddings)
+        self.config = self.memory.config = self.decoder.config = config
 
     def gradient_checkpointing_enable(self) -> None:
         """Train with less memory: keep only the input of every decoder block and compute the rest again backward."""
@@ -217,6 +232,17 @@ class StrideMemoryTransformer(nn.Module):
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> StrideMemoryTransformer:
         """The model that ``save_pretrained`` or a training run left in ``folder``: see ``smt.model.checkpoint.load_model``."""
         return load_model(cls, folder, device=device)
+
+    def _next_logits(self, input_ids: Tensor, state: SMTState | None, attention_mask: Tensor | None) -> tuple[Tensor, SMTState]:
+        """Logits (B, V) of what follows each row, and the state, which may have taken the tensors of the old; no dropout."""
+        was_training = self.training
+        self.eval()
+        try:
+            logits, aux = self(input_ids, state, attention_mask=attention_mask, last_only=True, overwrite_state=True)
+        finally:
+            if was_training:
+                self.train()
+        return logits[:, -1], aux.state
 
     def _check(self, input_ids: Tensor, state: SMTState | None) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):

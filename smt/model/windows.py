@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt.config import SMTConfig
+from smt.state.layout import KeyValues
 from smt.state.rings import take
-from smt.state.state import KeyValues
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,16 @@ Everything is checked before the first parameter changes: a refused source leave
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
 from smt.config import SMTConfig
 from smt.pretrained.families import READERS, Pretrained, check_sizes, read_gpt2, read_mamba
-from smt.pretrained.sources import open_source
+from smt.pretrained.sources import Source, open_source
 from smt.pretrained.transfer import LoadReport, Transfer
-
-if TYPE_CHECKING:
-    from smt.model.transformer import StrideMemoryTransformer
 
 _GPT2_BLOCK = {
     "ln_1": "norm_1",
@@ -33,14 +32,13 @@ _MAMBA_LAYER = (
 )
 
 
-def load_gpt2(
-    model: StrideMemoryTransformer, source: Any, *, embedding: bool | None = None, first_layers: bool = False
-) -> LoadReport:
+def load_gpt2(model: nn.Module, source: Any, *, embedding: bool | None = None, first_layers: bool = False) -> LoadReport:
     """Load GPT-2's blocks, final norm, first W positions and token embedding.
 
     A memory whose SSM has not been loaded is rescaled to the new embedding's root mean square (DESIGN 2.1).
 
     Args:
+        model: a ``StrideMemoryTransformer``.
         source: a ``GPT2Model`` or one with a head, or a local folder or hub name of one (``smt.pretrained.sources``).
         embedding: load the token embedding too; None: if the vocabularies have the same size, else warn and skip it.
         first_layers: of a deeper GPT-2 take the first layers; otherwise depths must agree.
@@ -83,7 +81,7 @@ def load_gpt2(
 
 
 def load_mamba(
-    model: StrideMemoryTransformer,
+    model: nn.Module,
     source: Any,
     *,
     embedding: bool | None = False,
@@ -93,6 +91,7 @@ def load_mamba(
     """Load a Mamba's layers and final norm into the memory.
 
     Args:
+        model: a ``StrideMemoryTransformer``.
         source: a ``MambaModel`` or one with a head, or a local folder or hub name of one, in Hugging Face's or in the original
             names (``smt.pretrained.sources``).
         embedding: load its token embedding too; None: if the vocabularies have the same size, else warn and skip it.
@@ -127,6 +126,37 @@ def load_mamba(
     if match_scale:
         model.memory.match_scale(model.embedding.weight)
     return report
+
+
+def load_parts(
+    model: nn.Module,
+    sources: Mapping[str, Source],
+    *,
+    embedding: str | None,
+    match_scale: bool = False,
+    first_layers: bool = False,
+) -> LoadReport:
+    """Load a GPT-2, a Mamba or both into a model.
+
+    Args:
+        model: a ``StrideMemoryTransformer``.
+        sources: by ``gpt2`` and ``mamba``.
+        embedding: the one whose token embedding is loaded, if any.
+        match_scale, first_layers: as in ``load_gpt2`` and ``load_mamba``.
+
+    Raises:
+        ValueError: as in ``load_gpt2`` and ``load_mamba``.
+    """
+    reports = []
+    if "gpt2" in sources:
+        reports.append(load_gpt2(model, sources["gpt2"], embedding=embedding == "gpt2", first_layers=first_layers))
+    if "mamba" in sources:
+        reports.append(
+            load_mamba(
+                model, sources["mamba"], embedding=embedding == "mamba", match_scale=match_scale, first_layers=first_layers
+            )
+        )
+    return sum(reports[1:], reports[0])
 
 
 def config_of(*, gpt2: Any = None, mamba: Any = None, **fields: Any) -> SMTConfig:

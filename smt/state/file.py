@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from smt.config import SMTConfig
-from smt.model.checkpoint import write_files
-from smt.state.state import SMTState, state_shapes
+from smt.runtime.files import write_files
+from smt.state.layout import state_shapes
 
 FORMAT = "smt.state/1"
 
 
-def save_state(state: SMTState, path: str | Path) -> None:
-    """Write ``state`` under a temporary name and rename it, so that no half-written file is ever at ``path``."""
+def write_state(path: str | Path, config: SMTConfig, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+    """Write a state under a temporary name and rename it, so that no half-written file is ever at ``path``."""
     from safetensors.torch import save_file
 
-    metadata = {"format": FORMAT, "config": json.dumps(state.config.to_dict()), "steps": json.dumps(state.steps)}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors().items()}
-    write_files({Path(path): lambda partial: save_file(tensors, partial, metadata)})
+    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict()), "steps": json.dumps(steps)}
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_files({Path(path): lambda partial: save_file(contiguous, partial, metadata)})
 
 
-def load_state(path: str | Path, device: torch.device | str = "cpu") -> SMTState:
-    """Read a state that ``save_state`` wrote, onto ``device``.
+def read_state(path: str | Path, device: torch.device | str = "cpu") -> tuple[SMTConfig, list[int], dict[str, Tensor]]:
+    """Read what ``write_state`` wrote, onto ``device``: the configuration, the steps and the tensors of a state.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -46,7 +47,7 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> SMTState
         raise ValueError(f"{path} is not a saved state: its metadata has format {metadata.get('format')!r}, not {FORMAT!r}")
     config, steps = _read(path, metadata)
     _check(path, config, steps, tensors)
-    return SMTState.from_tensors(config, steps, tensors)
+    return config, steps, tensors
 
 
 def _read(path: Path, metadata: dict[str, str]) -> tuple[SMTConfig, list[int]]:

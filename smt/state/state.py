@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from smt.config import SMTConfig
+from smt.state.file import read_state, write_state
+from smt.state.layout import KeyValues, state_shapes
 
 # The fields of a configuration that give the state its shape or its meaning.
 _BINDING = (
@@ -18,23 +20,6 @@ _BINDING = (
     *("n_ssm_outputs", "m_input_tokens", "stride", "encoding", "empty_slots", "pool_source", "write_group", "writes"),
     *("ssm_n_layers", "ssm_d_state", "ssm_d_conv", "ssm_expand_factor"),
 )
-
-
-@dataclass(frozen=True)
-class KeyValues:
-    """Keys and values that one decoder layer keeps. What stands at entries that do not exist is never attended.
-
-    Attributes:
-        token_k, token_v: in ``stream`` (B, m, H_kv, D), a ring of the last tokens; in ``stride`` (B, m, H_kv, D), the tokens of
-            the block's window from its first existing one on; in ``token`` empty, (B, 0, H_kv, D).
-        slot_k, slot_v: (B, n, H_kv, D), in ``stream`` a ring; in ``stride`` the slots that the block sees, oldest first; in
-            ``token`` the same, right-aligned as in the window.
-    """
-
-    token_k: Tensor
-    token_v: Tensor
-    slot_k: Tensor
-    slot_v: Tensor
 
 
 @dataclass(frozen=True)
@@ -187,16 +172,12 @@ class SMTState:
 
     def save(self, path: str | Path) -> None:
         """Write a file that ``load`` reads: see ``smt.state.file``."""
-        from smt.state.file import save_state
-
-        save_state(self, path)
+        write_state(path, self.config, self.steps, self.tensors())
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> SMTState:
-        """Read what ``save`` wrote: see ``smt.state.file``."""
-        from smt.state.file import load_state
-
-        return load_state(path, device)
+        """Read what ``save`` wrote: see ``smt.state.file.read_state``."""
+        return SMTState.from_tensors(*read_state(path, device))
 
     def check(self, config: SMTConfig, batch_size: int) -> None:
         """Raise ValueError unless this is a state of ``batch_size`` rows of a model with ``config``."""
@@ -210,31 +191,6 @@ class SMTState:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SMTState:
         return self.from_tensors(self.config, self.steps, {name: function(tensor) for name, tensor in self.tensors().items()})
-
-
-def state_shapes(config: SMTConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of one row of every tensor of a state, by the names of ``SMTState.tensors``."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "tokens": (config.m_input_tokens, config.d_model),
-        "slots": (config.n_state_slots, config.d_model),
-    }
-    for index in range(config.ssm_n_layers):
-        shapes[f"conv.{index}"] = (config.ssm_d_inner, config.ssm_d_conv - 1)
-        shapes[f"ssm.{index}"] = (config.ssm_d_inner, config.ssm_d_state)
-    heads = config.n_kv_heads, config.head_dim
-    for index in range(config.transformer_n_layers):
-        for name in KeyValues.__dataclass_fields__:
-            n_tokens = 0 if config.encoding == "token" else config.m_input_tokens
-            shapes[f"layers.{index}.{name}"] = (n_tokens if name.startswith("token") else config.n_ssm_outputs, *heads)
-    return shapes
-
-
-def existing(config: SMTConfig, step: int) -> tuple[int, int]:
-    """How many tokens and slots of a state exist after ``step`` steps."""
-    n_slots = config.window.writes_made(step)
-    if config.empty_slots == "zero":  # the entries before the first are there, as zeros
-        step, n_slots = config.m_input_tokens, n_slots + config.n_ssm_outputs
-    return min(step, config.m_input_tokens), min(n_slots, config.n_state_slots) if config.writes else 0
 
 
 def _kind(name: str) -> str:

@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer
-from smt.pretrained.sources import read_safetensors
+from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from smt.runtime.files import read_safetensors, tensors_writer
 
 FOLDER, PREFIX, PARTIAL = "checkpoints", "step_", ".partial"
 OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"

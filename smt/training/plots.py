@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from smt.runtime.extras import needs_extra
 
@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from smt.experiments.record import Losses
-    from smt.training.progress import History
 
 DASHES = ("-", "--", ":", "-.")
 
 
-def training_curves(history: History | Losses, path: str | Path, *, title: str) -> None:
+class Losses(Protocol):
+    """The losses of a run by optimiser step, as it notes them (``History``) and as its folder tells them."""
+
+    train_loss: Sequence[float]
+    train_steps: Sequence[int]
+    val_loss: Sequence[float]
+    eval_steps: Sequence[int]
+
+
+def training_curves(history: Losses, path: str | Path, *, title: str) -> None:
     """Draw training and held-out loss over the steps, with perplexity on the right-hand axis."""
     figure, axes = _figure()
     axes.plot(history.train_steps, history.train_loss, color="tab:blue", linewidth=1, label="training")
@@ -38,7 +45,7 @@ def training_curves(history: History | Losses, path: str | Path, *, title: str) 
     figure.savefig(path, dpi=120)
 
 
-def curves_of_runs(histories: Mapping[str, History | Losses], path: str | Path) -> None:
+def curves_of_runs(histories: Mapping[str, Losses], path: str | Path) -> None:
     """Draw the held-out losses of several runs, and faintly their training losses, over the steps."""
     figure, axes = _figure()
     _curves(axes, histories)
@@ -48,9 +55,7 @@ def curves_of_runs(histories: Mapping[str, History | Losses], path: str | Path) 
     figure.savefig(path, dpi=120)
 
 
-def comparison(
-    figures: Mapping[str, float], histories: Mapping[str, History | Losses], path: str | Path, *, label: str
-) -> None:
+def comparison(figures: Mapping[str, float], histories: Mapping[str, Losses], path: str | Path, *, label: str) -> None:
     """Draw one figure of every run as a bar, best first, beside the runs' curves, each in the colour of its bar.
 
     Args:
@@ -73,7 +78,7 @@ def comparison(
     figure.savefig(path, dpi=120)
 
 
-def _curves(axes: Axes, histories: Mapping[str, History | Losses]) -> None:
+def _curves(axes: Axes, histories: Mapping[str, Losses]) -> None:
     for place, (name, history) in enumerate(histories.items()):
         style = _style(place)
         axes.plot(history.train_steps, history.train_loss, **style, linewidth=0.6, alpha=0.25)

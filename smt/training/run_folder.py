@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer, write_files
+from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from smt.runtime.environment import environment
+from smt.runtime.files import tensors_writer, write_files
 from smt.training.progress import History
 from smt.training.settings import RunConfig
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from smt.cli.conversion import load_parts
 from smt.data.tokenizer import TOKENIZER_FILE
 from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.families import READERS
+from smt.pretrained.loading import load_parts
 from smt.pretrained.sources import open_source
 from smt.pretrained.transfer import LoadReport
 from smt.training.settings import RunConfig

@@ -15,8 +15,7 @@ from smt.data.documents import Document, in_memory
 from smt.data.parts import Parts
 from smt.data.store import tokenise
 from smt.data.tokenizer import Tokenizer
-from smt.data.walk import WAITING, Batch, DocumentWalk
-from smt.model.loss import IGNORE_INDEX
+from smt.data.walk import IGNORE_INDEX, WAITING, Batch, DocumentWalk
 
 LENGTHS = (2, 3, 9, 10, 11, 20, 21, 22, 57, 100)
 MODES = pytest.mark.parametrize("together", [False, True], ids=["at-once", "together"])

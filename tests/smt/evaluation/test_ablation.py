@@ -6,7 +6,6 @@ import torch
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.evaluation.ablation import FrozenWrites, ablate, slot_reach, without_writes, zeroed_slots
 from smt.evaluation.scorer import SMTScorer
-from smt.model.parallel import initial_state
 
 SIZES = dict(
     vocab_size=40, d_model=16, d_k=8, dropout=0.0, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,
@@ -130,5 +129,5 @@ def test_the_initial_state_of_a_frozen_run_is_the_models():
     model = build("stream", empty_slots="zero")
     with torch.no_grad():
         frozen, state = FrozenWrites(model, REACH)(tokens()[:, :REACH], None)
-        assert torch.allclose(frozen, model.encode(tokens()[:, :REACH], initial_state(model, 2))[0])
+        assert torch.allclose(frozen, model.encode(tokens()[:, :REACH], model.initial_state(2))[0])
     assert state.state.step == REACH

@@ -8,7 +8,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from smt import SMTConfig, StrideMemoryTransformer
-from smt.model.checkpoint import load_weights, read_config, write_files
+from smt.model.checkpoint import load_weights, read_config
+from smt.runtime.files import write_files
 from smt.training.settings import RunConfig
 
 SIZES = dict(vocab_size=37, d_model=16, d_k=8, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,

@@ -7,8 +7,8 @@ import torch
 from tiny_training import DATA, MODEL, random_documents, recorded_batches, train_tiny, trainer_of
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.data.walk import IGNORE_INDEX
 from smt.evaluation.perplexity import Evaluation
-from smt.model.loss import IGNORE_INDEX
 from smt.training.clock import Clock
 from smt.training.settings import TrainingConfig
 
