@@ -36,6 +36,10 @@ class KeyValues:
     slot_k: Tensor
     slot_v: Tensor
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name here. Not by ``vars``: torch.compile follows it through a frozen class from 2.12 on only."""
+        return {"token_k": self.token_k, "token_v": self.token_v, "slot_k": self.slot_k, "slot_v": self.slot_v}
+
 
 @dataclass(frozen=True)
 class SMTState:
@@ -113,7 +117,7 @@ class SMTState:
         for kind in ("conv", "ssm"):
             named.update((f"{kind}.{index}", tensor) for index, tensor in enumerate(getattr(self, kind)))
         for index, layer in enumerate(self.layers):
-            named.update((f"layers.{index}.{name}", tensor) for name, tensor in vars(layer).items())
+            named.update((f"layers.{index}.{name}", tensor) for name, tensor in layer.tensors().items())
         return named
 
     @property
