@@ -22,7 +22,7 @@ setup(
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",
-        "pyyaml>=6",
+        "pyyaml>=6.0.1",
         "safetensors>=0.4",
     ],
     extras_require={

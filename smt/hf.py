@@ -148,7 +148,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
-        output = SMTOutput(loss=loss, logits=logits, **{STATE_NAME: past_key_values})
+        output = SMTOutput(loss=loss, logits=logits, **{SMTOutput.kept_as: past_key_values})
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -173,8 +173,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         # generate lets the arguments of forward through where it finds the name kwargs.
         kwargs = in_library_terms(kwargs)
         inputs = super().prepare_inputs_for_generation(*arguments, is_first_iteration=is_first_iteration, **kwargs)
-        state = inputs.get(STATE_NAME)
-        if not is_first_iteration and state is not None:
+        # Prompts in pieces are no decoding steps, and not every release says so. Padding stands before a row's first token.
+        if not is_first_iteration and inputs["input_ids"].shape[1] == 1 and _all_rows_have_begun(inputs.get(STATE_NAME)):
             inputs["attention_mask"] = None
         return inputs
 
@@ -215,6 +215,10 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None and labels.shape != input_ids.shape:
             shapes = tuple(input_ids.shape), tuple(labels.shape)
             raise ValueError(f"labels must have the shape of input_ids, {shapes[0]}, got {shapes[1]}")
+
+
+def _all_rows_have_begun(cache: SMTCache | None) -> bool:
+    return cache is not None and cache.state is not None and min(cache.state.steps) > 0
 
 
 AutoModelForCausalLM.register(SMTPreTrainedConfig, SMTForCausalLM, exist_ok=True)

@@ -43,14 +43,14 @@ def pop_state(arguments: dict[str, Any]) -> Any:
 class EitherName:
     """In front of an output class of ``transformers``: the state stands under its name there, and answers to both, silently."""
 
-    _kept_as: ClassVar[str]
+    kept_as: ClassVar[str]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._kept_as = state_name(cls)
+        cls.kept_as = state_name(cls)
         for name in STATE_NAMES:
-            if name != cls._kept_as:
-                setattr(cls, name, property(lambda output: getattr(output, output._kept_as)))
+            if name != cls.kept_as:
+                setattr(cls, name, property(lambda output: getattr(output, output.kept_as)))
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(self._own(key))
@@ -63,7 +63,7 @@ class EitherName:
         return super().get(self._own(key), default)
 
     def _own(self, key: Any) -> Any:
-        return self._kept_as if key in STATE_NAMES else key
+        return self.kept_as if key in STATE_NAMES else key
 
 
 class SMTOutput(EitherName, CausalLMOutputWithPast):

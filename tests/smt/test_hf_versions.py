@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from smt import SMTCache, hf, hf_versions
 from smt.hf_versions import STATE_NAMES, EitherName, SMTOutput, in_library_terms, state_name
 
-NEW = 9
+NEW = 6
 LIBRARIES = pytest.mark.parametrize("library", [Older, Newer], ids=lambda library: library.__name__.lower())
 NAMES = pytest.mark.parametrize("name", STATE_NAMES)
 
@@ -62,6 +62,20 @@ def test_a_conversation_goes_on_whatever_a_release_calls_its_state(library, name
     again = model.generate(whole, torch.ones_like(whole), NEW, **{name: state})
     for row in range(2):
         assert torch.equal(again[row, whole.shape[1] :], greedy(model, whole[row]))
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_padded_prompt_in_pieces_is_the_same_when_nobody_says_that_it_is_one(size):
+    model, state = build(), SMTCache()
+    ids, mask, _ = padded([3, 17])
+    with torch.no_grad():
+        for start in range(0, 17, size):
+            place = torch.arange(start, min(start + size, 17))
+            inputs = model.prepare_inputs_for_generation(
+                ids[:, place], attention_mask=mask[:, : start + len(place)], cache_position=place, cache=state
+            )  # as 5.0 does
+            output = model(**inputs)
+        torch.testing.assert_close(output.logits[:, -1], model(ids, attention_mask=mask).logits[:, -1])
 
 
 @NAMES
