@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = [
-    *("accelerate>=1.10", "datasets>=4", "matplotlib>=3.8", "numpy>=1.26"),
+    *("accelerate>=1.10", "datasets>=4", "matplotlib>=3.8", "numpy>=2"),
     *("tokenizers>=0.21", "tqdm>=4.66", "transformers>=5"),
 ]
 
@@ -22,7 +22,7 @@ setup(
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",
-        "pyyaml>=6",
+        "pyyaml>=6.0.1",
         "safetensors>=0.4",
     ],
     extras_require={

@@ -19,6 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 
+import deprecations
 import pytest
 import torch
 
@@ -51,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for name, (_, unmet) in _NEEDS.items():
         config.addinivalue_line("markers", f"{name}: deselected when {unmet}")
+    for line in deprecations.filters():
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_report_header() -> str:
@@ -80,6 +83,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_deprecations() -> Iterator[None]:
+    """Fails a test by which we call what a library logs to be deprecated; where it warns of it, filters make that an error."""
+    with deprecations.logged() as messages:
+        yield
+    assert not messages
 
 
 @pytest.fixture

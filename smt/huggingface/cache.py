@@ -16,6 +16,9 @@ class SMTCache:
     """
 
     is_compileable = False
+    is_linear = (False,)  # generate counts its columns, and passes on only what comes after them
+    is_croppable = False
+    _is_user_defined = True  # generate must not run a step ahead of what it returns: the step could not be taken back
 
     def __init__(self, state: SMTState | None = None) -> None:
         self.state = state

@@ -33,20 +33,26 @@ class SMTPreTrainedConfig(PreTrainedConfig):
         "num_attention_heads": "transformer_n_heads",
     }
 
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
+    # Releases before 5.4 have no dataclass here, so that a __post_init__ would never be called: an __init__ serves all.
+    def __init__(
+        self,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
         given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
         config = SMTConfig(**{name: given.pop(name) for name in NAMES if name in given})
+        if not tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be True: the head is the embedding")
         for name, value in config.to_dict().items():
             setattr(self, name, value)
-        if not self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings must be True: the head is the embedding")
-        super().__post_init__(**given)
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.use_cache, self.tie_word_embeddings = use_cache, tie_word_embeddings
+        super().__init__(**given)
 
     @property
     def smt(self) -> SMTConfig:

@@ -14,6 +14,7 @@ from smt.huggingface.cache import SMTCache
 from smt.huggingface.config import SMTPreTrainedConfig
 from smt.huggingface.model_card import CARD_FILE, model_card
 from smt.huggingface.padding import right_padding_taken
+from smt.huggingface.versions import STATE_NAME, STATE_NAMES, SMTOutput, in_library_terms, pop_state
 from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.sources import HF_CONFIG_FILE
@@ -21,7 +22,6 @@ from smt.runtime.extras import needs_extra
 
 with needs_extra("hf"):
     from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What other models of transformers take and this one cannot give a meaning.
 _REFUSED = {
@@ -96,8 +96,9 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: SMTCache | None = None,
         **options: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> SMTOutput | tuple[Any, ...]:
         """Next-token logits; rows are padded on the left, or on the right where no state is kept.
 
         Args:
@@ -111,11 +112,13 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 training, not beside labels, not with padding on the right.
             logits_to_keep: so many last steps, or the steps (K,) int64, have logits; 0: all.
             return_dict: False: a tuple.
+            cache: another name of ``past_key_values``, and that of newer releases of ``transformers``.
             options: ``num_items_in_batch``, by which the sum of losses is divided instead of by their number.
 
         Raises:
             TypeError, ValueError: as ``StrideMemoryTransformer.forward``; an input that the model cannot give a meaning.
         """
+        past_key_values = pop_state({"past_key_values": past_key_values, "cache": cache})
         self._refuse(input_ids, past_key_values, labels, logits_to_keep, options)
         padded = False
         if attention_mask is not None:
@@ -145,7 +148,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = SMTOutput(loss=loss, logits=logits, **{SMTOutput.kept_as: past_key_values})
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -161,11 +164,17 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         """None: no module is tied to the embedding, which itself is the head."""
         return None
 
+    def generate(self, *arguments: Any, **kwargs: Any) -> Any:
+        """As in ``transformers``; the state to go on from may be called ``past_key_values`` or ``cache``."""
+        return super().generate(*arguments, **in_library_terms(kwargs))
+
     def prepare_inputs_for_generation(self, *arguments: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
         """As in ``transformers``, without the mask of decoding steps: it is all ones, and reading it waits for the device."""
         # generate lets the arguments of forward through where it finds the name kwargs.
+        kwargs = in_library_terms(kwargs)
         inputs = super().prepare_inputs_for_generation(*arguments, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and inputs.get("past_key_values") is not None:
+        # Prompts in pieces are no decoding steps, and not every release says so. Padding stands before a row's first token.
+        if not is_first_iteration and inputs["input_ids"].shape[1] == 1 and _all_rows_have_begun(inputs.get(STATE_NAME)):
             inputs["attention_mask"] = None
         return inputs
 
@@ -174,8 +183,11 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation must be None, got {generation_config.cache_implementation!r}: the state is the cache"
             )
-        if generation_config.use_cache is not False:
-            model_kwargs.setdefault("past_key_values", SMTCache())
+        state = pop_state(model_kwargs)
+        if state is None and generation_config.use_cache is not False:
+            state = SMTCache()
+        if state is not None:
+            model_kwargs.update(dict.fromkeys(STATE_NAMES, state))
 
     def _init_weights(self, module: nn.Module) -> None:
         # The model inside has drawn its own weights when it was built; only an embedding that is being resized is not its.
@@ -203,6 +215,10 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None and labels.shape != input_ids.shape:
             shapes = tuple(input_ids.shape), tuple(labels.shape)
             raise ValueError(f"labels must have the shape of input_ids, {shapes[0]}, got {shapes[1]}")
+
+
+def _all_rows_have_begun(cache: SMTCache | None) -> bool:
+    return cache is not None and cache.state is not None and min(cache.state.steps) > 0
 
 
 AutoModelForCausalLM.register(SMTPreTrainedConfig, SMTForCausalLM, exist_ok=True)

@@ -51,7 +51,7 @@ def keep_slots(decoder: Decoder, slots: Tensor, state: SMTState, writers: Sequen
     for depth, (block, layer) in enumerate(zip(decoder.blocks, state.layers, strict=True), start=1):
         q = _append(block, x, layer.slot_k, layer.slot_v, rows, index, turn, of_slots=True)
         if depth < len(decoder.blocks):  # nothing reads the slots' last output
-            kept = layer if everyone else KeyValues(*(tensor[rows] for tensor in vars(layer).values()))
+            kept = layer if everyone else KeyValues(**{name: tensor[rows] for name, tensor in layer.tensors().items()})
             x = _attend(block, x, q, kept, n_tokens, n_slots)
 
 
@@ -121,7 +121,7 @@ def _enter_blocks(decoder: Decoder, state: SMTState, entering: Sequence[int], n_
     valid_tokens, valid_memory = _valid(state.tokens, config, steps, n_tokens)
     hidden, layers = decoder.through_windows(torch.cat([slots, tokens], dim=1), valid_memory, valid_tokens, tail=1)
     for layer, (k, v) in zip(state.layers, layers, strict=True):
-        for name, tensor in vars(window_cache(config, k, v, steps)).items():
+        for name, tensor in window_cache(config, k, v, steps).tensors().items():
             getattr(layer, name).index_copy_(0, rows, tensor.to(getattr(layer, name).dtype))
     return hidden[:, 0]
 

@@ -25,6 +25,10 @@ class KeyValues:
     slot_k: Tensor
     slot_v: Tensor
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name here. Not by ``vars``: torch.compile follows it through a frozen class from 2.12 on only."""
+        return {"token_k": self.token_k, "token_v": self.token_v, "slot_k": self.slot_k, "slot_v": self.slot_v}
+
 
 def state_shapes(config: SMTConfig) -> dict[str, tuple[int, ...]]:
     """The shape of one row of every tensor of a state, by the names of ``SMTState.tensors``."""

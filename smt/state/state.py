@@ -98,7 +98,7 @@ class SMTState:
         for kind in ("conv", "ssm"):
             named.update((f"{kind}.{index}", tensor) for index, tensor in enumerate(getattr(self, kind)))
         for index, layer in enumerate(self.layers):
-            named.update((f"layers.{index}.{name}", tensor) for name, tensor in vars(layer).items())
+            named.update((f"layers.{index}.{name}", tensor) for name, tensor in layer.tensors().items())
         return named
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -227,17 +228,43 @@ def test_the_log_sum_exp_is_that_of_the_visible_scores():
     assert_equal_in_double({"lse": lse[:, 0]}, {"lse": expected}, terms=problem.terms())
 
 
+def counted(function: Callable[..., object], *arguments: object) -> tuple[object, int]:
+    """What the function returns, and its floating-point operations, those of the fused attention of a CPU included."""
+
+    def forward(queries: torch.Size, keys: torch.Size, *others: object, **options: object) -> int:
+        return 2 * 2 * queries.numel() * keys[2]  # Q K^T and P V
+
+    def backward(grad: torch.Size, queries: torch.Size, keys: torch.Size, *others: object, **options: object) -> int:
+        return 5 * 2 * queries.numel() * keys[2]  # Q K^T, dO V^T, dS K, dS^T Q and P^T dO
+
+    # Only torch from 2.15 on has counts of its own for these.
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    with FlopCounterMode(display=False, custom_mapping={fused: forward, fused_backward: backward}) as counter:
+        result = function(*arguments)
+    return result, counter.get_total_flops()
+
+
 @pytest.mark.parametrize("window", [spec(15, 50, 16), spec(15, 50, None)], ids=["stride", "static"])
 def test_work_grows_linearly_with_the_length(window):
     def flops(n_blocks: int) -> tuple[int, int]:
         inputs = list(make_problem(Case(32 * n_blocks + 1, window, n_slots=20, n_batch=1)).inputs.values())
         settings = window, 0.25, 0, 0
-        with FlopCounterMode(display=False) as forward:
-            out, lse = blocked.forward(*inputs, *settings)
-        with FlopCounterMode(display=False) as backward:
-            blocked.backward(out, *inputs, out, lse, *settings)
-        return forward.get_total_flops(), backward.get_total_flops()
+        (out, lse), forward = counted(blocked.forward, *inputs, *settings)
+        return forward, counted(blocked.backward, out, *inputs, out, lse, *settings)[1]
 
     short, medium, long = flops(3), flops(6), flops(12)
     for a, b, c in zip(short, medium, long, strict=True):
         assert b > a and c - b == 2 * (b - a)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "products"])
+def test_the_count_of_work_tells_quadratic_from_linear(fused, monkeypatch):
+    monkeypatch.setattr(products, "FUSED_ON", ("cpu",) if fused else ())
+    for length in (8, 16, 32):
+        q, k, v = torch.randn(3, 2, 3, length, 4).unbind()
+        bias = torch.zeros(1, 1, length, length)
+        (out, lse), forward = counted(products.attend, q, k, v, bias, 0.5)
+        _, backward = counted(products.attend_backward, out, q, k, v, out, lse, bias, 0.5)
+        one_product = 2 * 2 * 3 * length**2 * 4
+        assert (forward, backward) == (2 * one_product, 5 * one_product)

@@ -31,8 +31,8 @@ def config(tmp_path_factory):
         {
             "experiment": "resumed",
             "model": {
-                "vocab_size": 270, "d_model": 16, "d_k": 8, "dropout": 0.2, "pooling_dropout": 0.2, "n_ssm_outputs": 3, "m_input_tokens": 6,
-                "stride": 2, "write_group": 2,
+                "vocab_size": 270, "d_model": 16, "d_k": 8, "dropout": 0.2, "pooling_dropout": 0.2,
+                "n_ssm_outputs": 3, "m_input_tokens": 6, "stride": 2, "write_group": 2,
                 "transformer_n_layers": 1, "transformer_n_heads": 2, "ssm_n_layers": 1, "ssm_d_state": 4,
                 "encoding": "stream",
             },
