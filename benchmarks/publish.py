@@ -292,7 +292,7 @@ def _study(name: str) -> dict[tuple[str, str], dict[str, str]]:
 def _difference(cell: dict[str, str]) -> str:
     if cell["difference"] == "-":
         return "-"
-    return f"{float(cell['difference']):+.3f} ± {float(cell['± s.e.']):.3f}".replace("-", "−")
+    return f"{float(cell['difference']):+.3f} ± {float(cell['± s.e.']):.3f}"
 
 
 def _seconds(row: dict[str, Any]) -> str:
@@ -309,9 +309,8 @@ def _per_token(row: dict[str, Any]) -> str:
 
 
 def _mib(row: dict[str, Any]) -> str:
-    return (
-        f"{row['state_bytes'] / 2**20:.2g} MiB" if row["state_bytes"] < 10 * 2**20 else f"{row['state_bytes'] / 2**20:,.0f} MiB"
-    )
+    mib = row["state_bytes"] / 2**20
+    return f"{mib:.2g} MiB" if mib < 10 else f"{mib:,.0f} MiB"
 
 
 def _times(ratio: float | None) -> str:
