@@ -130,7 +130,7 @@ def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Seque
 def _plot_differences(scores: Mapping[str, Sequence[TokenScores]], control: str, labels: Sequence[str], folder: Path) -> Path:
     """How much more the cells ``labels`` lose than ``control``, by position."""
     path = folder / f"loss_more_than_{control}.png"
-    # Cells of a study are "budget,variant", and those of one budget differ in the variant; those of a grid are fields and values.
+    # Cells of a study are "budget,variant", and those of one budget differ in the variant; those of a grid name their fields.
     budget, comma, variant = ("", "", control) if "=" in control else control.rpartition(",")
     curves = {
         _words(label.removeprefix(budget + comma)): loss_by_position(
