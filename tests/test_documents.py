@@ -41,7 +41,12 @@ def test_the_pages_that_show_python_are_found():
     assert {"README.md", "docs/decoding.md", "docs/kernels/stride_write.md"} <= {str(page) for page in SNIPPETS}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def _marks(command: str) -> list[pytest.MarkDecorator]:
+    """The audit turns the interpreter on as soon as it is imported."""
+    return [pytest.mark.triton, pytest.mark.interpreter] if "audit_kernels" in command else []
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, marks=_marks(command), id=command) for command in COMMANDS])
 def test_every_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = arguments(command)
     if "-m" in words and words[words.index("-m") + 1] == "smt":  # torchrun, accelerate launch

@@ -176,7 +176,7 @@ def stride_write(n_writes: int = 8, taps: int = 4, off: Sequence[int] = (4,)) ->
     return Picture(
         "output of write",
         [f"{write}{'  (gate off)' if write in off else ''}" for write in range(n_writes)],
-        [_columns("", range(-history, 0)), _columns("x and z of write", range(n_writes)), Columns("h", [""])],
+        [_columns("before", range(-history, 0)), _columns("x and z of write", range(n_writes)), Columns("h", [""])],
         cells,
         {TOKEN: "taps of the convolution", PALE: "through the state", SLOT: "the state from before"},
     )
