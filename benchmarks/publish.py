@@ -1,4 +1,4 @@
-"""The tables and the plot that README and docs show, made from results that are committed: no figure is typed there.
+"""The tables and plots that README and docs show, made from results that are committed: no figure is typed there.
 
     python benchmarks/bench_window.py --sections attention --threads 2 --json benchmarks/results/attention_cpu.json
     python benchmarks/publish.py
@@ -11,8 +11,6 @@ budgets of kernels are those of ``kernel_budgets.yaml``. ``tests/test_documents.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,49 +18,24 @@ from typing import Any
 
 import claims
 import yaml
+from committed import (
+    CACHE,
+    FULL,
+    GPT2,
+    POOLS_TOKENS,
+    ROOT,
+    STATIC_CACHE,
+    STREAM,
+    STREAM_ATTENTION,
+    STRIDE,
+    TOKEN,
+    VARIANTS,
+    found,
+    read,
+    study,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "studies"
-PLOT = ROOT / "docs" / "pictures" / "speed.svg"
 BLOCK = re.compile(r"(<!-- made by benchmarks/publish\.py: ([\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-
-FULL, STREAM_ATTENTION = "full causal (SDPA)", "stream_attention, blocked"
-GPT2, CACHE, STATIC_CACHE = "GPT-2, full attention (Hugging Face)", "GPT-2, KV cache", "GPT-2, static KV cache"
-STREAM, STRIDE, TOKEN, POOLS_TOKENS = "SMT stream", "SMT stride", "SMT token", "SMT stream, pools tokens"
-
-# Variants of the studies in words.
-VARIANTS = {
-    "stream": "memory (`stream`)",
-    "stream_pools_tokens": 'memory, `pool_source="tokens"`',
-    "stride": "memory, `stride`",
-    "token": "memory, `token`",
-    "open_gates": "memory, open gates",
-    "no_readout": "memory without readout",
-    "silent_slots": "silent slots",
-    "no_writes": "*no writes*",
-    "no_writes_3_layers": "no writes, three layers",
-    "silent_slots_window_of_112": "silent slots, window of 112",
-    "sliding_window_of_40": "sliding window of 40, three layers",
-    "gpt2_context_of_512": "GPT-2, full attention to 512",
-}
-
-
-def read(name: str) -> dict[str, Any]:
-    """A result file by its name, without suffix."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def found(rows: list[dict], task: str, case: str, length: int, batch: int = 1) -> dict[str, Any]:
-    """The row of one case at one length, of the task that begins with ``task``.
-
-    Raises:
-        ValueError: there is not exactly one.
-    """
-    wanted = (case, length, batch)
-    matching = [row for row in rows if row["task"].startswith(task) and (row["case"], row["length"], row["batch"]) == wanted]
-    if len(matching) != 1:
-        raise ValueError(f"results must hold {task!r}, {case!r} at {length:,} once, got {len(matching)} rows")
-    return matching[0]
 
 
 def speed_table() -> str:
@@ -88,8 +61,8 @@ def speed_table() -> str:
     carried = [f"{_mib(ours)}, not {_mib(theirs)}" for theirs, ours in pairs]
     lines.append(_line("carried from token to token", "GPT-2, KV cache", *carried))
     lines.append(_line("anything on a GPU", "", "no committed report yet", "", ""))
-    study = _study("memory")
-    tokens, time = (study[budget, "stream"] for budget in ("equal_tokens", "equal_time"))
+    cells = study("memory")
+    tokens, time = (cells[budget, "stream"] for budget in ("equal_tokens", "equal_time"))
     return "\n".join(
         [
             *lines,
@@ -151,7 +124,7 @@ def stdlib_sentence() -> str:
 
 def study_table(name: str) -> str:
     """A study's cells, a line for each variant and two columns for each budget."""
-    cells, budgets = _study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
+    cells, budgets = study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
     shown = [" ".join(f"{value:,} {unit}" for unit, value in budget.items()) for budget in budgets.values()]
     lines = [*_header("", "parameters", shown[0], "to *no writes*", shown[1], "to *no writes*", "steps then")]
     for variant, title in VARIANTS.items():
@@ -207,86 +180,22 @@ def filled(text: str) -> str:
     return BLOCK.sub(fill, text)
 
 
-def plotted_digest() -> str:
-    """What tells the results behind the plot apart, kept in its file."""
-    digest = hashlib.sha256()
-    for name in ("attention_cpu", "training_cpu", "decoding_cpu"):
-        digest.update(json.dumps(read(name)["rows"], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def draw(path: Path) -> None:
-    """Time per token over length: attention, a training step, and decoding after a long past."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-    from report import COLOURS, MARKERS
-
-    panels = {
-        "attention, forward": ("attention_cpu", "Forward:", {FULL: "full attention", STREAM_ATTENTION: "this window"}),
-        "training step": ("training_cpu", "Training", {GPT2: "GPT-2", STREAM: "stream", STRIDE: "stride"}),
-        "decoding a token": (
-            "decoding_cpu",
-            "Decoding",
-            {CACHE: "GPT-2, KV cache", STATIC_CACHE: "GPT-2, static cache", STREAM: "stream"},
-        ),
-    }
-    styles = {FULL: 0, GPT2: 0, CACHE: 0, STATIC_CACHE: 4, STREAM_ATTENTION: 1, STREAM: 1, STRIDE: 2}
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "smt"}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.5), layout="constrained")
-        for panel, (title, (name, task, cases)) in zip(axes, panels.items(), strict=True):
-            rows = [row for row in read(name)["rows"] if row["task"].startswith(task) and row["batch"] == 1]
-            for case, label in cases.items():
-                points = [
-                    (row["length"], 1e3 * row.get("seconds_per_token", row["seconds"] / row["length"]))
-                    for row in rows
-                    if row["case"] == case and "seconds" in row
-                ]
-                look = {"color": COLOURS[styles[case]], "marker": MARKERS[styles[case]], "lw": 1.8, "ms": 6}
-                panel.plot(*zip(*points, strict=True), label=label, **look)
-            lengths = sorted({row["length"] for row in rows})
-            panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
-            low, high = panel.dataLim.intervaly
-            panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 10 * low else (1,)))
-            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            panel.minorticks_off()
-            panel.set_ylim(low / 1.5, high * (high / low) ** 0.6)  # the legend covers no curve
-            panel.set_title(title, loc="left", fontweight="bold", fontsize=12)
-            panel.set_xlabel("tokens of past" if task == "Decoding" else "tokens in the sequence")
-            panel.grid(axis="y", lw=0.5, color="0.88")
-            panel.legend(frameon=False, fontsize=10, loc="upper left")
-        axes[0].set_ylabel("milliseconds per token")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None, "Description": f"results {plotted_digest()}"})
-        plt.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Fill the pages and draw the plot."""
+    """Fill the pages and draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--no-plot", action="store_true", help="tables alone")
+    parser.add_argument("--no-plots", action="store_true", help="tables alone")
     options = parser.parse_args(arguments)
     for page in pages():
         text = page.read_text(encoding="utf-8")
         if filled(text) != text:
             page.write_text(filled(text), encoding="utf-8")
             print(page.relative_to(ROOT))
-    if not options.no_plot:
-        draw(PLOT)
-        print(PLOT.relative_to(ROOT))
+    if not options.no_plots:
+        from publish_plots import draw_memory, draw_speed
+
+        draw_speed()
+        draw_memory()
     return 0
-
-
-def _study(name: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The rows of a study's table by budget and variant."""
-    lines = (STUDIES / f"{name}.md").read_text(encoding="utf-8").splitlines()
-    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
-    return {tuple(row[0].split(",", 1)): dict(zip(header, row, strict=True)) for row in rows}
 
 
 def _difference(cell: dict[str, str]) -> str:
