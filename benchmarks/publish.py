@@ -41,7 +41,6 @@ BLOCK = re.compile(r"(<!-- made by benchmarks/publish\.py: ([\w ]+) -->\n).*?(<!
 def speed_table() -> str:
     """What is true today, one line each: the table of the README."""
     attention, training, decoding = (read(name)["rows"] for name in ("attention_cpu", "training_cpu", "decoding_cpu"))
-
     lines = [*_header("two CPU cores, fp32", "against", "short", "longer", "longest")]
 
     def add(what: str, against: str, rows: list[dict], task: str, case: str, lengths: tuple[int, ...]) -> None:
@@ -55,8 +54,7 @@ def speed_table() -> str:
     contexts = (1024, 4096, 65536)
     for name, case in (("KV cache", CACHE), ("static KV cache", STATIC_CACHE)):
         pairs = [[found(decoding, "Decoding", of, context) for of in (case, STREAM)] for context in contexts]
-        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
-        cells = [f"{_times(ratio)} at {context:,}" for ratio, context in zip(ratios, contexts, strict=True)]
+        cells = [f"{_times(_ratio(*pair))} at {context:,}" for pair, context in zip(pairs, contexts, strict=True)]
         lines.append(_line("decoding a token, `stream`", f"GPT-2, {name}", *cells))
     carried = [f"{_mib(ours)}, not {_mib(theirs)}" for theirs, ours in pairs]
     lines.append(_line("carried from token to token", "GPT-2, KV cache", *carried))
@@ -94,20 +92,20 @@ def training_table() -> str:
     lines = [*_header("length", "GPT-2", *cases.values())]
     for length in sorted({row["length"] for row in rows}):
         ours = [found(rows, "Training", case, length) for case in cases]
-        cells = [f"{_seconds(row)} ({_times(row['ratio'])})" for row in ours]
+        cells = [_seconds(row) + _in_brackets(row.get("ratio")) for row in ours]
         lines.append(_line(f"{length:,}", _seconds(found(rows, "Training", GPT2, length)), *cells))
     return "\n".join(lines)
 
 
 def decoding_table() -> str:
     """Decoding."""
-    rows = read("decoding_cpu")["rows"]
+    rows = [row for row in read("decoding_cpu")["rows"] if row["task"].startswith("Decoding")]
     names = ("context", "batch", "GPT-2, default cache", "GPT-2, static cache", "`stream`", "`stride`", "`token`")
     lines = [*_header(*names, "GPT-2 carries", "`stream` carries")]
     for length, batch in sorted({(row["length"], row["batch"]) for row in rows}, key=lambda pair: pair[::-1]):
         of = {row["case"]: row for row in rows if (row["length"], row["batch"]) == (length, batch)}
         times = [_per_token(of[case]) for case in (CACHE, STATIC_CACHE, STREAM, STRIDE, TOKEN)]
-        times[2] += f" ({_times(of[STREAM]['ratio'])})"
+        times[2] += _in_brackets(*(_ratio(of[case], of[STREAM]) for case in (CACHE, STATIC_CACHE)))
         lines.append(_line(f"{length:,}", str(batch), *times, _mib(of[CACHE]), _mib(of[STREAM])))
     return "\n".join(lines)
 
@@ -214,10 +212,23 @@ def _seconds(row: dict[str, Any]) -> str:
 
 
 def _per_token(row: dict[str, Any]) -> str:
-    return f"{1e3 * row['seconds_per_token']:.3g} ms"
+    seconds = row.get("seconds_per_token")
+    return "not run" if seconds is None else f"{1e3 * seconds:.3g} ms"
+
+
+def _ratio(theirs: dict[str, Any], ours: dict[str, Any]) -> float | None:
+    seconds = theirs.get("seconds"), ours.get("seconds")
+    return None if None in seconds else seconds[0] / seconds[1]
+
+
+def _in_brackets(*ratios: float | None) -> str:
+    known = [_times(ratio) for ratio in ratios if ratio is not None]
+    return f" ({', '.join(known)})" if known else ""
 
 
 def _mib(row: dict[str, Any]) -> str:
+    if row.get("state_bytes") is None:
+        return "not made"
     mib = row["state_bytes"] / 2**20
     return f"{mib:.2g} MiB" if mib < 10 else f"{mib:,.0f} MiB"
 

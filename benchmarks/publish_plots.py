@@ -61,7 +61,7 @@ def draw_speed(path: Path = SPEED) -> None:
                 points = [
                     (row["length"], 1e3 * row.get("seconds_per_token", row["seconds"] / row["length"]))
                     for row in rows
-                    if row["case"] == case and "seconds" in row
+                    if row["case"] == case and row.get("seconds") is not None
                 ]
                 look = {"color": COLOURS[styles[case]], "marker": MARKERS[styles[case]], "lw": 1.8, "ms": 6}
                 panel.plot(*zip(*points, strict=True), label=label, **look)
