@@ -41,7 +41,7 @@ class Picture:
         starts, x = [], LEFT
         for group in self.columns:
             starts.append(x)
-            x += CELL * len(group.labels) + GAP
+            x += max(CELL * len(group.labels), 7 * len(group.title)) + GAP
         legend_width = LEFT + sum(34 + 7 * len(meaning) for meaning in self.legend.values())
         width, height = max(x + 6, legend_width), TOP + CELL * len(self.rows) + 40
         parts = [
