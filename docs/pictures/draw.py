@@ -99,7 +99,7 @@ def stride_encoding(spec: WindowSpec = SMALL, n_steps: int = 25) -> Picture:
     queries = ((step, (spec.visible_tokens(end)[0], step + 1)) for step, end in windows)
     return Picture(
         "query of step",
-        [f"block {spec.block_of(step)}   {step}" for step in steps],
+        [f"{step}, block {spec.block_of(step)}" for step in steps],
         [_columns("slot", slots), _columns("token", steps)],
         {
             **_seen(((step, spec.visible_slots(end)) for step, end in windows), 0, slots, SLOT),
