@@ -31,6 +31,7 @@ setup(
         "train": TRAIN,
         "hf": ["transformers>=5"],
         "pretrained": ["huggingface-hub>=0.26"],  # to load from hub names; folders need nothing
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.6"],
         "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
         "test": [
             *TRAIN,

@@ -31,8 +31,8 @@ def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, in
     """Loss over position for each model, with its 95 % interval; ``marks`` are vertical lines at positions, by name."""
     figure, axes = _figure()
     _draw_positions(axes, results, marks)
-    axes.set(ylabel="loss (nats per token)")
-    axes.set_title("loss by position, with 95 % intervals over documents", fontsize=11)
+    axes.set_ylabel("loss (nats per token)", fontsize=12)
+    axes.set_title("loss by position in the document (with 95 % intervals over documents)", fontsize=13)
     _legend_below(figure, axes)
     _save(figure, path)
 
@@ -52,8 +52,9 @@ def plot_position_differences(results: Mapping[str, LossByPosition], control: st
     _draw_positions(axes, shown, {})
     axes.axhline(0.0, color="0.3", linewidth=1)
     axes.set_yscale("symlog", linthresh=0.02)
-    axes.set(ylabel="difference of losses (nats per token)")
-    axes.set_title(f"below 0 the model predicts better than {control}; 95 % intervals over documents", fontsize=11)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    axes.set_ylabel(f"loss minus that of {control}\n(nats per token; below 0 is better)", fontsize=12)
+    axes.set_title(f"what each model gains or loses against {control}\n(with 95 % intervals over documents)", fontsize=13)
     _legend_below(figure, axes)
     _save(figure, path)
 
@@ -74,12 +75,14 @@ def _draw_positions(axes: Axes, results: Mapping[str, LossByPosition], marks: Ma
         low, high = ([mean.nats + sign * mean.margin for _, mean in known] for sign in (-1, 1))
         axes.fill_between([middle for middle, _ in known], low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set_xscale("log")
-    axes.set(xlabel="position in the document (tokens before)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("tokens of the document before", fontsize=12)
+    axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3, which="both")
     for name, position in marks.items():
         axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
         axes.annotate(
-            f"{name}: {position}",
+            f"{name}: {position:,}",
             (position, 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(-4, -6),
@@ -87,7 +90,7 @@ def _draw_positions(axes: Axes, results: Mapping[str, LossByPosition], marks: Ma
             rotation=90,
             ha="right",
             va="top",
-            fontsize=8,
+            fontsize=10,
             color="0.3",
         )
 
@@ -214,8 +217,8 @@ def _legend_below(figure: Figure, axes: Axes, handles: list[Any] | None = None) 
     """A legend outside the axes, where it covers no curve."""
     handles = handles or axes.get_legend_handles_labels()[0]
     labels = [handle.get_label() for handle in handles]
-    columns = max(1, min(len(labels), 4, 92 // (8 + max(map(len, labels)))))
-    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=8, frameon=False)
+    columns = max(1, min(len(labels), 4, 68 // (8 + max(map(len, labels)))))
+    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=11, frameon=False)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

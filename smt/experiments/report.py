@@ -130,9 +130,10 @@ def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Seque
 def _plot_differences(scores: Mapping[str, Sequence[TokenScores]], control: str, labels: Sequence[str], folder: Path) -> Path:
     """How much more the cells ``labels`` lose than ``control``, by position."""
     path = folder / f"loss_more_than_{control}.png"
-    budget = f"{control.partition(',')[0]},"
+    # Cells of a study are "budget,variant", and those of one budget differ in the variant; those of a grid name their fields.
+    budget, comma, variant = ("", "", control) if "=" in control else control.rpartition(",")
     curves = {
-        label.removeprefix(budget): loss_by_position(
+        _words(label.removeprefix(budget + comma)): loss_by_position(
             [
                 TokenScores(score.log_probs - of_control.log_probs, score.greedy)
                 for score, of_control in zip(scores[label], scores[control], strict=True)
@@ -141,8 +142,14 @@ def _plot_differences(scores: Mapping[str, Sequence[TokenScores]], control: str,
         )
         for label in labels
     }
-    write_files({path: lambda partial: plot_position_differences(curves, control, partial)})
+    name = _words(variant) + (f" ({_words(budget)})" if budget else "")
+    write_files({path: lambda partial: plot_position_differences(curves, name, partial)})
     return path
+
+
+def _words(label: str) -> str:
+    """A label of cells as a plot shows it."""
+    return label.replace("_", " ").replace(",", ", ")
 
 
 def _row(found: PairedDifference, control: str, several: bool) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""Results that are committed: measured rows in ``benchmarks/results``, tables of studies in ``benchmarks/studies``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "studies"
+
+FULL, STREAM_ATTENTION = "full causal (SDPA)", "stream_attention, blocked"
+GPT2, CACHE, STATIC_CACHE = "GPT-2, full attention (Hugging Face)", "GPT-2, KV cache", "GPT-2, static KV cache"
+STREAM, STRIDE, TOKEN, POOLS_TOKENS = "SMT stream", "SMT stride", "SMT token", "SMT stream, pools tokens"
+
+# Variants of the studies in words.
+VARIANTS = {
+    "stream": "memory (`stream`)",
+    "stream_pools_tokens": 'memory, `pool_source="tokens"`',
+    "stride": "memory, `stride`",
+    "token": "memory, `token`",
+    "open_gates": "memory, open gates",
+    "no_readout": "memory without readout",
+    "silent_slots": "silent slots",
+    "no_writes": "*no writes*",
+    "no_writes_3_layers": "no writes, three layers",
+    "silent_slots_window_of_112": "silent slots, window of 112",
+    "sliding_window_of_40": "sliding window of 40, three layers",
+    "gpt2_context_of_512": "GPT-2, full attention to 512",
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file by its name, without suffix."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def found(rows: list[dict], task: str, case: str, length: int, batch: int = 1) -> dict[str, Any]:
+    """The row of one case at one length, of the task that begins with ``task``.
+
+    Raises:
+        ValueError: there is not exactly one.
+    """
+    wanted = (case, length, batch)
+    matching = [row for row in rows if row["task"].startswith(task) and (row["case"], row["length"], row["batch"]) == wanted]
+    if len(matching) != 1:
+        raise ValueError(f"results must hold {task!r}, {case!r} at {length:,} once, got {len(matching)} rows")
+    return matching[0]
+
+
+def study(name: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of a study's table by budget and variant."""
+    lines = (STUDIES / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    return {tuple(row[0].split(",", 1)): dict(zip(header, row, strict=True)) for row in rows}

@@ -1,0 +1,253 @@
+"""The tables and plots that README and docs show, made from results that are committed: no figure is typed there.
+
+    python benchmarks/bench_window.py --sections attention --threads 2 --json benchmarks/results/attention_cpu.json
+    python benchmarks/publish.py
+
+A page holds a table between ``<!-- made by benchmarks/publish.py: NAME -->`` and ``<!-- end -->``; NAME is one of ``TABLES``.
+Measured figures come from ``benchmarks/results``, those of studies from ``benchmarks/studies``, claims are counted anew, and
+budgets of kernels are those of ``kernel_budgets.yaml``. ``tests/test_documents.py`` fails where a page is behind its source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import claims
+import yaml
+from committed import (
+    CACHE,
+    FULL,
+    GPT2,
+    POOLS_TOKENS,
+    ROOT,
+    STATIC_CACHE,
+    STREAM,
+    STREAM_ATTENTION,
+    STRIDE,
+    TOKEN,
+    VARIANTS,
+    found,
+    read,
+    study,
+)
+
+BLOCK = re.compile(r"(<!-- made by benchmarks/publish\.py: ([\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def speed_table() -> str:
+    """What is true today, one line each: the table of the README."""
+    attention, training, decoding = (read(name)["rows"] for name in ("attention_cpu", "training_cpu", "decoding_cpu"))
+    lines = [*_header("two CPU cores, fp32", "against", "short", "longer", "longest")]
+
+    def add(what: str, against: str, rows: list[dict], task: str, case: str, lengths: tuple[int, ...]) -> None:
+        cells = [f"{_times(found(rows, task, case, length)['ratio'])} at {length:,}" for length in lengths]
+        lines.append(_line(what, against, *cells, *[""] * (3 - len(cells))))
+
+    for what, task in (("attention, forward", "Forward:"), ("forward and backward", "Forward and backward")):
+        add(what, "full causal attention", attention, task, STREAM_ATTENTION, (1024, 4096, 16384))
+    for name, case in (("`stream`", STREAM), ("`stride`", STRIDE)):
+        add(f"training step, {name}", "GPT-2", training, "Training", case, (2048, 8192))
+    contexts = (1024, 4096, 65536)
+    for name, case in (("KV cache", CACHE), ("static KV cache", STATIC_CACHE)):
+        pairs = [[found(decoding, "Decoding", of, context) for of in (case, STREAM)] for context in contexts]
+        cells = [f"{_times(_ratio(*pair))} at {context:,}" for pair, context in zip(pairs, contexts, strict=True)]
+        lines.append(_line("decoding a token, `stream`", f"GPT-2, {name}", *cells))
+    carried = [f"{_mib(ours)}, not {_mib(theirs)}" for theirs, ours in pairs]
+    lines.append(_line("carried from token to token", "GPT-2, KV cache", *carried))
+    lines.append(_line("anything on a GPU", "", "no committed report yet", "", ""))
+    cells = study("memory")
+    tokens, time = (cells[budget, "stream"] for budget in ("equal_tokens", "equal_time"))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Loss with memory against none, on source code: **{_difference(tokens)}** nats per token after equal tokens, "
+            f"**{_difference(time)}** after equal time (below 0 is better).",
+        ]
+    )
+
+
+def attention_table() -> str:
+    """Attention alone."""
+    rows = read("attention_cpu")["rows"]
+    columns = ("length", "SDPA forward", "`stream_attention`", "ratio", "SDPA forward + backward", "`stream_attention`")
+    lines = [*_header(*columns, "ratio", "limit")]
+    for length in sorted({row["length"] for row in rows}):
+        cells = [f"{length:,}"]
+        for task in ("Forward:", "Forward and backward"):
+            full, ours = (found(rows, task, case, length) for case in (FULL, STREAM_ATTENTION))
+            cells += [_seconds(full), _seconds(ours), _times(ours.get("ratio"))]
+        lines.append(_line(*cells, _times(found(rows, "Forward:", STREAM_ATTENTION, length)["flop_limit"])))
+    return "\n".join(lines)
+
+
+def training_table() -> str:
+    """Training steps."""
+    rows = read("training_cpu")["rows"]
+    cases = {STRIDE: "`stride`", STREAM: "`stream`", POOLS_TOKENS: '`stream`, `pool_source="tokens"`'}
+    lines = [*_header("length", "GPT-2", *cases.values())]
+    for length in sorted({row["length"] for row in rows}):
+        ours = [found(rows, "Training", case, length) for case in cases]
+        cells = [_seconds(row) + _in_brackets(row.get("ratio")) for row in ours]
+        lines.append(_line(f"{length:,}", _seconds(found(rows, "Training", GPT2, length)), *cells))
+    return "\n".join(lines)
+
+
+def decoding_table() -> str:
+    """Decoding."""
+    rows = [row for row in read("decoding_cpu")["rows"] if row["task"].startswith("Decoding")]
+    names = ("context", "batch", "GPT-2, default cache", "GPT-2, static cache", "`stream`", "`stride`", "`token`")
+    lines = [*_header(*names, "GPT-2 carries", "`stream` carries")]
+    for length, batch in sorted({(row["length"], row["batch"]) for row in rows}, key=lambda pair: pair[::-1]):
+        of = {row["case"]: row for row in rows if (row["length"], row["batch"]) == (length, batch)}
+        times = [_per_token(of[case]) for case in (CACHE, STATIC_CACHE, STREAM, STRIDE, TOKEN)]
+        times[2] += _in_brackets(*(_ratio(of[case], of[STREAM]) for case in (CACHE, STATIC_CACHE)))
+        lines.append(_line(f"{length:,}", str(batch), *times, _mib(of[CACHE]), _mib(of[STREAM])))
+    return "\n".join(lines)
+
+
+def stdlib_sentence() -> str:
+    """The default run."""
+    results = read("stdlib")["results"]
+    minutes, seconds = divmod(round(results["seconds"]), 60)
+    return (
+        f"`smt train` ends at **{results['val_bits_per_byte']:.2f} bits per byte** on held-out packages after "
+        f"{results['steps']:,} steps, {minutes} min {seconds} s in all, at {results['tokens_per_second']:,.0f} tokens/s."
+    )
+
+
+def study_table(name: str) -> str:
+    """A study's cells, a line for each variant and two columns for each budget."""
+    cells, budgets = study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
+    shown = [" ".join(f"{value:,} {unit}" for unit, value in budget.items()) for budget in budgets.values()]
+    lines = [*_header("", "parameters", shown[0], "to *no writes*", shown[1], "to *no writes*", "steps then")]
+    for variant, title in VARIANTS.items():
+        if ("equal_tokens", variant) not in cells:
+            continue
+        tokens, time = (cells[budget, variant] for budget in budgets)
+        losses = [f"{float(cell['best loss']):.3f}" for cell in (tokens, time)]
+        figures = [losses[0], _difference(tokens), losses[1], _difference(time), time["steps"]]
+        lines.append(_line(title, tokens["parameters"], *figures))
+    return "\n".join(lines)
+
+
+def budgets_table(operation: str) -> str:
+    """What the calls of an operation may take, and where they may take more."""
+    budgets = yaml.safe_load((ROOT / "benchmarks" / "kernel_budgets.yaml").read_text(encoding="utf-8"))
+    lines = [*_header("call", "launches", "bytes over the least", "FLOPs over the useful")]
+    for call, figures in budgets["calls"].items():
+        if call.split()[0] == operation:
+            lines.append(_line(call, *(_budget(figures.get(name)) for name in ("launches", "bytes", "flops"))))
+    notes = []
+    for entry in budgets["exceeded"]:
+        if entry["call"].split()[0] == operation:
+            where = f" at size {', '.join(map(str, entry['sizes']))}" if "sizes" in entry else ""
+            where += f" on {', '.join(entry['targets'])}" if "targets" in entry else ""
+            notes.append(f"- {entry['call']}{where}: {entry['figure']} {entry['keeps']}: {entry['because']}.")
+    return "\n".join([*lines, *(["", "What exceeds them today:", "", *notes] if notes else [])])
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "speed": speed_table,
+    "attention": attention_table,
+    "training": training_table,
+    "decoding": decoding_table,
+    "stdlib": stdlib_sentence,
+    "study": study_table,
+    "budgets": budgets_table,
+    "claims": claims.as_markdown,
+}
+
+
+def pages() -> list[Path]:
+    """README and docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+
+    def fill(match: re.Match) -> str:
+        name, *arguments = match[2].split()
+        return f"{match[1]}\n{TABLES[name](*arguments)}\n\n{match[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fill the pages and draw the plots."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--no-plots", action="store_true", help="tables alone")
+    options = parser.parse_args(arguments)
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if filled(text) != text:
+            page.write_text(filled(text), encoding="utf-8")
+            print(page.relative_to(ROOT))
+    if not options.no_plots:
+        from publish_plots import draw_memory, draw_speed
+
+        draw_speed()
+        draw_memory()
+    return 0
+
+
+def _difference(cell: dict[str, str]) -> str:
+    if cell["difference"] == "-":
+        return "-"
+    return f"{float(cell['difference']):+.3f} ± {float(cell['± s.e.']):.3f}"
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    if row.get("not_measured"):
+        return "not run"
+    seconds = row["seconds"]
+    shown = f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    calls = row.get("repeats") or 0
+    return shown + {1: " (one call)", 2: " (two calls)"}.get(calls, "")
+
+
+def _per_token(row: dict[str, Any]) -> str:
+    seconds = row.get("seconds_per_token")
+    return "not run" if seconds is None else f"{1e3 * seconds:.3g} ms"
+
+
+def _ratio(theirs: dict[str, Any], ours: dict[str, Any]) -> float | None:
+    seconds = theirs.get("seconds"), ours.get("seconds")
+    return None if None in seconds else seconds[0] / seconds[1]
+
+
+def _in_brackets(*ratios: float | None) -> str:
+    known = [_times(ratio) for ratio in ratios if ratio is not None]
+    return f" ({', '.join(known)})" if known else ""
+
+
+def _mib(row: dict[str, Any]) -> str:
+    if row.get("state_bytes") is None:
+        return "not made"
+    mib = row["state_bytes"] / 2**20
+    return f"{mib:.2g} MiB" if mib < 10 else f"{mib:,.0f} MiB"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3g}x"
+
+
+def _budget(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _header(*names: str) -> tuple[str, str]:
+    return _line(*names), "|" + "---|" * len(names)
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
