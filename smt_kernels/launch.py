@@ -4,8 +4,8 @@ The shapes of this package are fixed by the window, so committed tables replace 
 second, and two machines of one architecture compute the same bits. Each operation keeps its table in ``settings.py``. The
 figures are chosen from ahead-of-time compilation (``smt_kernels.testing.aot``) for bf16, by these rules in order: no
 register spills; shared memory within what the smallest chip of the family has; most programs resident per multiprocessor, so
-that one loads while another multiplies; most warps; the largest blocks. They hold for the compiler of triton 3.9. Nothing
-here has been timed on a GPU.
+that one loads while another multiplies; most warps; the largest blocks. They hold for the compilers of triton 3.6 to 3.9. What
+was timed on a GPU, a comment in its table says; all else is chosen by rule.
 """
 
 from __future__ import annotations

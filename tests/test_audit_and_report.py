@@ -34,6 +34,7 @@ def audited(load, monkeypatch):
             yield Row(key, [kernel], Count(traffic, 100, 160), tokens=1, heads=1, decoding=False)
 
     monkeypatch.setattr(command, "audit", made_up)
+    monkeypatch.setattr(command, "compiler_version", lambda: "3.9")
     return command
 
 
@@ -57,6 +58,17 @@ class TestAudit:
         captured = capsys.readouterr()
         assert "over budget: _kernel of window_attention forward, sm_90, bf16, head 64: bytes 1.5, budget 1.1" in captured.err
         assert "1.50 (budget 1.1)" in captured.out
+
+    def test_with_a_compiler_that_budgets_were_not_checked_with_it_is_reported_and_does_not_count(
+        self, audited, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(audited, "compiler_version", lambda: "4.0")
+        arguments = ["--operations", "window_attention", "--sizes", "64", "--dtypes", "bf16", "--targets", "sm_90"]
+        assert audited.main(arguments) == 0
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "forward, sm_90" in line and "bytes 1.5" in line]
+        assert line.startswith("over budget with triton 4.0, ") and "checked with 3.6" in line
+        audited.main(["--json", *arguments])
+        assert json.loads(capsys.readouterr().out)["compiler_checked"] is False
 
     def test_json_holds_rows_and_the_environment(self, audited, capsys):
         audited.main(["--json", "--quick"])

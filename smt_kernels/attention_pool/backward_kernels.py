@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from smt_kernels.attention_pool.forward_kernels import VARYING, inverse_rms, normalised, normalised_products, square_sums
-from smt_kernels.attention_pool.strips import rows, seen, shared_blocks, shared_entries, starts, strip, windows_that_see
+from smt_kernels.attention_pool.strips import (
+    rows,
+    rows_of,
+    seen,
+    shared_blocks,
+    shared_entries,
+    starts,
+    strip,
+    windows_that_see,
+)
 from smt_kernels.tiles import dot, load, store
 
 
@@ -113,15 +122,10 @@ def entries_backward_kernel(
     i_block = tl.program_id(0) % n_blocks
     i_chunk = tl.program_id(1)
     is_slot = i_block >= token_blocks
-    if is_slot:
-        i_first = (i_block - token_blocks) * E
-        p_x = rows(slots, strides_slots, i_row, i_first + tl.arange(0, E))
-        p_dx = rows(d_slots, strides_d_slots, i_row, i_first + tl.arange(0, E))
-    else:
-        i_first = i_block * E
-        p_x = rows(tokens, strides_tokens, i_row, i_first + tl.arange(0, E))
-        p_dx = rows(d_tokens, strides_d_tokens, i_row, i_first + tl.arange(0, E))
+    i_first = tl.where(is_slot, i_block - token_blocks, i_block) * E
     o_index = i_first + tl.arange(0, E)
+    p_x = rows_of(is_slot, slots, tokens, strides_slots, strides_tokens, i_row, o_index)
+    p_dx = rows_of(is_slot, d_slots, d_tokens, strides_d_slots, strides_d_tokens, i_row, o_index)
 
     timeline = token_start, stride, slot_start, phase, group
     held = n_tokens, n_memory, held_tokens, held_slots, exists, i_row * stride_exists

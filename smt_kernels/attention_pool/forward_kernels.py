@@ -41,7 +41,8 @@ def normalised(b_x, b_inverse, NORMALISE: tl.constexpr):
 @triton.jit
 def _long_dot(b_y, b_x, CHUNK: tl.constexpr):
     """y x^T, small and long: cut into slices, or else several warps would compute the same of it."""
-    SLICES: tl.constexpr = min(4, CHUNK // 16)
+    # From 512 on one slice for each of the 8 warps: fewer would hold the same in two warps, and spill registers.
+    SLICES: tl.constexpr = 8 if CHUNK >= 512 else min(4, CHUNK // 16)
     b_y = tl.permute(tl.reshape(b_y, [b_y.shape[0], SLICES, CHUNK // SLICES]), [1, 0, 2])
     b_x = tl.permute(tl.reshape(b_x, [b_x.shape[0], SLICES, CHUNK // SLICES]), [1, 2, 0])
     return tl.sum(dot(b_y, b_x), axis=0)
@@ -58,8 +59,9 @@ def normalised_products(
     for i in range(1, CHUNKS):
         i_other = (i_chunk + i) % CHUNKS
         b_other = load(p_x, m_x, i_other, WIDTH, CHUNK)  # [rows of x, CHUNK]
-        b_products += _long_dot(load(p_y, m_y, i_other, WIDTH, CHUNK), b_other, CHUNK)
-        b_squares += square_sums(b_other)
+        b_other_y = load(p_y, m_y, i_other, WIDTH, CHUNK)  # [rows of y, CHUNK]
+        b_squares += square_sums(b_other)  # before the product, which can then release it from registers
+        b_products += _long_dot(b_other_y, b_other, CHUNK)
     b_inverse = inverse_rms(b_squares, WIDTH, NORMALISE)
     return b_products * b_inverse[None, :], b_inverse
 

@@ -73,6 +73,15 @@ def rows(pointer, strides, i_row, o_index):
 
 
 @triton.jit
+def rows_of(is_slot, slots, tokens, strides_slots, strides_tokens, i_row, o_index):
+    """``rows`` of slots or of tokens."""
+    # Numbers are chosen, not blocks of pointers, on which the compiler of triton 3.6 fails for AMD.
+    pointer = tl.where(is_slot, slots, tokens)
+    strides = tl.where(is_slot, strides_slots[0], strides_tokens[0]), tl.where(is_slot, strides_slots[1], strides_tokens[1])
+    return rows(pointer, strides, i_row, o_index)
+
+
+@triton.jit
 def strip(n_windows, P: tl.constexpr):
     """The row of this program, its windows in the row, which of them there are, and their place among those of all rows."""
     n_strips = tl.cdiv(n_windows, P)
@@ -100,13 +109,9 @@ def shared_entries(i_block, slot_blocks, o_token, o_slot, i_row, source, E: tl.c
     """Block ``i_block`` of the entries of a strip, slots first: whether it holds slots, their index, and pointers to them."""
     tokens, slots, strides_tokens, strides_slots = source
     is_slot = i_block < slot_blocks
-    if is_slot:
-        o_index = tl.min(o_slot, axis=0) + i_block * E + tl.arange(0, E)
-        p_x = rows(slots, strides_slots, i_row, o_index)
-    else:
-        o_index = tl.min(o_token, axis=0) + (i_block - slot_blocks) * E + tl.arange(0, E)
-        p_x = rows(tokens, strides_tokens, i_row, o_index)
-    return is_slot, o_index, p_x
+    i_first = tl.min(tl.where(is_slot, o_slot, o_token), axis=0) + tl.where(is_slot, i_block, i_block - slot_blocks) * E
+    o_index = i_first + tl.arange(0, E)
+    return is_slot, o_index, rows_of(is_slot, slots, tokens, strides_slots, strides_tokens, i_row, o_index)
 
 
 @triton.jit

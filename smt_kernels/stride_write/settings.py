@@ -1,4 +1,5 @@
-"""Launch settings of the SSM write, by the rules of ``smt_kernels.launch``: no spills for N = 16 states of bf16 or fp32.
+"""Launch settings of the SSM write, by the rules of ``smt_kernels.launch``: no spills for N = 16 states of bf16 or fp32,
+save for a register of the backward scan in triton 3.6 on sm_90.
 
 Every kernel works on blocks of E, whose size follows from what else a block holds: ``elements`` is the number of values, per
 program, of the largest of them. The scans hold (E, N) states, a single write the (R + 2 N, E) products of its projection.

@@ -96,6 +96,13 @@ def compile_ahead(calls: Sequence[Call], targets: Iterable[str] = TARGETS) -> li
     return [KernelReport(**report) for report in json.loads(done.stdout.splitlines()[-1])]
 
 
+def compiler_version() -> str:
+    """The version of triton that compiles, without its last part: ``"3.9"``."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "strides": list(value.stride()), "dtype": str(value.dtype).removeprefix("torch.")}

@@ -1,6 +1,6 @@
 """Launch settings of window attention, chosen for W = 65 by the rules of ``smt_kernels.launch``.
 
-The compiler of triton 3.6 spills in some backward kernels; fp32 heads of 256 spill in the backward pass on NVIDIA chips.
+fp32 heads of 256 spill in the backward pass on NVIDIA chips.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TABLE: Table = {
         *(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 64)),
         LaunchSettings(num_warps=8, head_chunk=64),
     ),
-    (_BACKWARD, "blackwell", 2): (*_BACKWARD_32_QUERIES[:4], LaunchSettings(num_warps=8, head_chunk=64)),
+    (_BACKWARD, "blackwell", 2): (*_BACKWARD_32_QUERIES[:3], *(LaunchSettings(num_warps=8, head_chunk=64),) * 2),
     (_BACKWARD, "cdna", 2): _BACKWARD_32_QUERIES,
     (_BACKWARD, "ampere", 4): _BACKWARD_SINGLE,
     (_BACKWARD, "hopper", 4): _BACKWARD_SINGLE,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = [pytest.mark.triton, pytest.mark.interpreter]
 
@@ -28,36 +30,81 @@ def budgets(audit) -> dict:
 
 @pytest.fixture(scope="module")
 def row(audit):
-    """One audited call of one target."""
-    return next(audit.audit([audit.Key("window_attention", "forward", 64, "bf16", "sm_80")], processes=1))
+    """One call of one target: what it asks for is counted, what it compiles to is made up."""
+    from smt_kernels.testing.aot import KernelReport
+
+    case = audit.make_case("window_attention", "forward", 64, audit.DTYPES["bf16"], "cpu")
+    kernel = KernelReport("", "_forward_kernel", "sm_80", 4, 128, 0, 64 << 10, 99 << 10, 0.25, {"HMMA": 64}, 1000)
+    key = audit.Key("window_attention", "forward", 64, "bf16", "sm_80")
+    return audit.Row(key, [kernel], audit.count(case, "ampere"), case.tokens, case.heads, case.decoding)
+
+
+@pytest.fixture
+def spilling(row):
+    """The same, with a kernel that spills."""
+    return dataclasses.replace(row, kernels=[dataclasses.replace(row.kernels[0], spills=12)])
+
+
+@pytest.fixture
+def written(tmp_path, budgets):
+    """Write budgets that differ from those of the project, and return their path."""
+
+    def write(**changes):
+        path = tmp_path / "budgets.yaml"
+        path.write_text(yaml.safe_dump(budgets | changes), encoding="utf-8")
+        return path
+
+    return write
 
 
 # One test per target: each compiles its kernels once, in one process, and the workers of the test run share the targets.
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_keeps_its_budgets(audit, budgets, target):
-    keys = audit.budgeted_keys(budgets, [target])
+    from smt_kernels.testing.aot import compiler_version
+
+    keys, compiler = audit.budgeted_keys(budgets, [target]), compiler_version()
     rows = list(audit.audit(keys, processes=1))
     assert [row.key for row in rows] == keys and all(row.kernels for row in rows)
-    assert not [line for row in rows for line in audit.violations(row, budgets)]
     for row in rows:
         assert all(kernel.target == target and kernel.shared_bytes >= 0 for kernel in row.kernels)
         assert [kernel.kernel for kernel in row.kernels] == [launch.kernel for launch in row.count.traffic.launches]
+    audit.enforce([line for row in rows for line in audit.violations(row, budgets, compiler)], budgets, compiler)
 
 
-def test_the_audit_names_the_kernel_and_the_figure_of_a_broken_budget(audit, budgets, row):
-    assert audit.violations(row, budgets) == []
-    spilling = dataclasses.replace(row, kernels=[dataclasses.replace(row.kernels[0], spills=12, matrix_instructions={})])
-    assert audit.violations(spilling, budgets) == [
+def test_the_write_of_a_wide_model_compiles_within_budgets(audit, budgets):
+    """At the width of GPT-2, where its bytes, counted at a smaller one, would take long to count."""
+    from smt_kernels.testing.aot import compile_ahead, compiler_version
+
+    directions, compiler = ("single", "forward", "backward"), compiler_version()
+    calls = [audit.make_case("stride_write", direction, 1536, audit.DTYPES["bf16"], "meta").call for direction in directions]
+    reports = compile_ahead(calls, TARGETS)
+    kernels = {
+        audit.Key("stride_write", direction, 1536, "bf16", target): [x for x in reports if (x.target, x.call) == (target, call)]
+        for target in TARGETS
+        for call, direction in enumerate(directions)
+    }
+    launched = {"single": ["single_write"], "forward": ["convolution", "scan"]}
+    launched["backward"] = ["scan_backward", "convolution_backward"]
+    for key, found in kernels.items():
+        assert [kernel.kernel for kernel in found] == [f"_{name}_kernel" for name in launched[key.direction]]
+    broken = [line for key, found in kernels.items() for line in audit.compiled_violations(key, found, budgets, compiler)]
+    audit.enforce(broken, budgets, compiler)
+
+
+def test_the_audit_names_the_kernel_and_the_figure_of_a_broken_budget(audit, budgets, row, spilling):
+    assert audit.violations(row, budgets, "3.9") == []
+    broken = dataclasses.replace(spilling, kernels=[dataclasses.replace(spilling.kernels[0], matrix_instructions={})])
+    assert audit.violations(broken, budgets, "3.9") == [
         "_forward_kernel of window_attention forward, sm_80, bf16, head 64: 12 spills, budget 0",
         "_forward_kernel of window_attention forward, sm_80, bf16, head 64: no HMMA of the matrix units",
     ]
     large = dataclasses.replace(row, kernels=[dataclasses.replace(row.kernels[0], shared_bytes=200 << 10)])
-    assert "204800 bytes of shared memory, limit 101376" in audit.violations(large, budgets)[0]
+    assert "204800 bytes of shared memory, limit 101376" in audit.violations(large, budgets, "3.9")[0]
     traffic = copy.deepcopy(row.count.traffic)
     traffic.read["q"] += 2 * row.count.least_bytes
     traffic.raced["out"] = 4
     wasteful = dataclasses.replace(row, count=dataclasses.replace(row.count, traffic=traffic))
-    assert audit.violations(wasteful, budgets) == [
+    assert audit.violations(wasteful, budgets, "3.9") == [
         "_forward_kernel of window_attention forward, sm_80, bf16, head 64: bytes 3, budget 1.1",
         "_forward_kernel of window_attention forward, sm_80, bf16, head 64: 0 atomics, arguments that programs race for: out",
     ]
@@ -65,11 +112,11 @@ def test_the_audit_names_the_kernel_and_the_figure_of_a_broken_budget(audit, bud
 
 def test_an_exceeded_budget_must_keep_the_figure_it_has(audit, budgets, row):
     budgets["calls"]["window_attention forward"]["flops"] = 2
-    assert "flops 2.51, budget 2" in audit.violations(row, budgets)[0]
+    assert "flops 2.51, budget 2" in audit.violations(row, budgets, "3.9")[0]
     exceeded = {"call": "window_attention forward", "figure": "flops", "targets": ["sm_80"], "keeps": 2.6}
-    assert audit.violations(row, budgets | {"exceeded": [exceeded]}) == []
-    assert audit.violations(row, budgets | {"exceeded": [exceeded | {"keeps": 2.4}]})
-    assert audit.violations(row, budgets | {"exceeded": [exceeded | {"targets": ["sm_90"]}]})
+    assert audit.violations(row, budgets | {"exceeded": [exceeded]}, "3.9") == []
+    assert audit.violations(row, budgets | {"exceeded": [exceeded | {"keeps": 2.4}]}, "3.9")
+    assert audit.violations(row, budgets | {"exceeded": [exceeded | {"targets": ["sm_90"]}]}, "3.9")
 
 
 def test_the_least_bytes_are_those_of_arguments_and_results(audit, row):
@@ -79,12 +126,81 @@ def test_the_least_bytes_are_those_of_arguments_and_results(audit, row):
     assert row.count.useful_flops == 2 * 2 * 64 * visible
 
 
+def test_an_entry_for_a_compiler_applies_there_alone(audit, budgets, spilling):
+    exceeded = {"call": "window_attention forward", "figure": "spills", "keeps": 12, "compilers": ["3.6", "3.7"]}
+    budgets["exceeded"] = [exceeded]
+    broken = {version: audit.violations(spilling, budgets, version) for version in budgets["compilers"]}
+    named = ["_forward_kernel of window_attention forward, sm_80, bf16, head 64: 12 spills, budget 0"]
+    assert broken == {"3.6": [], "3.7": [], "3.8": named, "3.9": named}
+    budgets["exceeded"] = [exceeded | {"keeps": 11}]
+    assert audit.violations(spilling, budgets, "3.6") == ["".join(named).replace("budget 0", "budget 11")]
+
+
+class TestCompilers:
+    """A broken budget fails where budgets were checked, and is reported by name where they were not."""
+
+    LINE = "_forward_kernel of window_attention forward, sm_80, bf16, head 64: 12 spills, budget 0"
+
+    def test_one_that_budgets_were_checked_with_fails(self, audit, budgets, spilling):
+        for known in budgets["compilers"]:
+            with pytest.raises(AssertionError, match=f"over budget with triton {known}:\n{self.LINE}"):
+                audit.enforce(audit.violations(spilling, budgets, known), budgets, known)
+
+    def test_any_other_is_reported(self, audit, budgets, spilling):
+        with pytest.warns(audit.UncheckedCompilerWarning) as reported:
+            audit.enforce(audit.violations(spilling, budgets, "4.0"), budgets, "4.0")
+        (report,) = reported
+        assert str(report.message).endswith(self.LINE) and "over budget with triton 4.0," in str(report.message)
+
+    def test_nothing_is_said_of_budgets_that_are_kept(self, audit, budgets, row):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for compiler in ("3.9", "4.0"):
+                audit.enforce(audit.violations(row, budgets, compiler), budgets, compiler)
+
+    def test_the_one_installed_is_named_as_budgets_name_it(self):
+        import triton
+
+        from smt_kernels.testing.aot import compiler_version
+
+        assert triton.__version__.startswith(compiler_version() + ".") and compiler_version().count(".") == 1
+
+
+EXCEEDED = {"call": "stride_write forward", "figure": "bytes", "keeps": 1.5, "because": "a reason"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"compilers": "3.9"}, "must be a list of versions in quotes"),
+        ({"compilers": [3.9]}, "must be a list of versions in quotes"),
+        ({"compilers": ["3.9.0"]}, "must be a list of versions in quotes"),
+        ({"compilers": []}, "must be a list of versions in quotes"),
+        ({"compilers": ["2.0"]}, "must be some of those of the file"),
+        ({"targets": ["sm_75"]}, "must be some of sm_80"),
+        ({"sizes": [65]}, "must be some of"),
+        ({"call": "stride_write sideways"}, "must exceed a budget, which is None"),
+        ({"figure": "seconds"}, "must exceed a budget, which is None"),
+        ({"keeps": 1.2}, "must exceed a budget, which is 1.2"),
+        ({"because": ""}, "must say why"),
+        ({"compiler": ["3.9"]}, "must have because, call, figure, keeps and may have compilers, sizes, targets"),
+    ],
+)
+def test_an_entry_that_says_nothing_sensible_is_refused(audit, written, change, message):
+    audit.load_budgets(written(exceeded=[EXCEEDED | {"compilers": ["3.9"]}]))
+    with pytest.raises(ValueError, match=message):
+        audit.load_budgets(written(exceeded=[EXCEEDED | change]))
+
+
+@pytest.mark.parametrize("compilers", ["3.9", [3.9], ["3.9.0"], []], ids=repr)
+def test_budgets_must_name_the_compilers_they_were_checked_with(audit, written, compilers):
+    with pytest.raises(ValueError, match="compilers must be a list of versions in quotes"):
+        audit.load_budgets(written(compilers=compilers))
+
+
 def test_budgets_name_what_exists(audit, budgets):
     from smt_kernels.testing.cases import OPERATIONS
 
     assert budgets["sizes"].keys() == OPERATIONS.keys()
     calls = {f"{name} {direction}" for name, operation in OPERATIONS.items() for direction in operation.directions}
     assert budgets["calls"].keys() == calls
-    for entry in budgets["exceeded"]:
-        assert entry["call"] in calls and entry["because"] and set(entry.get("targets", TARGETS)) <= set(TARGETS)
-        assert entry["keeps"] > budgets["calls"][entry["call"]][entry["figure"]]
