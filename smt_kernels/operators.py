@@ -88,11 +88,11 @@ class _Operation:
         if gradients:
             grads = [f"Tensor{'?' if i else ''} grad_{i}" for i in range(outputs)]
             of_kept = [f"Tensor {leaf}" for leaf in self._kept.leaves]
-            operator = _operator(f"{name}_backward", self._backward, grads + of_kept + leaves, gradients)
-            operator.register_fake(self._fake_backward)
-            self._operator.register_autograd(self._formula(operator), setup_context=self._setup_context)
+            self._backward_operator = _operator(f"{name}_backward", self._backward, grads + of_kept + leaves, gradients)
+            self._backward_operator.register_fake(self._fake_backward)
+            self._operator.register_autograd(self._formula(self._backward_operator), setup_context=self._setup_context)
             methods = {"forward": self._forward, "setup_context": self._setup_context}
-            methods["backward"] = once_differentiable(self._formula(self._backward))
+            methods["backward"] = once_differentiable(self._formula(self._backward_straight))
             self._direct = type(name, (torch.autograd.Function,), {key: staticmethod(do) for key, do in methods.items()})
 
     def __call__(self, *arguments: Any, backend: str) -> Any:
@@ -116,6 +116,10 @@ class _Operation:
         grads = (None if grad is None else unit_stride(grad)[0] for grad in grads)
         arguments = *grads, *self._kept.built(of_kept), *self._arguments.built(leaves)
         return tuple(_compute(self._package, backend, "backward", leaves[0], arguments))
+
+    def _backward_straight(self, *leaves: Any) -> tuple[Tensor, ...]:
+        # ``torch.func`` wraps tensors, and unwraps them for operators alone.
+        return (self._backward_operator if torch._C._are_functorch_transforms_active() else self._backward)(*leaves)
 
     def _fake(self, *leaves: Any) -> Any:
         *leaves, backend = leaves
