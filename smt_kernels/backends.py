@@ -10,16 +10,15 @@ for CUDA tensors that the operation has a kernel for, ``blocked`` for all others
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from smt_kernels.launch import compute_capability
 
 BACKENDS = ("triton", "blocked", "reference")
 
@@ -33,6 +32,8 @@ TRITON_LIMITS: dict[str, int | None] = {
     "window_attention": 256,
 }
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Where bfloat16 products begin, and shared memory for the blocks of the launch tables.
+LEAST_CAPABILITY = (8, 0)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -45,30 +46,44 @@ class BackendChoice:
     reason: str
 
 
-_override: str | None = None
+_override: ContextVar[str | None] = ContextVar("smt_kernels backend", default=None)
+_override_of_compiled: str | None = None  # of the latest ``use_backend`` of any thread; old compilers trace no ContextVar
 _last: dict[str, BackendChoice] = {}
 
 
 class use_backend:
     """Run every operation on ``name`` from now on, or inside a ``with`` block; ``None`` returns to the automatic choice.
 
+    It holds in the thread, or the asynchronous task, that says so; only what ``torch.compile`` makes follows the latest one of
+    any thread. On a CPU, ``triton`` means Triton's interpreter, which ``smt_kernels.testing.interpreter`` mends for the whole
+    process: right, but thousands of times slower than ``blocked``.
+
     Raises:
         ValueError: ``name`` is not one of ``BACKENDS`` or None.
     """
 
     def __init__(self, name: str | None) -> None:
-        global _override
         if name is not None:
             _check_name(name)
-        self._previous = _override
-        _override = name
+        self._previous = _current_override()
+        _set_override(name)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *exception: object) -> None:
-        global _override
-        _override = self._previous
+        _set_override(self._previous)
+
+
+def _current_override() -> str | None:
+    return _override_of_compiled if torch.compiler.is_compiling() else _override.get()
+
+
+def _set_override(name: str | None) -> None:
+    global _override_of_compiled
+    _override_of_compiled = name
+    if not torch.compiler.is_compiling():
+        _override.set(name)
 
 
 def last_choice(operation: str) -> BackendChoice | None:
@@ -78,7 +93,7 @@ def last_choice(operation: str) -> BackendChoice | None:
 
 def automatic_choice(operation: str, tensor: Tensor) -> BackendChoice:
     """The backend that a call of ``operation`` on inputs like ``tensor`` would use without an override, and why."""
-    return _decide(operation, tensor, None, None)
+    return _decide(operation, tensor.device, tensor.dtype, tensor.shape[-1])
 
 
 def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: str | None = None) -> str:
@@ -90,75 +105,62 @@ def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: s
         ValueError: an unknown backend was asked for, or ``triton`` where the operation has no kernel or nothing can run it.
         TypeError: ``triton`` was asked for with a dtype that the kernel does not take.
     """
-    choice = _decide(operation, tensor, requested, obstacle)
+    decide = _decide if torch.compiler.is_compiling() else _remembered  # compilers see through caches, and warn
+    choice = decide(operation, tensor.device, tensor.dtype, tensor.shape[-1], requested, _current_override(), obstacle)
     _last[operation] = choice
     return choice.backend
 
 
-def implementation(operation: str, backend: str) -> Implementation:
-    """``forward`` and ``backward`` of ``operation`` for ``blocked`` or ``triton``, imported on first use."""
-    room = {"blocked": "blocked", "triton": "kernels"}[backend]
-    return Implementation(importlib.import_module(f"smt_kernels.{operation}.{room}"))
-
-
-class Implementation:
-    """The functions of a module, as they are under autocast too."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return unaffected_by_autocast(getattr(self._module, name))
-
-
-def unaffected_by_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose first argument is a tensor, computing in the dtypes of its arguments.
-
-    An operation says itself what it accumulates in; autocast would lower the products that it is made of.
-    """
-
-    @functools.wraps(function)
-    def run(tensor: Tensor, *arguments: Any, **settings: Any) -> Any:
-        device = tensor.device.type
-        if not torch.is_autocast_enabled(device):
-            return function(tensor, *arguments, **settings)
-        with torch.autocast(device, enabled=False):
-            return function(tensor, *arguments, **settings)
-
-    return run
-
-
-def _decide(operation: str, tensor: Tensor, requested: str | None, obstacle: str | None) -> BackendChoice:
-    wanted, source = (requested, "the backend argument") if requested is not None else (_override, "use_backend")
-    obstacle = _triton_obstacle(operation, tensor) or obstacle
+def _decide(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    requested: str | None = None,
+    override: str | None = None,
+    obstacle: str | None = None,
+) -> BackendChoice:
+    wanted, source = (requested, "the backend argument") if requested is not None else (override, "use_backend")
+    obstacle = _triton_obstacle(operation, device, dtype, width) or obstacle
     if wanted is not None:
         _check_name(wanted)
         if wanted == "triton" and obstacle is not None:
-            error = TypeError if operation in TRITON_LIMITS and tensor.dtype not in TRITON_DTYPES else ValueError
+            error = TypeError if operation in TRITON_LIMITS and dtype not in TRITON_DTYPES else ValueError
             raise error(f"backend 'triton' was asked for by {source}, but {obstacle}")
         return BackendChoice(operation, wanted, f"asked for by {source}")
-    if tensor.device.type != "cuda":
-        reason = f"the tensors are on {tensor.device.type}, and Triton kernels are for CUDA devices"
+    if device.type != "cuda":
+        reason = f"the tensors are on {device.type}, and Triton kernels are for CUDA devices"
         return BackendChoice(operation, "blocked", reason)
     if obstacle is not None:
         return BackendChoice(operation, "blocked", obstacle)
     return BackendChoice(operation, "triton", "CUDA tensors that the kernel takes")
 
 
-def _triton_obstacle(operation: str, tensor: Tensor) -> str | None:
+_remembered = functools.lru_cache(maxsize=256)(_decide)
+
+
+def _triton_obstacle(operation: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     if operation not in TRITON_LIMITS:
         return f"{operation} has no Triton kernel yet"
-    if tensor.dtype not in TRITON_DTYPES:
-        return f"dtype {tensor.dtype} is not one that its kernel takes: {', '.join(map(str, TRITON_DTYPES))}"
+    if dtype not in TRITON_DTYPES:
+        return f"dtype {dtype} is not one that its kernel takes: {', '.join(map(str, TRITON_DTYPES))}"
     longest = TRITON_LIMITS[operation]
-    if longest is not None and tensor.shape[-1] > longest:
-        return f"its kernel takes a last dimension of at most {longest}, got {tensor.shape[-1]}"
+    if longest is not None and width > longest:
+        return f"its kernel takes a last dimension of at most {longest}, got {width}"
     if not TRITON_INSTALLED:
         return "triton is not installed"
-    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        where = f"the tensors are on {tensor.device.type}"
+    if device.type == "cuda":
+        capability = compute_capability(device)
+        if torch.version.hip is None and capability < LEAST_CAPABILITY:
+            return f"compute capability {_version(capability)}; kernels need {_version(LEAST_CAPABILITY)}"
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        where = f"the tensors are on {device.type}"
         return f"{where}; set TRITON_INTERPRET=1 before the first import of triton to run its interpreter"
     return None
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _check_name(name: str) -> None:

@@ -1,17 +1,17 @@
 """How Triton kernels are launched: settings as data, one table per operation, chosen by architecture and head size.
 
 The shapes of this package are fixed by the window, so committed tables replace autotuning: the first call is as fast as the
-second, and two machines of one architecture compute the same bits. Each operation keeps its table in ``settings.py``. The
-figures are chosen from ahead-of-time compilation (``smt_kernels.testing.aot``) for bf16, by these rules in order: no
-register spills; shared memory within what the smallest chip of the family has; most programs resident per multiprocessor, so
-that one loads while another multiplies; most warps; the largest blocks. They hold for the compilers of triton 3.6 to 3.9. What
-was timed on a GPU, a comment in its table says; all else is chosen by rule.
+second, and two machines of one architecture compute the same bits. The attentions keep their table in ``settings.py``, the
+others a rule beside their launches. The figures are chosen from ahead-of-time compilation (``smt_kernels.testing.aot``) for
+bf16, by these rules in order: no register spills; shared memory within what the smallest chip of the family has; most programs
+resident per multiprocessor, so that one loads while another multiplies; most warps; the largest blocks. They hold for the
+compilers of triton 3.6 to 3.9. What was timed on a GPU, a comment in its table says; all else is chosen by rule.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,9 @@ class LaunchSettings:
     key_block: int = 64
     num_stages: int = 1
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, int | bool]:
-        """The compiler options, as keyword arguments of a launch."""
-        # Fused multiply-adds are asked for because the default is about to differ between versions of Triton.
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return compiler_options(self.num_warps, self.num_stages)
 
 
 # Head sizes, padded to a power of two, that tables have settings for.
@@ -49,9 +47,24 @@ HEADS = (16, 32, 64, 128, 256)
 Table = dict[tuple[str, str, int], tuple[LaunchSettings, ...]]
 
 
+def compiler_options(num_warps: int, num_stages: int) -> dict[str, int | bool]:
+    """The compiler options, as keyword arguments of a launch."""
+    # Fused multiply-adds are asked for because the default is about to differ between versions of Triton.
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
 def padded_size(size: int) -> int:
     """The block that holds ``size`` entries: the next power of two, and at least 16, the least that a dot takes."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """That of a CUDA device, asked for once."""
+    return _capability(device)
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def architecture_family(device: torch.device) -> str:
@@ -61,7 +74,7 @@ def architecture_family(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "cdna"
     # Compute capability 12 (consumer Blackwell) has the matrix instructions and the shared memory of capability 8.
-    return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
+    return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(compute_capability(device)[0], "ampere")
 
 
 def head_settings(table: Table, kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> LaunchSettings:
@@ -78,6 +91,14 @@ def head_settings(table: Table, kernel: str, head_dim: int, dtype: torch.dtype, 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **named: Any) -> None:
     """Launch a Triton ``kernel`` on ``device``, whichever device is current; on a CPU, in the mended interpreter."""
     if device.type == "cpu":
-        importlib.import_module("smt_kernels.testing.interpreter")
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _mend_interpreter()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **named)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*arguments, **named)
+
+
+@functools.cache
+def _mend_interpreter() -> None:
+    importlib.import_module("smt_kernels.testing.interpreter")

@@ -7,11 +7,15 @@ Names: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block of values, with its 
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+from smt_kernels import precision
+
+LOG2_E: tl.constexpr = tl.constexpr(precision.LOG2_E)
+LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
 
 
 @triton.jit

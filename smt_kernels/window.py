@@ -38,7 +38,9 @@ class WindowSpec:
     def __post_init__(self) -> None:
         for name in ("n_memory", "n_tokens", "stride"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and not isinstance(value, bool)) and not (name == "stride" and value is None):
+            if (not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool)) and not (
+                name == "stride" and value is None
+            ):
                 raise TypeError(f"{name} must be an int, got {value!r}")
         if self.n_memory < 0:
             raise ValueError(f"n_memory must be at least 0, got {self.n_memory}")

@@ -3,22 +3,30 @@
     x^_i = x_i / rms(x_i);   u = W_k^T W_q mean_i(x^_i);   a = softmax_i(u . x^_i / sqrt(d_k));   pooled = sum_i a_i x^_i
 
 ``attention_pool`` takes windows; ``attention_pool_sequence`` takes the tokens and slots that the windows of many writes share.
+
+The folder, in the order to read it:
+
+    reference.py          the definition, and the tuples that all files hand on: inputs, timeline, what is kept
+    blocked.py            the same as dense products over runs of neighbouring windows, for any device
+    strips.py             which window sees which entries, inside kernels
+    kernels.py            the Triton backend: what is launched, with which settings, and the library's products between
+    forward_kernels.py    the two forward launches: mean; weights and pooled
+    backward_kernels.py   the two backward launches: queries; entries
+
+Before kernels: ``smt_kernels.tiles``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
-from smt_kernels.attention_pool import arguments, reference
-from smt_kernels.direct import direct
+from smt_kernels.attention_pool import reference
+from smt_kernels.attention_pool.reference import Inputs, Kept, Timeline
+from smt_kernels.operators import register
+from smt_kernels.precision import accumulation_dtype
 from smt_kernels.window import WindowSpec
-
-# Where the writes, tokens and slots of a sequence lie, in the order in which the operation takes it.
-TIMELINE = ("first_write", "n_writes", "write_group", "first_step", "first_slot")
 
 
 def attention_pool(
@@ -54,10 +62,10 @@ def attention_pool(
 
     Source: DESIGN 2.1 and 4.3; Bahdanau et al. (2015) pooling with the scores of Vaswani et al. (2017), section 3.2.1.
     """
-    arguments.check_windows(windows, n_memory, valid_memory, valid_tokens)
+    _check_windows(windows, n_memory, valid_memory, valid_tokens)
     n_windows, size, _ = windows.shape
-    arguments.check_projections("windows", windows, w_q, w_k)
-    arguments.check_dropout("windows", windows, dropout_mask, {"N": n_windows, "W": size})
+    _check_projections("windows", windows, w_q, w_k)
+    _check_dropout("windows", windows, dropout_mask, {"N": n_windows, "W": size})
     exists = None
     if valid_memory is not None or valid_tokens is not None:
         window = WindowSpec(n_memory, size - n_memory, stride=None)
@@ -69,8 +77,11 @@ def attention_pool(
         mask = None if dropout_mask is None else dropout_mask.detach()
         return reference.attention_pool(windows, w_q, w_k, exists, normalise=normalise, dropout_mask=mask)
     windows, w_q, w_k = checks.unit_stride(windows, w_q, w_k)
-    pooled, weights, *_ = _forward(windows, w_q, w_k, exists, dropout_mask, normalise, backend)
-    return pooled, weights.to(windows.dtype)
+    # A window is a sequence that makes one write, at its last step.
+    dropout = None if dropout_mask is None else dropout_mask[:, None]
+    inputs, alone = Inputs(windows, None, w_q, w_k, exists, dropout), WindowSpec(0, size, stride=size)
+    pooled, kept = _run(inputs, alone, Timeline(0, 1, 1, first_step=1, first_slot=0), normalise, backend=backend)
+    return pooled[:, 0], kept.weights[:, 0].to(windows.dtype)
 
 
 def attention_pool_sequence(
@@ -124,153 +135,88 @@ def attention_pool_sequence(
     if slots is not None:
         checks.shape("slots", slots, {"B": batch, "K": None, "d": width}, may_be_empty=("K",))
         checks.like("slots", slots, "tokens", tokens)
-    arguments.check_projections("tokens", tokens, w_q, w_k)
-    arguments.check_timeline(window, first_write, n_writes, write_group, first_step, first_slot, length)
+    _check_projections("tokens", tokens, w_q, w_k)
+    _check_timeline(window, first_write, n_writes, write_group, first_step, first_slot, length)
     size = window.n_tokens if slots is None else window.size
-    arguments.check_dropout("tokens", tokens, dropout_mask, {"B": batch, "n_writes": n_writes, "W": size})
+    _check_dropout("tokens", tokens, dropout_mask, {"B": batch, "n_writes": n_writes, "W": size})
     backend = backends.choose("attention_pool_sequence", tokens, backend)
-    timeline = (first_write, n_writes, write_group, first_step, first_slot)
+    timeline = Timeline(first_write, n_writes, write_group, first_step, first_slot)
     if backend == "reference":
+        settings = {"window": window, "timeline": timeline, "normalise": normalise}
         mask = None if dropout_mask is None else dropout_mask.detach()
-        settings = dict(zip(TIMELINE, timeline, strict=True), normalise=normalise, dropout_mask=mask)
-        return reference.attention_pool_sequence(tokens, slots, w_q, w_k, window=window, **settings)
+        return reference.attention_pool_sequence(tokens, slots, w_q, w_k, dropout_mask=mask, **settings)
     tokens, w_q, w_k = checks.unit_stride(tokens, w_q, w_k)
-    spec = (window.n_memory, window.n_tokens, window.stride)
-    pooled, weights, *_ = _call_sequence(tokens, slots, w_q, w_k, dropout_mask, spec, timeline, normalise, backend)
-    return pooled, weights.to(tokens.dtype)
+    inputs = Inputs(tokens, slots, w_q, w_k, None, dropout_mask)
+    pooled, kept = _run(inputs, window, timeline, normalise, backend=backend)
+    return pooled, kept.weights.to(tokens.dtype)
 
 
-def _kept(x: Tensor, rows: tuple[int, ...], sizes: Sequence[int], backend: str) -> list[Tensor]:
-    """Empty weights, mean, query and u as ``backend`` keeps them: Triton multiplies the last three in the dtype of x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dtypes = (wide, *[x.dtype if backend == "triton" else wide] * 3)
-    return [x.new_empty((*rows, size), dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+def _check_windows(windows: Tensor, n_memory: int, valid_memory: Tensor | None, valid_tokens: Tensor | None) -> None:
+    checks.shape("windows", windows, {"N": None, "W": None, "d": None})
+    checks.floating("windows", windows)
+    n_windows, size, _ = windows.shape
+    _check_int("n_memory", n_memory)
+    if not 0 <= n_memory <= size:
+        raise ValueError(f"n_memory must lie in 0..W = 0..{size}, got {n_memory}")
+    total = 0
+    for name, valid, upper in (("valid_memory", valid_memory, n_memory), ("valid_tokens", valid_tokens, size - n_memory)):
+        if valid is not None:
+            checks.counts(name, valid, n_windows, upper, windows)
+        total = total + (upper if valid is None else valid)
+    readable = isinstance(total, Tensor) and total.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and bool((total == 0).any()):
+        empty = (total == 0).nonzero().flatten().tolist()
+        raise ValueError(f"valid_memory + valid_tokens must be at least 1 in every window, got 0 in windows {empty}")
 
 
-@torch.library.custom_op("smt_kernels::attention_pool", mutates_args=())
-def _forward(
-    windows: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    exists: Tensor | None,
-    dropout_mask: Tensor | None,
-    normalise: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    forward = backends.implementation("attention_pool", backend).forward
-    return forward(windows, w_q, w_k, exists, dropout_mask, normalise)
+def _check_projections(model_name: str, model: Tensor, w_q: Tensor, w_k: Tensor) -> None:
+    checks.shape("w_q", w_q, {"d_k": None, "d": model.shape[-1]})
+    checks.shape("w_k", w_k, {"d_k": w_q.shape[0], "d": model.shape[-1]})
+    checks.like("w_q", w_q, model_name, model)
+    checks.like("w_k", w_k, model_name, model)
 
 
-@_forward.register_fake
-def _(windows, w_q, w_k, exists, dropout_mask, normalise, backend):
-    (n_windows, size, width), rank = windows.shape, w_q.shape[0]
-    return windows.new_empty((n_windows, width)), *_kept(windows, (n_windows,), (size, width, rank, width), backend)
+def _check_dropout(model_name: str, model: Tensor, dropout_mask: Tensor | None, expected: dict[str, int]) -> None:
+    if dropout_mask is not None:
+        checks.shape("dropout_mask", dropout_mask, expected)
+        checks.like("dropout_mask", dropout_mask, model_name, model)
 
 
-@torch.library.custom_op("smt_kernels::attention_pool_backward", mutates_args=())
-def _backward(
-    grad_pooled: Tensor,
-    grad_weights: Tensor | None,
-    windows: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    exists: Tensor | None,
-    dropout_mask: Tensor | None,
-    weights: Tensor,
-    mean: Tensor,
-    query: Tensor,
-    u: Tensor,
-    normalise: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    backward = backends.implementation("attention_pool", backend).backward
-    return backward(grad_pooled, grad_weights, windows, w_q, w_k, exists, dropout_mask, weights, mean, query, u, normalise)
+def _check_timeline(
+    window: WindowSpec, first_write: int, n_writes: int, write_group: int, first_step: int, first_slot: int, length: int
+) -> None:
+    if not isinstance(window, WindowSpec):
+        raise TypeError(f"window must be a WindowSpec, got {type(window).__name__}")
+    if window.stride is None:
+        raise ValueError(f"window must have a stride, for writes to happen, got {window}")
+    for name, value, least in (("first_write", first_write, 0), ("n_writes", n_writes, 1), ("write_group", write_group, 1)):
+        _check_int(name, value)
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    _check_int("first_step", first_step)
+    _check_int("first_slot", first_slot)
+    first, last = window.write_step(first_write), window.write_step(first_write + n_writes - 1)
+    if not first_step <= first <= last < first_step + length:
+        held = f"{first_step}..{first_step + length - 1}"
+        raise ValueError(
+            f"tokens must hold the steps {first}..{last} of the first to the last write, got {held} (first_step = {first_step})"
+        )
 
 
-@_backward.register_fake
-def _(grad_pooled, grad_weights, windows, w_q, w_k, *others):
-    return windows.new_empty(windows.shape), w_q.new_empty(w_q.shape), w_k.new_empty(w_k.shape)
+def _check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
 
 
-def _compute_sequence(
-    tokens: Tensor,
-    slots: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    dropout_mask: Tensor | None,
-    window: Sequence[int],
-    timeline: Sequence[int],
-    normalise: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    forward = backends.implementation("attention_pool", backend).forward_sequence
-    return forward(tokens, slots, w_q, w_k, dropout_mask, WindowSpec(*window), timeline, normalise)
+def _empty(inputs: Inputs, window: WindowSpec, timeline: Timeline, normalise: bool, backend: str) -> tuple[Tensor, Kept]:
+    """pooled (B, n_writes, d), and what is kept: Triton multiplies mean, query and u in the dtype of the entries."""
+    tokens, rows = inputs.tokens, (len(inputs.tokens), timeline.n_writes)
+    width, rank = tokens.shape[-1], len(inputs.w_q)
+    wide = accumulation_dtype(tokens.dtype)
+    size = window.n_tokens if inputs.slots is None else window.size
+    dtypes = wide, *[tokens.dtype if backend == "triton" else wide] * 3
+    kept = (tokens.new_empty((*rows, n), dtype=dtype) for n, dtype in zip((size, width, rank, width), dtypes, strict=True))
+    return tokens.new_empty((*rows, width)), Kept(*kept)
 
 
-_forward_sequence = torch.library.custom_op("smt_kernels::attention_pool_sequence", _compute_sequence, mutates_args=())
-
-
-@_forward_sequence.register_fake
-def _(tokens, slots, w_q, w_k, dropout_mask, window, timeline, normalise, backend):
-    (batch, _, width), rank, n_writes = tokens.shape, w_q.shape[0], timeline[1]
-    size = window[1] if slots is None else window[0] + window[1]
-    return tokens.new_empty((batch, n_writes, width)), *_kept(tokens, (batch, n_writes), (size, width, rank, width), backend)
-
-
-def _sequence_gradients(
-    grad_pooled: Tensor,
-    grad_weights: Tensor | None,
-    tokens: Tensor,
-    slots: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    dropout_mask: Tensor | None,
-    weights: Tensor,
-    mean: Tensor,
-    query: Tensor,
-    u: Tensor,
-    window: Sequence[int],
-    timeline: Sequence[int],
-    normalise: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backward = backends.implementation("attention_pool", backend).backward_sequence
-    inputs = tokens, slots, w_q, w_k, dropout_mask
-    return backward(grad_pooled, grad_weights, *inputs, weights, mean, query, u, WindowSpec(*window), timeline, normalise)
-
-
-_backward_sequence = torch.library.custom_op(
-    "smt_kernels::attention_pool_sequence_backward", _sequence_gradients, mutates_args=()
-)
-
-
-@_backward_sequence.register_fake
-def _(grad_pooled, grad_weights, tokens, slots, w_q, w_k, *others):
-    return tuple(tokens.new_empty(0) if t is None else t.new_empty(t.shape) for t in (tokens, slots, w_q, w_k))
-
-
-def _setup_context(ctx, inputs, output):
-    """The tensors come first in the inputs of both operations, then their settings."""
-    n_tensors = 5
-    _, weights, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:n_tensors], weights, *kept)
-    ctx.settings = inputs[n_tensors:]
-
-
-def _autograd(backward):
-    def autograd(ctx, grad_pooled, grad_weights, *_):
-        *inputs, weights, mean, query, u = ctx.saved_tensors
-        if grad_pooled is None:
-            grad_pooled = torch.zeros_like(u)
-        grads = backward(grad_pooled, grad_weights, *inputs, weights, mean, query, u, *ctx.settings)
-        grads = [None if given is None else grad for given, grad in zip(inputs, grads, strict=False)]
-        return *grads, *(None for _ in range(len(ctx.needs_input_grad) - len(grads)))
-
-    return autograd
-
-
-_forward.register_autograd(_autograd(_backward), setup_context=_setup_context)
-_forward_sequence.register_autograd(_autograd(_backward_sequence), setup_context=_setup_context)
-_call_sequence = direct(_forward_sequence, _compute_sequence, _setup_context, _autograd(_sequence_gradients))
+_run = register(_empty, outputs=2, kept=1, gradients=4)

@@ -1,7 +1,8 @@
 """Attention pooling as a few batched matrix products in plain PyTorch, with its own backward; runs on any device.
 
-P neighbouring windows are pooled as dense products over the L entries x (L, d) that they share, so that overlapping windows are
-never stored. With r_i = rsqrt(mean(x_i^2) + eps) as a factor of the coefficients, neither are the normalised entries r_i x_i:
+P neighbouring windows, a *run*, are pooled as dense products over the L entries x (L, d) that they share, so that overlapping
+windows are never stored. With r_i = rsqrt(mean(x_i^2) + eps) as a factor of the coefficients, neither are the normalised
+entries r_i x_i:
 
     mean = (E r) X;   u = W_k^T W_q mean;   A = softmax(r (u X^T) / sqrt(d_k) + hidden);   pooled = (A dropout r) X
 
@@ -13,106 +14,54 @@ dS = softmax'(A, dropout r (dpooled X^T) + dA) r / sqrt(d_k):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smt_kernels.attention_pool.reference import EPS
-from smt_kernels.attention_pool.runs import accumulation, runs, visibility
+from smt_kernels.attention_pool.reference import EPS, Inputs, Kept, Timeline
+from smt_kernels.precision import accumulation, accumulation_dtype
 from smt_kernels.window import WindowSpec
 
-
-class Kept(NamedTuple):
-    """What the backward pass needs of P windows per row, in fp32 (fp64 for fp64)."""
-
-    weights: Tensor  # (B, P, W or L)
-    mean: Tensor  # (B, P, d)
-    query: Tensor  # (B, P, d_k)
-    u: Tensor  # (B, P, d)
+# Writes per dense product of a long call: with more, more of a product falls on entries that the window does not see;
+# with fewer, more entries are shared by two products and more operations are launched.
+WRITES_PER_PRODUCT = 16
 
 
-def forward(
-    windows: Tensor, w_q: Tensor, w_k: Tensor, exists: Tensor | None, dropout_mask: Tensor | None, normalise: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """windows (N, W, d), exists (N or 1, W) or None: all -> pooled (N, d) and, without P, what ``Kept`` holds."""
-    x, average, hidden = _window_products(windows, exists)
-    dropout = None if dropout_mask is None else accumulation(dropout_mask)[:, None]
-    pooled, kept = _pool(x, accumulation(w_q), accumulation(w_k), average, hidden, dropout, normalise)
-    return pooled[:, 0].to(windows.dtype), *(part[:, 0] for part in kept)
+def forward(inputs: Inputs, window: WindowSpec, timeline: Timeline, normalise: bool) -> tuple[Tensor, Kept]:
+    """Returns pooled (B, n_writes, d) and what ``backward`` needs."""
+    w_q, w_k = accumulation(inputs.w_q), accumulation(inputs.w_k)
+    pooled, kept = [], []
+    for run in _runs(inputs, window, timeline):
+        x, layout, dropout = run.gather(inputs), run.layout, run.dense(inputs.dropout)
+        of_run, kept_of_run = _pool(x, w_q, w_k, layout.average, layout.hidden, dropout, normalise)
+        pooled.append(of_run.to(inputs.tokens.dtype))
+        kept.append(kept_of_run._replace(weights=run.per_window(kept_of_run.weights)))
+    if len(pooled) == 1:
+        return pooled[0], kept[0]
+    return torch.cat(pooled, dim=1), Kept(*(torch.cat(parts, dim=1) for parts in zip(*kept, strict=True)))
 
 
 def backward(
     grad_pooled: Tensor,
     grad_weights: Tensor | None,
-    windows: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    exists: Tensor | None,
-    dropout_mask: Tensor | None,
-    weights: Tensor,
-    mean: Tensor,
-    query: Tensor,
-    u: Tensor,
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of windows (N, W, d), w_q and w_k (d_k, d), each in the dtype of its input."""
-    x, average, _ = _window_products(windows, exists)
-    grads = (None if t is None else accumulation(t)[:, None] for t in (grad_pooled, grad_weights, dropout_mask))
-    kept = Kept(*(part[:, None] for part in (weights, mean, query, u)))
-    dx, dw_q, dw_k = _pool_backward(*grads, x, accumulation(w_q), accumulation(w_k), average, kept, normalise)
-    return dx.to(windows.dtype), dw_q.to(w_q.dtype), dw_k.to(w_k.dtype)
-
-
-def forward_sequence(
-    tokens: Tensor,
-    slots: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    dropout_mask: Tensor | None,
+    kept: Kept,
+    inputs: Inputs,
     window: WindowSpec,
-    timeline: Sequence[int],
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """tokens (B, T, d), slots (B, K, d) or None -> pooled (B, n_writes, d) and what ``Kept`` holds with P = n_writes.
-
-    ``timeline`` is first_write, n_writes, write_group, first_step, first_slot.
-    """
-    w_q, w_k = accumulation(w_q), accumulation(w_k)
-    results = []
-    for run in runs(tokens, slots, window, timeline):
-        x, layout = run.gather(tokens, slots), run.layout
-        pooled, kept = _pool(x, w_q, w_k, layout.average, layout.hidden, run.dense(dropout_mask), normalise)
-        weights = kept.weights.gather(2, layout.index.expand(len(x), -1, -1))
-        results.append((pooled.to(tokens.dtype), weights, *kept[1:]))
-    return results[0] if len(results) == 1 else tuple(torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
-
-
-def backward_sequence(
-    grad_pooled: Tensor,
-    grad_weights: Tensor | None,
-    tokens: Tensor,
-    slots: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    dropout_mask: Tensor | None,
-    weights: Tensor,
-    mean: Tensor,
-    query: Tensor,
-    u: Tensor,
-    window: WindowSpec,
-    timeline: Sequence[int],
+    timeline: Timeline,
     normalise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens (B, T, d), slots (B, K, d; empty for None), w_q and w_k (d_k, d), each in the dtype of its input."""
-    projections = accumulation(w_q), accumulation(w_k)
-    d_tokens, d_slots = (None if t is None else t.new_zeros(t.shape, dtype=u.dtype) for t in (tokens, slots))
+    tokens, slots = inputs.tokens, inputs.slots
+    projections = accumulation(inputs.w_q), accumulation(inputs.w_k)
+    d_tokens, d_slots = (None if t is None else t.new_zeros(t.shape, dtype=kept.u.dtype) for t in (tokens, slots))
     d_projections = []
-    for run in runs(tokens, slots, window, timeline):
-        grads = accumulation(grad_pooled[:, run.writes]), run.dense(grad_weights), run.dense(dropout_mask)
-        kept = Kept(run.dense(weights), *(part[:, run.writes] for part in (mean, query, u)))
-        dx, dw_q, dw_k = _pool_backward(*grads, run.gather(tokens, slots), *projections, run.layout.average, kept, normalise)
+    for run in _runs(inputs, window, timeline):
+        grads = accumulation(grad_pooled[:, run.writes]), run.dense(grad_weights), run.dense(inputs.dropout)
+        of_run = Kept(run.dense(kept.weights), *(part[:, run.writes] for part in kept[1:]))
+        dx, dw_q, dw_k = _pool_backward(*grads, run.gather(inputs), *projections, run.layout.average, of_run, normalise)
         run.add_back(dx, d_tokens, d_slots)
         d_projections = [dw_q, dw_k] if not d_projections else [d_projections[0].add_(dw_q), d_projections[1].add_(dw_k)]
     d_slots = tokens.new_empty(0) if slots is None else d_slots
@@ -175,9 +124,128 @@ def _inverse_rms(x: Tensor, normalise: bool) -> Tensor:
     return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPS).rsqrt_()[:, None]
 
 
-def _window_products(windows: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, W, d) with zeros for entries that do not exist, average and hidden (N or 1, 1, W) or smaller."""
-    x = accumulation(windows)
-    if exists is None:
-        return x, x.new_full((1, 1, x.shape[1]), 1.0 / x.shape[1]), x.new_zeros(1, 1, 1)
-    return x.masked_fill(~exists[..., None], 0.0), *visibility(exists[:, None], x.dtype)
+class _Piece(NamedTuple):
+    """``size`` consecutive entries of source 0 (tokens) or 1 (slots) from ``start`` on; of None: entries that do not exist."""
+
+    source: int | None
+    start: int
+    size: int
+
+
+class Layout(NamedTuple):
+    """Which of the L entries that P windows share each of them sees."""
+
+    average: Tensor  # (B or 1, P, L), 1 / (number of entries) where one is seen
+    hidden: Tensor  # (B or 1, P, L), -inf where one is not
+    index: Tensor | None  # (1, P, W), where entry i of a window lies among the L; None: where it is, of a single window
+
+
+class Run(NamedTuple):
+    """The consecutive writes ``writes`` of a call, pooled together, and the entries that they share: slots, then tokens."""
+
+    writes: slice
+    pieces: list[_Piece]
+    layout: Layout
+
+    def gather(self, inputs: Inputs) -> Tensor:
+        """The shared entries (B, L, d) in the accumulation dtype, zeros where they do not exist."""
+        sources, (batch, _, width) = inputs[:2], inputs.tokens.shape
+        parts = [
+            inputs.tokens.new_zeros(batch, size, width) if source is None else sources[source].narrow(1, start, size)
+            for source, start, size in self.pieces
+        ]
+        x = accumulation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        return x if inputs.exists is None else x.masked_fill(~inputs.exists[..., None], 0.0)
+
+    def add_back(self, dx: Tensor, *sums: Tensor | None) -> None:
+        """Add the gradient (B, L, d) of the shared entries to where they came from."""
+        parts = dx.split([piece.size for piece in self.pieces], dim=1)
+        for (source, start, size), part in zip(self.pieces, parts, strict=True):
+            if source is not None:
+                sums[source].narrow(1, start, size).add_(part)
+
+    def dense(self, per_window: Tensor | None) -> Tensor | None:
+        """The values (B, n_writes, W) of these windows' entries, spread over the shared entries (B, P, L); 0 elsewhere."""
+        if per_window is None:
+            return None
+        values = accumulation(per_window[:, self.writes])
+        if self.layout.index is None:
+            return values
+        spread = values.new_zeros(len(values), *self.layout.hidden.shape[1:])
+        return spread.scatter_(2, self.layout.index.expand_as(values), values)
+
+    def per_window(self, dense: Tensor) -> Tensor:
+        """The inverse of ``dense``, (B, P, W)."""
+        index = self.layout.index
+        return dense if index is None else dense.gather(2, index.expand(len(dense), -1, -1))
+
+
+def _runs(inputs: Inputs, window: WindowSpec, timeline: Timeline) -> Iterator[Run]:
+    """The writes of a call, at most WRITES_PER_PRODUCT at a time, oldest first."""
+    first_write, n_writes, group, first_step, first_slot = timeline
+    tokens, slots, dtype = inputs.tokens, inputs.slots, accumulation_dtype(inputs.tokens.dtype)
+    for begin in range(0, n_writes, WRITES_PER_PRODUCT):
+        end = min(begin + WRITES_PER_PRODUCT, n_writes)
+        first, last = first_write + begin, first_write + end - 1
+        start, stop = window.visible_tokens(window.write_step(first))[0], window.visible_tokens(window.write_step(last))[1]
+        pieces = _pieces(0, start - first_step, stop - first_step, tokens.shape[1])
+        if slots is not None:
+            start, stop = window.pooled_slots(first, group)[0], window.pooled_slots(last, group)[1]
+            pieces = _pieces(1, start - first_slot, stop - first_slot, slots.shape[1]) + pieces
+        if inputs.exists is not None:  # of windows that are given whole: a single write
+            yield Run(slice(begin, end), pieces, Layout(*_visibility(inputs.exists[:, None], dtype), None))
+            continue
+        exists = tuple((piece.source is not None, piece.size) for piece in pieces)
+        # Layouts repeat from group to group, so that a long training run meets a handful of them.
+        layout = layout_of.__wrapped__ if _is_capturing(tokens) else layout_of
+        key = window, first % group, end - begin, group, slots is not None, exists, dtype, tokens.device
+        yield Run(slice(begin, end), pieces, layout(*key))
+
+
+def _pieces(source: int, start: int, stop: int, length: int) -> list[_Piece]:
+    """Entries [start, stop) of a source that holds [0, length)."""
+    held_start = min(max(start, 0), stop)
+    held_stop = max(min(stop, length), held_start)
+    pieces = [
+        _Piece(None, start, held_start - start),
+        _Piece(source, held_start, held_stop - held_start),
+        _Piece(None, held_stop, stop - held_stop),
+    ]
+    return [piece for piece in pieces if piece.size]
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records this call: what it allocates belongs to the graph and must not be kept for other calls."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def layout_of(
+    window: WindowSpec,
+    first_write: int,
+    n_writes: int,
+    group: int,
+    with_slots: bool,
+    exists: tuple[tuple[bool, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Layout:
+    """The layout of ``n_writes`` writes from ``first_write`` on, over entries that ``exists`` tells as (whether, how many)."""
+    write = torch.arange(first_write, first_write + n_writes, device=device)
+    start, _ = window.visible_tokens(window.write_step(write))
+    index = (start - start[0])[:, None] + torch.arange(window.n_tokens, device=device)
+    if with_slots:
+        start, stop = window.pooled_slots(write, group)
+        in_slots = (start - start[0])[:, None] + torch.arange(window.n_memory, device=device)
+        index = torch.cat([in_slots, index + (stop[-1] - start[0])], dim=1)
+    held = torch.cat([torch.full((size,), whether, device=device) for whether, size in exists])
+    inside = torch.zeros(n_writes, len(held), dtype=torch.bool, device=device).scatter_(1, index, True)
+    seen = held & inside
+    return Layout(*_visibility(seen[None], dtype), None if n_writes == 1 else index[None])
+
+
+def _visibility(seen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """average and hidden of windows that see the entries ``seen`` (..., L)."""
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    return seen.to(dtype) / seen.sum(-1, keepdim=True), hidden

@@ -14,144 +14,63 @@ each program reads the whole width for scores and norms, and writes its own chun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 from torch import Tensor
 
 from smt_kernels import checks
+from smt_kernels import launch as launching
 from smt_kernels.attention_pool.backward_kernels import entries_backward_kernel, query_backward_kernel
 from smt_kernels.attention_pool.forward_kernels import mean_kernel, pool_kernel
-from smt_kernels.attention_pool.settings import pool_settings
-from smt_kernels.attention_pool.strips import Strips, strips_of_sequence, strips_of_windows
-from smt_kernels.launch import launch
+from smt_kernels.attention_pool.reference import Inputs, Kept, Timeline
+from smt_kernels.attention_pool.strips import Strips, strips_of
+from smt_kernels.launch import LaunchSettings, launch, padded_size
 from smt_kernels.window import WindowSpec
 
 # Windows of a strip, and entries that are multiplied at a time: the least that a dot takes, as programs hold whole entries.
 WINDOWS = ENTRIES = 16
 
 
-def forward(
-    windows: Tensor, w_q: Tensor, w_k: Tensor, exists: Tensor | None, dropout_mask: Tensor | None, normalise: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """windows (N, W, d), exists (N or 1, W) or None: all -> pooled (N, d), weights (N, W), mean, query and u (N, d or d_k)."""
-    results = _forward(windows, None, w_q, w_k, exists, dropout_mask, strips_of_windows(windows), normalise)
-    return tuple(result[:, 0] for result in results)
+def forward(inputs: Inputs, window: WindowSpec, timeline: Timeline, normalise: bool) -> tuple[Tensor, Kept]:
+    """Returns pooled (B, n_writes, d) and what ``backward`` needs."""
+    inputs, timeline = Inputs(*inputs), Timeline(*timeline)  # plain tuples where compiled ahead of time
+    strips = strips_of(inputs, window, timeline)
+    tokens, rows, width = inputs.tokens, strips[:2], inputs.tokens.shape[-1]
+    mean, pooled = tokens.new_empty((*rows, width)), tokens.new_empty((*rows, width))
+    weights = tokens.new_empty((*rows, strips.n_memory + strips.n_tokens), dtype=torch.float32)
+    _launch(mean_kernel, inputs, strips, normalise, mean=mean)
+    query = mean @ inputs.w_q.T
+    u = query @ inputs.w_k
+    results = {"pooled": pooled, "weights": weights, "scale": len(inputs.w_q) ** -0.5}
+    _launch(pool_kernel, inputs, strips, normalise, u=u, dropout=_packed(inputs.dropout), **results)
+    return pooled, Kept(weights, mean, query, u)
 
 
 def backward(
     grad_pooled: Tensor,
     grad_weights: Tensor | None,
-    windows: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    exists: Tensor | None,
-    dropout_mask: Tensor | None,
-    weights: Tensor,
-    mean: Tensor,
-    query: Tensor,
-    u: Tensor,
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of windows (N, W, d), w_q and w_k (d_k, d), each in the dtype of its input."""
-    kept = weights, mean[:, None], query[:, None], u[:, None]
-    inputs = windows, None, w_q, w_k, exists, dropout_mask
-    strips = strips_of_windows(windows)
-    d_windows, _, dw_q, dw_k = _backward(grad_pooled[:, None], grad_weights, *inputs, *kept, strips, normalise)
-    return d_windows, dw_q, dw_k
-
-
-def forward_sequence(
-    tokens: Tensor,
-    slots: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    dropout_mask: Tensor | None,
+    kept: Kept,
+    inputs: Inputs,
     window: WindowSpec,
-    timeline: Sequence[int],
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """tokens (B, T, d), slots (B, K, d) or None -> pooled, weights, mean, query and u (B, n_writes, d, W, d, d_k, d).
-
-    ``timeline`` is first_write, n_writes, write_group, first_step, first_slot.
-    """
-    strips = strips_of_sequence(tokens, slots, window, timeline)
-    return _forward(tokens, slots, w_q, w_k, None, dropout_mask, strips, normalise)
-
-
-def backward_sequence(
-    grad_pooled: Tensor,
-    grad_weights: Tensor | None,
-    tokens: Tensor,
-    slots: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    dropout_mask: Tensor | None,
-    weights: Tensor,
-    mean: Tensor,
-    query: Tensor,
-    u: Tensor,
-    window: WindowSpec,
-    timeline: Sequence[int],
+    timeline: Timeline,
     normalise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens (B, T, d), slots (B, K, d; empty for None), w_q and w_k (d_k, d), each in the dtype of its input."""
-    inputs = tokens, slots, w_q, w_k, None, dropout_mask
-    strips = strips_of_sequence(tokens, slots, window, timeline)
-    return _backward(grad_pooled, grad_weights, *inputs, weights, mean, query, u, strips, normalise)
-
-
-def _forward(
-    tokens: Tensor,
-    slots: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    exists: Tensor | None,
-    dropout_mask: Tensor | None,
-    strips: Strips,
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, width = strips[:2], tokens.shape[-1]
-    mean, pooled = tokens.new_empty((*rows, width)), tokens.new_empty((*rows, width))
-    weights = tokens.new_empty((*rows, strips.n_memory + strips.n_tokens), dtype=torch.float32)
-    inputs = tokens, slots, exists, strips, normalise
-    _launch(mean_kernel, *inputs, mean=mean)
-    query = mean @ w_q.T
-    u = query @ w_k
-    _launch(pool_kernel, *inputs, u=u, dropout=_packed(dropout_mask), pooled=pooled, weights=weights, scale=len(w_q) ** -0.5)
-    return pooled, weights, mean, query, u
-
-
-def _backward(
-    grad_pooled: Tensor,
-    grad_weights: Tensor | None,
-    tokens: Tensor,
-    slots: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    exists: Tensor | None,
-    dropout_mask: Tensor | None,
-    weights: Tensor,
-    mean: Tensor,
-    query: Tensor,
-    u: Tensor,
-    strips: Strips,
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (grad_pooled,) = checks.unit_stride(grad_pooled)
+    inputs, timeline = Inputs(*inputs), Timeline(*timeline)  # plain tuples where compiled ahead of time
+    weights, mean, query, u = kept
+    tokens, slots, w_q, w_k = inputs[:4]
+    strips = strips_of(inputs, window, timeline)
     du, d_weights = torch.empty_like(u), torch.empty_like(weights)
     delta, share = (weights.new_empty(strips[:2]) for _ in range(2))
     d_tokens = tokens.new_empty(tokens.shape)
     d_slots = d_tokens if slots is None else slots.new_empty(slots.shape)  # without slots, no program takes any
-    inputs = tokens, slots, exists, strips, normalise
     both = {"grad_pooled": grad_pooled, "strides_grad": grad_pooled.stride()[:2], "weights": weights, "scale": len(w_q) ** -0.5}
-    both |= {"dropout": _packed(dropout_mask), "d_weights": d_weights, "delta": delta, "share": share}
-    _launch(query_backward_kernel, *inputs, **both, grad_weights=_packed(grad_weights), du=du)
+    both |= {"dropout": _packed(inputs.dropout), "d_weights": d_weights, "delta": delta, "share": share}
+    _launch(query_backward_kernel, inputs, strips, normalise, **both, grad_weights=_packed(grad_weights), du=du)
     d_query = du @ w_k.T
-    d_mean = d_query @ w_q
-    strides = {"strides_d_tokens": d_tokens.stride()[:2], "strides_d_slots": d_slots.stride()[:2]}
-    _launch(entries_backward_kernel, *inputs, **both, u=u, d_mean=d_mean, d_tokens=d_tokens, d_slots=d_slots, **strides)
+    both |= {"u": u, "d_mean": d_query @ w_q, "d_tokens": d_tokens, "d_slots": d_slots}
+    both |= {"strides_d_tokens": d_tokens.stride()[:2], "strides_d_slots": d_slots.stride()[:2]}
+    _launch(entries_backward_kernel, inputs, strips, normalise, **both)
     dw_q, dw_k = (x.flatten(0, 1).mT @ y.flatten(0, 1) for x, y in ((d_query, mean), (query, du)))
     return d_tokens, tokens.new_empty(0) if slots is None else d_slots, dw_q, dw_k
 
@@ -160,15 +79,8 @@ def _packed(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _launch(
-    kernel: triton.JITFunction,
-    tokens: Tensor,
-    slots: Tensor | None,
-    exists: Tensor | None,
-    strips: Strips,
-    normalise: bool,
-    **named: object,
-) -> None:
+def _launch(kernel: triton.JITFunction, inputs: Inputs, strips: Strips, normalise: bool, **named: object) -> None:
+    tokens, slots, exists = inputs.tokens, inputs.slots, inputs.exists
     width = tokens.shape[-1]
     settings = pool_settings(kernel.fn.__name__, width, tokens.dtype, tokens.device)
     (slots,) = checks.unit_stride(tokens if slots is None else slots)
@@ -195,3 +107,20 @@ def _launch(
         E=ENTRIES,
         **settings.options,
     )
+
+
+def pool_settings(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> LaunchSettings:
+    """Settings of ``kernel`` for entries of ``width`` in ``dtype`` on ``device``: a rule in place of a table, for W = 65.
+
+    An entry longer than the longest chunk is read by several programs, whole by each. The longest is 1,024 in half precision,
+    512 where two sums have to be held or shared memory is small (CDNA), and 256 in fp32, whose products on ordinary units take
+    more registers.
+    """
+    if dtype.itemsize == 4:
+        longest = 256
+    elif kernel == "query_backward_kernel" or launching.architecture_family(device) == "cdna":
+        longest = 512
+    else:
+        longest = 1024
+    chunk = min(padded_size(width), longest)
+    return LaunchSettings(num_warps=4 if chunk <= 128 else 8, head_chunk=chunk)

@@ -1,14 +1,46 @@
-"""The definition of attention pooling, in plain PyTorch: any floating dtype, differentiable, no cleverness."""
+"""The definition of attention pooling, in plain PyTorch: any floating dtype, differentiable, no cleverness; and its terms."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smt_kernels.backends import unaffected_by_autocast
+from smt_kernels.operators import unaffected_by_autocast
 from smt_kernels.window import WindowSpec
 
 EPS = 1e-5
+
+
+class Timeline(NamedTuple):
+    """Which writes of a sequence are pooled, and what its first token and slot are called."""
+
+    first_write: int
+    n_writes: int
+    write_group: int
+    first_step: int
+    first_slot: int
+
+
+class Inputs(NamedTuple):
+    """The tensors that the windows are pooled from."""
+
+    tokens: Tensor  # (B, T, d)
+    slots: Tensor | None  # (B, K, d); None: the windows have tokens only
+    w_q: Tensor  # (d_k, d)
+    w_k: Tensor  # (d_k, d)
+    exists: Tensor | None  # (B or 1, T) bool, of windows that are given whole: which of their entries exist; None: all
+    dropout: Tensor | None  # (B, n_writes, W), factors of the weights; None: 1
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs: the weights in the accumulation dtype, the others as the backend multiplies them."""
+
+    weights: Tensor  # (B, n_writes, W)
+    mean: Tensor  # (B, n_writes, d)
+    query: Tensor  # (B, n_writes, d_k)
+    u: Tensor  # (B, n_writes, d)
 
 
 @unaffected_by_autocast
@@ -35,15 +67,12 @@ def attention_pool_sequence(
     w_k: Tensor,
     *,
     window: WindowSpec,
-    first_write: int,
-    n_writes: int,
-    write_group: int,
-    first_step: int,
-    first_slot: int,
+    timeline: Timeline,
     normalise: bool,
     dropout_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """tokens (B, T, d), slots (B, K, d) -> pooled (B, n_writes, d), weights (B, n_writes, W). See the package docstring."""
+    first_write, n_writes, write_group, first_step, first_slot = timeline
     batch, _, width = tokens.shape
     pooled, weights = [], []
     for write in range(first_write, first_write + n_writes):

@@ -6,13 +6,12 @@ another, and are taken E at a time from one of the two. Nothing is copied: a tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from smt_kernels.attention_pool.reference import Inputs, Timeline
 from smt_kernels.window import WindowSpec
 
 
@@ -36,14 +35,9 @@ class Strips(NamedTuple):
     group: int
 
 
-def strips_of_windows(windows: Tensor) -> Strips:
-    """Windows (N, W, d) are N rows of one window each, all of whose entries are tokens."""
-    n_windows, size, _ = windows.shape
-    return Strips(n_windows, 1, size, 0, size, 0, token_start=0, stride=size, slot_start=0, phase=0, group=1)
-
-
-def strips_of_sequence(tokens: Tensor, slots: Tensor | None, window: WindowSpec, timeline: Sequence[int]) -> Strips:
+def strips_of(inputs: Inputs, window: WindowSpec, timeline: Timeline) -> Strips:
     """Tokens (B, T, d) and slots (B, K, d) are B rows of the windows of all writes; no slots are one group that pools none."""
+    tokens, slots, *_ = inputs
     first_write, n_writes, group, first_step, first_slot = timeline
     n_memory = held_slots = slot_start = phase = 0
     if slots is None:

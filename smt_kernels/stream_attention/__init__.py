@@ -1,14 +1,27 @@
 """Attention over a stream: each query sees the last tokens and the last memory slots written before it, in one softmax.
 
 out_t = sum_j softmax_j(scale * q_t . k_j) v_j    over slots [writes_before(t) - n, writes_before(t)) and tokens (t - m, t]
+
+The folder, in the order to read it:
+
+    reference.py          the definition
+    strips.py             which rows of queries, slots and tokens each block of queries works on in plain PyTorch
+    blocked.py            the definition over these blocks (``smt_kernels.dense_attention``), for any device
+    geometry.py           who sees whom, inside kernels, in 32 bits
+    kernels.py            the Triton backend, and its forward kernel
+    backward_kernels.py   its backward kernels, and what launches them
+    settings.py           with how many warps and in what blocks, by chip and head size
+
+Before kernels: ``smt_kernels.tiles``.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
+from smt_kernels.operators import register
+from smt_kernels.precision import accumulation_dtype
 from smt_kernels.stream_attention.reference import stream_attention as reference
 from smt_kernels.window import WindowSpec
 
@@ -59,7 +72,7 @@ def stream_attention(
     if memory_k is None:
         memory_k = memory_v = k.new_empty((k.shape[0], 0, *k.shape[2:]))
     tensors = checks.unit_stride(q, k, v, memory_k, memory_v)
-    out, _ = _forward(*tensors, window.n_memory, window.n_tokens, window.stride, scale, first_step, first_slot, backend)
+    out, _ = _run(*tensors, window, scale, first_step, first_slot, backend=backend)
     return out
 
 
@@ -102,72 +115,21 @@ def _check(
             raise TypeError(f"{name} must be an int, got {value!r}")
 
 
-@torch.library.custom_op("smt_kernels::stream_attention", mutates_args=())
-def _forward(
+def _empty(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     memory_k: Tensor,
     memory_v: Tensor,
-    n_memory: int,
-    n_tokens: int,
-    stride: int | None,
+    window: WindowSpec,
     scale: float,
     first_step: int,
     first_slot: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    forward = backends.implementation("stream_attention", backend).forward
-    return forward(q, k, v, memory_k, memory_v, WindowSpec(n_memory, n_tokens, stride), scale, first_step, first_slot)
-
-
-@_forward.register_fake
-def _(q, k, v, memory_k, memory_v, n_memory, n_tokens, stride, scale, first_step, first_slot, backend):
+    """out (B, T, H, D) and the log-sum-exp of the scores (B, H, T)."""
     n_batch, n_queries, n_heads, _ = q.shape
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((n_batch, n_heads, n_queries), dtype=statistics)
+    return q.new_empty(q.shape), q.new_empty((n_batch, n_heads, n_queries), dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("smt_kernels::stream_attention_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_k: Tensor,
-    memory_v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    n_memory: int,
-    n_tokens: int,
-    stride: int | None,
-    scale: float,
-    first_step: int,
-    first_slot: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = backends.implementation("stream_attention", backend).backward
-    window = WindowSpec(n_memory, n_tokens, stride)
-    (grad_out,) = checks.unit_stride(grad_out)
-    return backward(grad_out, q, k, v, memory_k, memory_v, out, lse, window, scale, first_step, first_slot)
-
-
-@_backward.register_fake
-def _(grad_out, q, k, v, memory_k, memory_v, out, lse, n_memory, n_tokens, stride, scale, first_step, first_slot, backend):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, memory_k, memory_v))
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, memory_k, memory_v, *settings = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, memory_k, memory_v, out, lse)
-    ctx.settings = tuple(settings)
-
-
-def _autograd(ctx, grad_out, _grad_lse):
-    gradients = _backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, *(None for _ in ctx.settings))
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_run = register(_empty, kept=2, gradients=5)

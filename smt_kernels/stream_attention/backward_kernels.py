@@ -242,13 +242,13 @@ def _slots_kernel(
 
 def backward(
     grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     memory_k: Tensor,
     memory_v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     window: WindowSpec,
     scale: float,
     first_step: int,

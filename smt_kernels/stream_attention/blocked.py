@@ -1,7 +1,7 @@
 """Stream attention over blocks of consecutive queries in plain PyTorch, with its own backward; runs on any device.
 
 A chunk of blocks is one batch of small attention problems with [slots | tokens] as keys: see ``strips`` for what a block works
-on and ``products`` for the formulas. A chunk is small enough to stay in cache; memory is linear in T.
+on and ``dense_attention`` for the formulas. A chunk is small enough to stay in cache; memory is linear in T.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smt_kernels.stream_attention.products import attend, attend_backward
+from smt_kernels.dense_attention import attend, attend_backward
+from smt_kernels.precision import accumulation, accumulation_dtype
 from smt_kernels.stream_attention.strips import Run, runs
 from smt_kernels.window import WindowSpec
 
@@ -34,7 +35,7 @@ class Chunk:
         x = self.run.queries.gather(x[self.batch], self.run.n_blocks).flatten(0, 1)
         if self.group > 1:
             x = x.unflatten(1, (-1, self.group)).flatten(2, 3)
-        return x.to(_accumulation(x.dtype))
+        return accumulation(x)
 
     def set_queries(self, x: Tensor, values: Tensor) -> None:
         """The inverse of ``queries``: write the rows that exist to x (B, T, H, D)."""
@@ -47,7 +48,7 @@ class Chunk:
         slots = self.run.slots.gather(memory[self.batch], self.run.n_blocks)
         tokens = self.run.tokens.gather(tokens[self.batch], self.run.n_blocks)
         keys = torch.cat([slots, tokens], dim=3).flatten(0, 1)
-        return keys.to(_accumulation(keys.dtype))
+        return accumulation(keys)
 
     def add_keys(self, memory: Tensor, tokens: Tensor, values: Tensor) -> None:
         """The transpose of ``keys``: add values (batch * blocks, heads, keys, D) to the rows of memory and tokens."""
@@ -72,7 +73,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, T, H, D) and lse (B, H, T), the latter in fp32 (fp64 for fp64); arguments as in the package docstring."""
     out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_accumulation(q.dtype))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulation_dtype(q.dtype))
     for chunk in _chunks(q, k, memory_k, window, first_step, first_slot):
         keys, values = chunk.keys(memory_k, k), chunk.keys(memory_v, v)
         chunk_out, chunk_lse = attend(chunk.queries(q), keys, values, chunk.bias, scale)
@@ -83,13 +84,13 @@ def forward(
 
 def backward(
     grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     memory_k: Tensor,
     memory_v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     window: WindowSpec,
     scale: float,
     first_step: int,
@@ -114,7 +115,7 @@ def _chunks(q: Tensor, k: Tensor, memory: Tensor, window: WindowSpec, first_step
     """Cut the work into chunks of about ``CHUNK_SCORES`` scores: some blocks of one batch row, or all blocks of many rows."""
     batch, _, n_heads, _ = q.shape
     group = n_heads // k.shape[2]
-    statistics = q.new_empty(0, dtype=_accumulation(q.dtype))
+    statistics = q.new_empty(0, dtype=accumulation_dtype(q.dtype))
     for run in runs(q, k, memory, window, first_step, first_slot):
         n_blocks = max(1, CHUNK_SCORES // (n_heads * run.visible.numel()))
         n_rows = max(1, n_blocks // run.n_blocks)
@@ -130,10 +131,6 @@ def _chunks(q: Tensor, k: Tensor, memory: Tensor, window: WindowSpec, first_step
                 rows = slice(row, min(row + n_rows, batch))
                 of_rows = bias if len(bias) == 1 else bias.repeat(rows.stop - rows.start, 1, 1, 1)
                 yield Chunk(part, rows, group, of_rows)
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _as_rows(lse: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smt_kernels.backends import unaffected_by_autocast
+from smt_kernels.operators import unaffected_by_autocast
 from smt_kernels.window import WindowSpec
 
 

@@ -1,6 +1,15 @@
 """One decoding step of stream attention: one query per row over a ring of tokens and a ring of memory slots, in one softmax.
 
 out = sum_j softmax_j(scale * q . k_j) v_j    over the entries of both rings that exist
+
+The folder, in the order to read it:
+
+    reference.py   the definition
+    blocked.py     the same as one call of PyTorch's attention, for any device
+    kernels.py     the Triton kernel, and what launches it
+    settings.py    with how many warps and in what blocks, by chip and head size
+
+Before the kernel: ``smt_kernels.tiles``.
 """
 
 from __future__ import annotations
@@ -9,6 +18,7 @@ import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
+from smt_kernels.operators import register
 from smt_kernels.stream_attention_decode.blocked import forward as blocked
 from smt_kernels.stream_attention_decode.reference import stream_attention_decode as reference
 
@@ -60,7 +70,7 @@ def stream_attention_decode(
         return reference(*tensors, n_tokens=n_tokens, n_slots=n_slots, scale=scale)
     if backend == "blocked":
         return blocked(*tensors, n_tokens, n_slots, scale)
-    return _triton(*checks.unit_stride(*tensors), n_tokens, n_slots, scale)
+    return _run(*checks.unit_stride(*tensors), n_tokens, n_slots, scale, backend=backend)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, n_tokens: Tensor, n_slots: Tensor) -> None:
@@ -80,14 +90,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, 
     checks.counts("n_slots", n_slots, n_batch, memory_k.shape[1], q, dim="B")
 
 
-@torch.library.custom_op("smt_kernels::stream_attention_decode", mutates_args=())
-def _triton(
-    q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, n_tokens: Tensor, n_slots: Tensor, scale: float
+def _empty(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    n_tokens: Tensor,
+    n_slots: Tensor,
+    scale: float,
+    backend: str,
 ) -> Tensor:
-    forward = backends.implementation("stream_attention_decode", "triton").forward
-    return forward(q, k, v, memory_k, memory_v, n_tokens, n_slots, scale)
-
-
-@_triton.register_fake
-def _(q, k, v, memory_k, memory_v, n_tokens, n_slots, scale):
+    """out (B, H, D)."""
     return q.new_empty(q.shape)
+
+
+# For triton alone: blocked is one operation of PyTorch, which compilers and autograd know themselves.
+_run = register(_empty)

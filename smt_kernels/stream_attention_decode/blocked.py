@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from smt_kernels.operators import unaffected_by_autocast
 
+
+@unaffected_by_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, n_tokens: Tensor, n_slots: Tensor, scale: float
 ) -> Tensor:

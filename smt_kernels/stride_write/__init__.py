@@ -2,23 +2,29 @@
 
 u = silu(conv(x));  (low, b, c) = W_x u;  dt = softplus(W_dt low + bias)
 h_k = exp(dt_k a) h_{k-1} + dt_k b_k u_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
+
+The folder, in the order to read it:
+
+    reference.py     the definition, and the tuple of weights that all files hand on
+    kept.py          what a forward pass keeps for its backward pass
+    blocked.py       the same for all K at once but for the recurrence, for any device
+    blocks.py        the parts of the formula that kernels share, and their launch with its settings
+    kernels.py       the Triton backend: a single write in one launch; several, cut at the products
+    convolution.py   what comes before the products, forward and backward
+    scan.py          what comes behind them, forward and backward
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
-from smt_kernels.direct import direct
-from smt_kernels.stride_write import blocked
-from smt_kernels.stride_write.kept import kept_size
+from smt_kernels.operators import register
+from smt_kernels.precision import accumulation_dtype
+from smt_kernels.stride_write.kept import KEPT_SIZE
+from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.reference import stride_write as reference
-
-# Elements that the forward pass of a backend keeps for its backward pass; known without triton.
-_KEPT_SIZE = {"blocked": blocked.kept_size, "triton": kept_size}
 
 
 def stride_write(
@@ -65,16 +71,16 @@ def stride_write(
 
     Source: DESIGN 2.1 and 4.4; Mamba (Gu and Dao, 2023), algorithm 2 and section 3.4.
     """
-    weights = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
+    weights = Weights(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
     _check(x, z, conv_state, ssm_state, weights, gate)
     backend = backends.choose("stride_write", x, backend)
     if backend == "reference":
-        return reference(x, z, conv_state, ssm_state, *weights, gate)
-    y, conv_state, ssm_state, _ = _call(*checks.unit_stride(x, z), conv_state, ssm_state, *weights, gate, backend)
+        return reference(x, z, conv_state, ssm_state, weights, gate)
+    y, conv_state, ssm_state, _ = _run(*checks.unit_stride(x, z), conv_state, ssm_state, weights, gate, backend=backend)
     return y, conv_state, ssm_state
 
 
-def _check(x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Sequence[Tensor], gate: Tensor | None) -> None:
+def _check(x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Weights, gate: Tensor | None) -> None:
     conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d = weights
     checks.shape("x", x, {"B": None, "K": None, "E": None})
     checks.floating("x", x)
@@ -92,18 +98,7 @@ def _check(x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights:
     checks.shape("conv_state", conv_state, {"B": batch, "E": width, "C - 1": conv_weight.shape[1] - 1}, may_be_empty=("C - 1",))
     checks.shape("ssm_state", ssm_state, {"B": batch, "E": width, "N": n_state})
     allowed = (x.dtype, torch.promote_types(x.dtype, torch.float32))
-    named = {
-        "conv_state": conv_state,
-        "ssm_state": ssm_state,
-        "conv_weight": conv_weight,
-        "conv_bias": conv_bias,
-        "x_proj_weight": x_proj_weight,
-        "dt_proj_weight": dt_proj_weight,
-        "dt_proj_bias": dt_proj_bias,
-        "a": a,
-        "d": d,
-    }
-    for name, tensor in named.items():
+    for name, tensor in zip(("conv_state", "ssm_state", *Weights._fields), (conv_state, ssm_state, *weights), strict=True):
         checks.like(name, tensor, "x", x, dtype=False)
         if tensor.dtype not in allowed:
             raise TypeError(
@@ -116,86 +111,19 @@ def _check(x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights:
         checks.like("gate", gate, "x", x, dtype=False)
 
 
-def _compute(
+def _empty(
     x: Tensor,
     z: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj_weight: Tensor,
-    dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor,
-    a: Tensor,
-    d: Tensor,
+    weights: Weights,
     gate: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
-    return backends.implementation("stride_write", backend).forward(x, z, conv_state, ssm_state, parameters, gate)
-
-
-_forward = torch.library.custom_op("smt_kernels::stride_write", _compute, mutates_args=())
-
-
-@_forward.register_fake
-def _(x, z, conv_state, ssm_state, conv_weight, conv_bias, x_proj_weight, *others):
-    *_, backend = others
-    size = _KEPT_SIZE[backend](x, conv_state, len(x_proj_weight))
+    """y (B, K, E), both states after K, and what is kept, a buffer in float32 or float64."""
+    size = KEPT_SIZE[backend](x, conv_state, len(weights.x_proj_weight))
     results = (tensor.new_empty(tensor.shape) for tensor in (x, conv_state, ssm_state))
-    return *results, x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
+    return *results, x.new_empty(size, dtype=accumulation_dtype(x.dtype))
 
 
-def _compute_gradients(
-    grad_y: Tensor,
-    grad_conv: Tensor | None,
-    grad_ssm: Tensor | None,
-    x: Tensor,
-    z: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj_weight: Tensor,
-    dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor,
-    a: Tensor,
-    d: Tensor,
-    gate: Tensor | None,
-    kept: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parameters = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
-    backward = backends.implementation("stride_write", backend).backward
-    return backward(grad_y, grad_conv, grad_ssm, x, z, conv_state, ssm_state, parameters, gate, kept)
-
-
-_backward = torch.library.custom_op("smt_kernels::stride_write_backward", _compute_gradients, mutates_args=())
-
-
-@_backward.register_fake
-def _(grad_y, grad_conv, grad_ssm, *others):
-    *inputs, _gate, _kept, _backend = others
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, backend = inputs
-    kept = output[3]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(kept)
-    ctx.save_for_backward(*tensors, kept)
-    ctx.backend = backend
-
-
-def _autograd(backward):
-    def autograd(ctx, grad_y, grad_conv, grad_ssm, _grad_kept):
-        x = ctx.saved_tensors[0]
-        grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-        return *backward(grad_y, grad_conv, grad_ssm, *ctx.saved_tensors, ctx.backend), None, None
-
-    return autograd
-
-
-_forward.register_autograd(_autograd(_backward), setup_context=_setup_context)
-_call = direct(_forward, _compute, _setup_context, _autograd(_compute_gradients))
+_run = register(_empty, outputs=3, kept=1, gradients=4 + len(Weights._fields))

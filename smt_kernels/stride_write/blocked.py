@@ -14,76 +14,35 @@ run without gates; behind them dt = 0 keeps the state.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smt_kernels.stride_write.gates import Order, accumulation, order_of, to_front, to_place
+from smt_kernels.precision import LOG2_E, accumulation
+from smt_kernels.stride_write.kept import KeptBlocked, kept_size_blocked
+from smt_kernels.stride_write.reference import Weights
 
 # Elements of the states that are worked on at a time. On a CPU they stay in cache and their buffers are reused; elsewhere
 # launching costs more than memory.
 STATES_ON_CPU, STATES_ELSEWHERE = 2**16, 2**26
 
-LOG2_E = math.log2(math.e)
-
-
-class Parameters(NamedTuple):
-    """The weights of a write."""
-
-    conv_weight: Tensor  # (E, C)
-    conv_bias: Tensor  # (E,)
-    x_proj_weight: Tensor  # (R + 2 N, E)
-    dt_proj_weight: Tensor  # (E, R)
-    dt_proj_bias: Tensor  # (E,)
-    a: Tensor  # (E, N)
-    d: Tensor  # (E,)
-
-
-class _Kept(NamedTuple):
-    """What the forward pass computes and the backward pass needs: views of one buffer in the accumulation dtype."""
-
-    inputs: Tensor  # (C - 1 + K, B, E), the conv state and then x
-    conv: Tensor  # (K, B, E)
-    u: Tensor  # (K, B, E)
-    projected: Tensor  # (K, B, R + 2 N): low, b, c
-    dt_input: Tensor  # (K, B, E), before the softplus
-    dt: Tensor  # (K, B, E)
-    inner: Tensor  # (K, B, E), c . h + d u
-
-    @classmethod
-    def views(cls, buffer: Tensor, x: Tensor, conv_state: Tensor, n_projected: int) -> _Kept:
-        """``buffer``, of ``kept_size`` elements, cut into its parts."""
-        batch, n_writes, width = x.shape
-        like_x = n_writes, batch, width
-        inputs, projected = (n_writes + conv_state.shape[2], batch, width), (n_writes, batch, n_projected)
-        shapes = cls(inputs, like_x, like_x, projected, like_x, like_x, like_x)
-        parts = buffer.split([math.prod(shape) for shape in shapes])
-        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
-
-
-def kept_size(x: Tensor, conv_state: Tensor, n_projected: int) -> int:
-    """Elements that ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
-    batch, n_writes, width = x.shape
-    return batch * (n_writes * (6 * width + n_projected) + conv_state.shape[2] * width)
-
 
 def forward(
-    x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: tuple[Tensor, ...], gate: Tensor | None
+    x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Weights, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E), both states after K, and
-    ``kept_size`` elements for ``backward``.
+    ``kept_size_blocked`` elements for ``backward``.
     """
-    order = None if gate is None else order_of(gate)
-    weights = Parameters(*map(accumulation, parameters))
+    order = None if gate is None else _order_of(gate)
+    weights = Weights(*map(accumulation, parameters))
     rank = weights.dt_proj_weight.shape[1]
     n_projected = len(weights.x_proj_weight)
-    buffer = weights.d.new_empty(kept_size(x, conv_state, n_projected))
-    kept = _Kept.views(buffer, x, conv_state, n_projected)
+    buffer = weights.d.new_empty(kept_size_blocked(x, conv_state, n_projected))
+    kept = KeptBlocked.views(buffer, x, conv_state, n_projected)
 
-    torch.cat([accumulation(conv_state).permute(2, 0, 1), to_front(x, order)], out=kept.inputs)
+    torch.cat([accumulation(conv_state).permute(2, 0, 1), _to_front(x, order)], out=kept.inputs)
     taps = weights.conv_weight.T[:, None, None]
     torch.sum(_by_tap(kept.inputs, x.shape[1]) * taps, dim=0, out=kept.conv).add_(weights.conv_bias)
     torch.ops.aten.silu.out(kept.conv, out=kept.u)
@@ -104,34 +63,34 @@ def forward(
         kept.inner[part] += _rows(scan.c[part], states[1 : size + 1])
         if part.stop < x.shape[1]:
             states[0] = states[size]
-    y = kept.inner * F.silu(to_front(z, order))
+    y = kept.inner * F.silu(_to_front(z, order))
     new_conv, new_ssm = kept.inputs[x.shape[1] :], states[size]
     if order is not None:
         new_conv = kept.inputs.gather(0, order.conv_rows(conv_state))
         new_ssm = torch.where(order.count[0, :, :, None] > 0, new_ssm, initial)  # bit for bit, even the sign of a zero
     new_conv, new_ssm = new_conv.permute(1, 2, 0), new_ssm.mT
-    return _owned(to_place(y, order), x), _copy(new_conv, conv_state), _copy(new_ssm, ssm_state), buffer
+    return _owned(_to_place(y, order), x), _copy(new_conv, conv_state), _copy(new_ssm, ssm_state), buffer
 
 
 def backward(
     grad_y: Tensor,
     grad_conv: Tensor | None,
     grad_ssm: Tensor | None,
+    buffer: Tensor,
     x: Tensor,
     z: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    parameters: tuple[Tensor, ...],
+    parameters: Weights,
     gate: Tensor | None,
-    buffer: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, z, conv_state, ssm_state and of each of ``Parameters``, each in the dtype of its input."""
-    order = None if gate is None else order_of(gate)
-    weights = Parameters(*map(accumulation, parameters))
+    """Gradients of x, z, conv_state, ssm_state and of each of ``Weights``, each in the dtype of its input."""
+    order = None if gate is None else _order_of(gate)
+    weights = Weights(*map(accumulation, parameters))
     rank = weights.dt_proj_weight.shape[1]
-    kept = _Kept.views(buffer, x, conv_state, len(weights.x_proj_weight))
+    kept = KeptBlocked.views(buffer, x, conv_state, len(weights.x_proj_weight))
 
-    z, grad = to_front(z, order), to_front(grad_y, order)
+    z, grad = _to_front(z, order), _to_front(grad_y, order)
     dz = torch.ops.aten.silu_backward(grad * kept.inner, z)
     d_inner = grad * F.silu(z)
     d_projected = torch.empty_like(kept.projected)
@@ -151,8 +110,8 @@ def backward(
     d_inputs, d_conv_weight = _conv_backward(d_conv, kept.inputs, weights.conv_weight, grad_conv, order)
     history = conv_state.shape[2]
     grads = (
-        to_place(d_inputs[history:], order).clone(),  # d_inputs is of two gradients, and none may share memory
-        to_place(dz, order),
+        _to_place(d_inputs[history:], order).clone(),  # d_inputs is of two gradients, and none may share memory
+        _to_place(dz, order),
         d_inputs[:history].permute(1, 2, 0).clone(),
         d_scan.initial.mT,
         d_conv_weight,
@@ -167,6 +126,48 @@ def backward(
     return tuple(_owned(grad, model) for grad, model in zip(grads, inputs, strict=True))
 
 
+class _Order(NamedTuple):
+    """How the gated-on writes of each row are moved to its front and back."""
+
+    off: Tensor  # (K, B, 1), where the gate is off
+    behind: Tensor  # (K, B, 1), which places are left behind the moved writes
+    count: Tensor  # (1, B, 1), gated-on writes
+    to_front: Tensor | None  # (K, B, 1), which write comes to each place; None where K = 1 leaves no choice
+    to_place: Tensor | None  # (K, B, 1), where each gated-on write has gone
+
+    def conv_rows(self, conv_state: Tensor) -> Tensor:
+        """Which conv inputs are the conv state of each row after its gated-on writes, (C - 1, B, E)."""
+        batch, width, history = conv_state.shape
+        return (self.count + torch.arange(history, device=conv_state.device)[:, None, None]).expand(-1, batch, width)
+
+
+def _order_of(gate: Tensor) -> _Order:
+    gate = gate.T[..., None]
+    off = ~gate
+    if len(gate) == 1:
+        return _Order(off, off, gate.long(), None, None)
+    passed = gate.cumsum(0)
+    behind = torch.arange(len(gate), device=gate.device)[:, None, None] >= passed[-1:]
+    return _Order(off, behind, passed[-1:], off.to(torch.uint8).argsort(dim=0, stable=True), (passed - 1).clamp_(min=0))
+
+
+def _to_front(x: Tensor, order: _Order | None) -> Tensor:
+    """x (B, K, E) as (K, B, E) in the accumulation dtype, each row's gated-on writes first and zeros behind them."""
+    x = accumulation(x).transpose(0, 1)
+    if order is None:
+        return x
+    x = x.masked_fill(order.off, 0.0)
+    return x if order.to_front is None else x.gather(0, order.to_front.expand_as(x))
+
+
+def _to_place(x: Tensor, order: _Order | None) -> Tensor:
+    """The inverse of ``_to_front``: x (K, B, E) as (B, K, E), back in place and 0 where the gate is off."""
+    if order is not None:
+        x = x if order.to_place is None else x.gather(0, order.to_place.expand_as(x))
+        x = x.masked_fill(order.off, 0.0)
+    return x.transpose(0, 1)
+
+
 class _ScanGradients(NamedTuple):
     """Gradients of what the recurrence takes; ``dt`` only as far as it goes through the decay."""
 
@@ -179,7 +180,7 @@ class _ScanGradients(NamedTuple):
 class _Scan:
     """The recurrence h_k = exp(dt_k a) h_{k-1} + b_k written_k with written = dt u, over a few writes at a time."""
 
-    def __init__(self, kept: _Kept, a: Tensor) -> None:
+    def __init__(self, kept: KeptBlocked, a: Tensor) -> None:
         n_state = a.shape[1]
         self.dt, self.written = kept.dt, kept.dt * kept.u
         self.b, self.c = kept.projected[..., -2 * n_state :].chunk(2, dim=-1)
@@ -252,7 +253,7 @@ def _by_tap(inputs: Tensor, n_writes: int) -> Tensor:
 
 
 def _conv_backward(
-    d_conv: Tensor, inputs: Tensor, conv_weight: Tensor, grad_conv: Tensor | None, order: Order | None
+    d_conv: Tensor, inputs: Tensor, conv_weight: Tensor, grad_conv: Tensor | None, order: _Order | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the conv inputs (C - 1 + K, B, E) and weight (E, C), from d_conv (K, B, E) and that of the new state."""
     n_writes, n_taps = len(d_conv), conv_weight.shape[1]

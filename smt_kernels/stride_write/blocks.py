@@ -1,4 +1,4 @@
-"""What the kernels of the SSM write share: the parts of its formula, how a program finds its gate and channels, the launch.
+"""What the kernels of the SSM write share: the parts of its formula, how a program finds its gate and channels, and launches.
 
 Names: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block of values, with its shape behind it; E, N, R are block sizes. A conv
 window is a tuple of C blocks [E], oldest first: an entry shifts from name to name, not from thread to thread.
@@ -6,15 +6,16 @@ window is a tuple of C blocks [E], oldest first: an entry shifts from name to na
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import launch
-from smt_kernels.stride_write.settings import settings
-
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from smt_kernels import launch as launching
+from smt_kernels.launch import compiler_options, launch
 
 
 @triton.jit
@@ -99,6 +100,43 @@ def load_columns(p_rows, stride, mask, COLUMNS: tl.constexpr):
 def store_columns(p_rows, columns, mask, COLUMNS: tl.constexpr):
     for i in tl.static_range(COLUMNS):
         store(p_rows + i, columns[i], mask)
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How one kernel is launched, and how many values the largest block of one of its programs holds."""
+
+    num_warps: int
+    elements: int
+
+    def width(self, rows: int) -> int:
+        """How many of the E channels a program works on at a time, when it holds ``rows`` values for each."""
+        return 1 << max(self.elements // rows, 1).bit_length() - 1
+
+    @functools.cached_property
+    def options(self) -> dict[str, int | bool]:
+        return compiler_options(self.num_warps, num_stages=1)
+
+
+# Chosen by the rules of ``smt_kernels.launch``: no spills for N = 16 states of bf16 or fp32, save for a register of the
+# backward scan in triton 3.6 on sm_90. Every kernel works on blocks of E, whose size follows from what else a block holds: the
+# scans (E, N) states, a single write (R + 2 N, E) products.
+# Small blocks: a row of E = 1536 makes 48 programs of a scan, so that a few rows fill a GPU.
+_GPU = {
+    "single_write": BlockSettings(num_warps=8, elements=12288),
+    "convolution": BlockSettings(num_warps=2, elements=128),
+    "convolution_backward": BlockSettings(num_warps=4, elements=128),
+    "scan": BlockSettings(num_warps=2, elements=512),
+    "scan_backward": BlockSettings(num_warps=4, elements=256),
+}
+
+# The interpreter takes as long for a large block as for a small one.
+_INTERPRETER = BlockSettings(num_warps=1, elements=8192)
+
+
+def settings(kernel: str, device: torch.device) -> BlockSettings:
+    """Settings of ``kernel`` on ``device``; the same on every GPU, where none of these kernels uses matrix units."""
+    return _INTERPRETER if launching.architecture_family(device) == "interpreter" else _GPU[kernel]
 
 
 def launch_over_channels(name: str, kernel: triton.JITFunction, model: Tensor, /, **arguments: object) -> None:

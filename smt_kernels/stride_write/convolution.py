@@ -25,6 +25,7 @@ from smt_kernels.stride_write.blocks import (
     store_columns,
     strides,
 )
+from smt_kernels.stride_write.reference import Weights
 
 
 @triton.jit(do_not_specialize=["n_writes"])
@@ -112,16 +113,14 @@ def _convolution_backward_kernel(
     store(d_bias + i_row * width + o_e, b_dbias, m_e)
 
 
-def convolution(
-    x: Tensor, conv_state: Tensor, conv_weight: Tensor, conv_bias: Tensor, gate: Tensor | None, u: Tensor
-) -> Tensor:
+def convolution(x: Tensor, conv_state: Tensor, weights: Weights, gate: Tensor | None, u: Tensor) -> Tensor:
     """x (B, K, E), conv_state (B, E, C - 1) -> the conv state after K; fills u (B, K, E)."""
     new_conv_state = conv_state.new_empty(conv_state.shape)
     launch_over_channels(
         "convolution",
         _convolution_kernel,
         x,
-        **_inputs(x, conv_state, conv_weight, conv_bias, gate),
+        **_inputs(x, conv_state, weights, gate),
         u=u,
         new_conv_state=new_conv_state,
     )
@@ -134,18 +133,17 @@ def convolution_backward(
     grad_conv: Tensor | None,
     x: Tensor,
     conv_state: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
+    weights: Weights,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From both parts of du (B, K, E) and that of the new state: gradients of x, conv_state, conv_weight and conv_bias."""
     d_x, d_conv = x.new_empty(x.shape), conv_state.new_empty(conv_state.shape)
-    d_weight, d_bias = (partial_sums(x, len(x), *weight.shape) for weight in (conv_weight, conv_bias))
+    d_weight, d_bias = (partial_sums(x, len(x), *weight.shape) for weight in weights[:2])
     launch_over_channels(
         "convolution_backward",
         _convolution_backward_kernel,
         x,
-        **_inputs(x, conv_state, conv_weight, conv_bias, gate),
+        **_inputs(x, conv_state, weights, gate),
         d_u=d_u,
         d_u_projected=d_u_projected,
         grad_conv=grad_conv,
@@ -158,16 +156,16 @@ def convolution_backward(
     return d_x, d_conv, d_weight.sum(0), d_bias.sum(0)
 
 
-def _inputs(x: Tensor, conv_state: Tensor, conv_weight: Tensor, conv_bias: Tensor, gate: Tensor | None) -> dict[str, object]:
+def _inputs(x: Tensor, conv_state: Tensor, weights: Weights, gate: Tensor | None) -> dict[str, object]:
     """What both kernels take."""
     return {
         "x": x,
         "conv_state": conv_state,
         "gate": gate,
-        "conv_weight": conv_weight,
-        "conv_bias": conv_bias,
+        "conv_weight": weights.conv_weight,
+        "conv_bias": weights.conv_bias,
         "strides_x": x.stride(),
         "strides_conv": conv_state.stride(),
         "strides_gate": strides(gate),
-        "TAPS": conv_weight.shape[1],
+        "TAPS": weights.conv_weight.shape[1],
     }

@@ -3,8 +3,9 @@
     u = silu(conv(x));  (low, b, c) = W_x u;  dt = softplus(W_dt low + bias)
     h_k = exp(dt_k a) h_{k-1} + dt_k b_k u_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
 
-A single write, where launches cost more than arithmetic, is parallel in rows only. Several writes are cut at the products, and
-everything between is parallel in rows and blocks of E:
+A single write, where launches cost more than arithmetic, is parallel in rows only: no dt is known before W_x has met all of u,
+so one program has all of a row, and walks over E twice. Several writes are cut at the products, and everything between is
+parallel in rows and blocks of E:
 
     forward    convolution | W_x, W_dt | scan
     backward   scan backward | W_dt, W_x | convolution backward
@@ -13,37 +14,55 @@ The forward pass keeps u and both products for the backward pass. Sums over rows
 sum per program, added up by the library: no atomics. Where the gate is off, u is 0, hence b and c; dt is set to 0; the states
 pass.
 """
+# ruff: noqa: RUF005  (Triton knows the sum of two tuples, not the unpacking of one)
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.checks import unit_stride
+from smt_kernels.launch import launch
+from smt_kernels.stride_write.blocks import (
+    advance,
+    channels,
+    convolve,
+    is_on,
+    load,
+    load_columns,
+    settings,
+    shift,
+    silu,
+    softplus,
+    store,
+    store_columns,
+    strides,
+)
 from smt_kernels.stride_write.convolution import convolution, convolution_backward
 from smt_kernels.stride_write.kept import Kept, kept_size
+from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.scan import scan, scan_backward
-from smt_kernels.stride_write.single_write import single_write
+from smt_kernels.tiles import LOG2_E
 
 
 def forward(
-    x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: tuple[Tensor, ...], gate: Tensor | None
+    x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Weights, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E), both states after K, and
     ``kept_size`` elements for ``backward``.
     """
-    weights = tuple(weight.contiguous() for weight in parameters)
-    conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d = weights
-    n_projected = len(x_proj_weight)
+    weights = Weights(*(weight.contiguous() for weight in parameters))
+    n_projected = len(weights.x_proj_weight)
     buffer = x.new_empty(kept_size(x, conv_state, n_projected), dtype=torch.float32)
     kept = Kept.views(buffer, x, n_projected)
     if x.shape[1] == 1:
-        return *single_write(x, z, conv_state, ssm_state, *weights, gate, kept), buffer
-    new_conv_state = convolution(x, conv_state, conv_weight, conv_bias, gate, kept.u)
-    low = kept.projected[..., : dt_proj_weight.shape[1]]
-    _multiply(kept.u, x_proj_weight.T, kept.projected)
-    _multiply(low, dt_proj_weight.T, kept.dt_product)
-    y, new_ssm_state = scan(z, ssm_state, kept, dt_proj_bias, a, d, gate)
+        return *_single_write(x, z, conv_state, ssm_state, weights, gate, kept), buffer
+    new_conv_state = convolution(x, conv_state, weights, gate, kept.u)
+    low = kept.projected[..., : weights.dt_proj_weight.shape[1]]
+    _multiply(kept.u, weights.x_proj_weight.T, kept.projected)
+    _multiply(low, weights.dt_proj_weight.T, kept.dt_product)
+    y, new_ssm_state = scan(z, ssm_state, kept, weights, gate)
     return y, new_conv_state, new_ssm_state, buffer
 
 
@@ -51,27 +70,22 @@ def backward(
     grad_y: Tensor,
     grad_conv: Tensor | None,
     grad_ssm: Tensor | None,
+    buffer: Tensor,
     x: Tensor,
     z: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    parameters: tuple[Tensor, ...],
+    parameters: Weights,
     gate: Tensor | None,
-    buffer: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, z, conv_state, ssm_state and of each of the seven weights, each in the dtype of its input."""
-    conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d = (weight.contiguous() for weight in parameters)
-    kept = Kept.views(buffer, x, len(x_proj_weight))
-    (grad_y,) = unit_stride(grad_y)
-    d_z, d_ssm, d_u, d_dt, d_bc, d_dt_bias, d_a, d_d = scan_backward(
-        grad_y, grad_ssm, z, ssm_state, kept, dt_proj_bias, a, d, gate
-    )
-    d_projected = torch.cat([d_dt @ dt_proj_weight.to(x.dtype), d_bc.to(x.dtype)], dim=-1)
-    d_u_projected = d_projected @ x_proj_weight.to(x.dtype)
-    d_x, d_conv, d_conv_weight, d_conv_bias = convolution_backward(
-        d_u, d_u_projected, grad_conv, x, conv_state, conv_weight, conv_bias, gate
-    )
-    low = kept.projected[..., : dt_proj_weight.shape[1]]
+    weights = Weights(*(weight.contiguous() for weight in parameters))
+    kept = Kept.views(buffer, x, len(weights.x_proj_weight))
+    d_z, d_ssm, d_u, d_dt, d_bc, d_dt_bias, d_a, d_d = scan_backward(grad_y, grad_ssm, z, ssm_state, kept, weights, gate)
+    d_projected = torch.cat([d_dt @ weights.dt_proj_weight.to(x.dtype), d_bc.to(x.dtype)], dim=-1)
+    d_u_projected = d_projected @ weights.x_proj_weight.to(x.dtype)
+    d_x, d_conv, d_conv_weight, d_conv_bias = convolution_backward(d_u, d_u_projected, grad_conv, x, conv_state, weights, gate)
+    low = kept.projected[..., : weights.dt_proj_weight.shape[1]]
     d_x_proj, d_dt_proj = (grad.flatten(0, 1).T @ t.flatten(0, 1) for grad, t in ((d_projected, kept.u), (d_dt, low)))
     d_weights = d_conv_weight, d_conv_bias, d_x_proj, d_dt_proj, d_dt_bias, d_a, d_d
     return d_x, d_z, d_conv, d_ssm, *(grad.to(weight.dtype) for grad, weight in zip(d_weights, parameters, strict=True))
@@ -80,3 +94,111 @@ def backward(
 def _multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
     """out = x y for x (B, K, I), y (I, J) and out (B, K, J), in the dtype of x."""
     torch.mm(x.flatten(0, 1), y.to(x.dtype), out=out.flatten(0, 1))
+
+
+@triton.jit
+def _single_write_kernel(
+    x, z, conv_state, ssm_state, gate, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d,
+    y, new_conv_state, new_ssm_state, u, dt_product, projected,
+    strides_x, strides_z, strides_conv, strides_ssm, strides_gate, width,
+    RANK: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr, E: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The one write of a row: first W_x u, then the rest, with u computed again. Where the gate is off, no weight is read.
+
+    u, dt_product and projected are for the backward pass only.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    on = is_on(gate, strides_gate, i_row, 0, True)
+    n_blocks = tl.cdiv(width, E)
+    o_r, o_n = tl.arange(0, R), tl.arange(0, N)
+    m_r, m_n = o_r < RANK, o_n < STATE
+    p_x, p_z = x + i_row * strides_x[0], z + i_row * strides_z[0]
+    p_conv, p_ssm = conv_state + i_row * strides_conv[0], ssm_state + i_row * strides_ssm[0]
+
+    b_low_products = tl.zeros([R, E], dtype=tl.float32)
+    b_b_products = tl.zeros([N, E], dtype=tl.float32)
+    b_c_products = tl.zeros([N, E], dtype=tl.float32)
+    for i_block in range(tl.where(on, n_blocks, 0)):
+        o_e, m_e = channels(i_block, width, E)
+        window = load_columns(p_conv + o_e * strides_conv[1], strides_conv[2], m_e, TAPS - 1) + (load(p_x + o_e, m_e),)
+        taps = load_columns(conv_weight + o_e * TAPS, 1, m_e, TAPS)
+        b_u = silu(convolve(window, taps, load(conv_bias + o_e, m_e), TAPS))[None, :]  # [1, E]
+        p_weight = x_proj_weight + o_e[None, :]
+        b_low_products += load(p_weight + o_r[:, None] * width, m_r[:, None] & m_e[None, :]) * b_u
+        b_b_products += load(p_weight + (RANK + o_n)[:, None] * width, m_n[:, None] & m_e[None, :]) * b_u
+        b_c_products += load(p_weight + (RANK + STATE + o_n)[:, None] * width, m_n[:, None] & m_e[None, :]) * b_u
+    b_low = tl.sum(b_low_products, axis=1)  # [R]
+    b_b = tl.sum(b_b_products, axis=1)  # [N]
+    b_c = tl.sum(b_c_products, axis=1)  # [N]
+    p_projected = projected + i_row * (RANK + 2 * STATE)
+    store(p_projected + o_r, b_low, m_r)
+    store(p_projected + RANK + o_n, b_b, m_n)
+    store(p_projected + RANK + STATE + o_n, b_c, m_n)
+
+    for i_block in range(n_blocks):
+        o_e, m_e = channels(i_block, width, E)
+        m_on = m_e & on
+        history = load_columns(p_conv + o_e * strides_conv[1], strides_conv[2], m_e, TAPS - 1)
+        taps = load_columns(conv_weight + o_e * TAPS, 1, m_on, TAPS)
+        window = history + (load(p_x + o_e, m_on),)
+        b_u = silu(convolve(window, taps, load(conv_bias + o_e, m_on), TAPS))  # [E]
+        b_weight = load(dt_proj_weight + o_e[:, None] * RANK + o_r[None, :], m_on[:, None] & m_r[None, :])  # [E, R]
+        b_dt_product = tl.sum(b_weight * b_low[None, :], axis=1)  # [E]
+        b_dt = softplus(b_dt_product + load(dt_proj_bias + o_e, m_on))  # [E]
+        m_state = m_e[:, None] & m_n[None, :]
+        b_rate = load(a + o_e[:, None] * STATE + o_n[None, :], m_state & on) * LOG2_E  # [E, N]
+        b_h = load(p_ssm + o_e[:, None] * strides_ssm[1] + o_n[None, :] * strides_ssm[2], m_state)  # [E, N]
+        b_h = tl.where(on, advance(b_h, b_dt, b_u, b_b, b_rate), b_h)
+        b_inner = tl.sum(b_h * b_c[None, :], axis=1) + load(d + o_e, m_on) * b_u  # [E]
+        b_y = tl.where(on, b_inner * silu(load(p_z + o_e, m_on)), 0.0)
+        o_out = i_row * width + o_e
+        store(y + o_out, b_y, m_e)
+        store(u + o_out, b_u, m_e)
+        store(dt_product + o_out, b_dt_product, m_e)
+        store(new_ssm_state + o_out[:, None] * STATE + o_n[None, :], b_h, m_state)
+        store_columns(new_conv_state + o_out * (TAPS - 1), shift(window, on, TAPS), m_e, TAPS - 1)
+
+
+def _single_write(
+    x: Tensor,
+    z: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    weights: Weights,
+    gate: Tensor | None,
+    kept: Kept,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, z (B, 1, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, 1) -> y (B, 1, E) and both states; fills kept."""
+    (batch, _, width), n_state, rank = x.shape, weights.a.shape[1], weights.dt_proj_weight.shape[1]
+    padded_state, padded_rank = triton.next_power_of_2(n_state), triton.next_power_of_2(rank)
+    y, new_conv_state, new_ssm_state = (model.new_empty(model.shape) for model in (x, conv_state, ssm_state))
+    chosen = settings("single_write", x.device)
+    launch(
+        _single_write_kernel,
+        (batch,),
+        x.device,
+        x=x,
+        z=z,
+        conv_state=conv_state,
+        ssm_state=ssm_state,
+        gate=gate,
+        **weights._asdict(),
+        y=y,
+        new_conv_state=new_conv_state,
+        new_ssm_state=new_ssm_state,
+        **kept._asdict(),
+        strides_x=x.stride(),
+        strides_z=z.stride(),
+        strides_conv=conv_state.stride(),
+        strides_ssm=ssm_state.stride(),
+        strides_gate=strides(gate),
+        width=width,
+        RANK=rank,
+        STATE=n_state,
+        TAPS=weights.conv_weight.shape[1],
+        E=chosen.width(padded_rank + 2 * padded_state),
+        N=padded_state,
+        R=padded_rank,
+        **chosen.options,
+    )
+    return y, new_conv_state, new_ssm_state

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smt_kernels.backends import unaffected_by_autocast
+from smt_kernels.operators import unaffected_by_autocast
+
+
+class Weights(NamedTuple):
+    """The weights of a write."""
+
+    conv_weight: Tensor  # (E, C)
+    conv_bias: Tensor  # (E,)
+    x_proj_weight: Tensor  # (R + 2 N, E)
+    dt_proj_weight: Tensor  # (E, R)
+    dt_proj_bias: Tensor  # (E,)
+    a: Tensor  # (E, N)
+    d: Tensor  # (E,)
 
 
 @unaffected_by_autocast
 def stride_write(
-    x: Tensor,
-    z: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj_weight: Tensor,
-    dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor,
-    a: Tensor,
-    d: Tensor,
-    gate: Tensor | None,
+    x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Weights, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E) and both states."""
+    conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d = weights
     rank, n_state = dt_proj_weight.shape[1], a.shape[1]
     if gate is not None:  # what stands where the gate is off, nan included, must not reach the gradients either
         x, z = (half.masked_fill(~gate[..., None], 0.0) for half in (x, z))

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels.stride_write.blocks import (
-    LOG2_E,
     advance,
     channels,
     is_on,
     launch_over_channels,
     load,
     partial_sums,
+    settings,
     silu,
     silu_gradient,
     softplus,
@@ -29,7 +29,8 @@ from smt_kernels.stride_write.blocks import (
     strides,
 )
 from smt_kernels.stride_write.kept import Kept
-from smt_kernels.stride_write.settings import settings
+from smt_kernels.stride_write.reference import Weights
+from smt_kernels.tiles import LOG2_E
 
 # Most writes whose states the backward pass holds in registers.
 SEGMENT = 8
@@ -175,14 +176,12 @@ def scan(
     z: Tensor,
     ssm_state: Tensor,
     kept: Kept,
-    dt_proj_bias: Tensor,
-    a: Tensor,
-    d: Tensor,
+    weights: Weights,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """z (B, K, E), ssm_state (B, E, N) -> y (B, K, E) and the state after K."""
     y, new_ssm_state = z.new_empty(z.shape), ssm_state.new_empty(ssm_state.shape)
-    inputs = _inputs(z, ssm_state, kept, dt_proj_bias, a, d, gate)
+    inputs = _inputs(z, ssm_state, kept, weights, gate)
     launch_over_channels("scan", _scan_kernel, z, **inputs, y=y, new_ssm_state=new_ssm_state)
     return y, new_ssm_state
 
@@ -193,21 +192,19 @@ def scan_backward(
     z: Tensor,
     ssm_state: Tensor,
     kept: Kept,
-    dt_proj_bias: Tensor,
-    a: Tensor,
-    d: Tensor,
+    weights: Weights,
     gate: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of z, ssm_state, u, dt_product, of b and c as one (B, K, 2 N), and of dt_proj_bias, a and d."""
-    (batch, n_writes, width), n_state = z.shape, a.shape[1]
-    inputs = _inputs(z, ssm_state, kept, dt_proj_bias, a, d, gate)
+    (batch, n_writes, width), n_state = z.shape, weights.a.shape[1]
+    inputs = _inputs(z, ssm_state, kept, weights, gate)
     steps = 1 if n_writes == 1 else SEGMENT
     n_segments = triton.cdiv(n_writes, steps)
     blocks = triton.cdiv(width, settings("scan_backward", z.device).width(inputs["N"]))
     d_z, d_u, d_dt = (z.new_empty(z.shape) for _ in range(3))
     d_ssm = ssm_state.new_empty(ssm_state.shape)
     d_bc = partial_sums(z, blocks, batch, n_writes, 2 * n_state)
-    d_bias, d_a, d_d = (partial_sums(z, batch, *weight.shape) for weight in (dt_proj_bias, a, d))
+    d_bias, d_a, d_d = (partial_sums(z, batch, *weight.shape) for weight in weights[-3:])
     launch_over_channels(
         "scan_backward",
         _scan_backward_kernel,
@@ -236,21 +233,19 @@ def _inputs(
     z: Tensor,
     ssm_state: Tensor,
     kept: Kept,
-    dt_proj_bias: Tensor,
-    a: Tensor,
-    d: Tensor,
+    weights: Weights,
     gate: Tensor | None,
 ) -> dict[str, object]:
     """What both kernels take."""
-    n_state = a.shape[1]
+    n_state = weights.a.shape[1]
     return {
         "z": z,
         "ssm_state": ssm_state,
         "gate": gate,
         **kept._asdict(),
-        "dt_proj_bias": dt_proj_bias,
-        "a": a,
-        "d": d,
+        "dt_proj_bias": weights.dt_proj_bias,
+        "a": weights.a,
+        "d": weights.d,
         "strides_z": z.stride(),
         "strides_ssm": ssm_state.stride(),
         "strides_gate": strides(gate),

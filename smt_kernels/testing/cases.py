@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from smt_kernels.attention_pool.reference import Inputs, Kept, Timeline
 from smt_kernels.launch import HEADS
 from smt_kernels.stride_write.kept import kept_size
 from smt_kernels.testing.aot import Call
@@ -124,11 +125,11 @@ def stream_attention_decode(direction: str, head_dim: int, dtype: torch.dtype, d
 
 def attention_pool(direction: str, width: int, dtype: torch.dtype, device: str) -> Case:
     """Three single windows, of which entries may be missing, with dropout."""
-    rows, window = (3,), WindowSpec()
+    rows, window = 3, WindowSpec()
     tensor = _maker(dtype, device)
-    arguments = {"windows": tensor(*rows, window.size, width)}
-    arguments["exists"] = torch.ones((*rows, window.size), dtype=torch.bool, device=device)
-    return _pool_case("", direction, rows, width, tensor, arguments)
+    exists = torch.ones((rows, window.size), dtype=torch.bool, device=device)
+    inputs = Inputs(tensor(rows, window.size, width), None, *_projections(tensor, width), exists, tensor(rows, 1, window.size))
+    return _pool_case(direction, inputs, WindowSpec(0, window.size, window.size), Timeline(0, 1, 1, 1, 0), tensor)
 
 
 def attention_pool_sequence(
@@ -146,12 +147,12 @@ def attention_pool_sequence(
     first_slot = window.pooled_slots(first_write, group)[0]
     n_slots = window.pooled_slots(first_write + n_writes - 1, group)[1] - first_slot
     tensor = _maker(dtype, device)
-    arguments = {"tokens": tensor(batch, window.n_tokens + window.stride * (n_writes - 1), width)}
-    arguments["slots"] = tensor(batch, n_slots, width) if with_slots else None
-    arguments["window"] = window
+    tokens = tensor(batch, window.n_tokens + window.stride * (n_writes - 1), width)
+    slots = tensor(batch, n_slots, width) if with_slots else None
+    inputs = Inputs(tokens, slots, *_projections(tensor, width), None, tensor(batch, n_writes, window.size))
     first_step = window.visible_tokens(window.write_step(first_write))[0]
-    arguments["timeline"] = first_write, n_writes, group, first_step, first_slot
-    return _pool_case("_sequence", direction, (batch, n_writes), width, tensor, arguments)
+    timeline = Timeline(first_write, n_writes, group, first_step, first_slot)
+    return _pool_case(direction, inputs, window, timeline, tensor)
 
 
 def stride_write(direction: str, width: int, dtype: torch.dtype, device: str) -> Case:
@@ -212,18 +213,20 @@ def _attention_flops(direction: str, head_dim: int, visible: int) -> int:
     return (2 if direction == "forward" else 5) * 2 * head_dim * visible
 
 
-def _pool_case(
-    suffix: str, direction: str, rows: tuple[int, ...], width: int, tensor: Callable[..., Tensor], arguments: dict
-) -> Case:
+def _projections(tensor: Callable[..., Tensor], width: int) -> tuple[Tensor, Tensor]:
+    return tensor(width, width), tensor(width, width)
+
+
+def _pool_case(direction: str, inputs: Inputs, window: WindowSpec, timeline: Timeline, tensor: Callable[..., Tensor]) -> Case:
     """Useful are the products of every entry with mean, scores and sum forward; backward their five gradients."""
-    entries = WindowSpec().size
-    arguments |= {"w_q": tensor(width, width), "w_k": tensor(width, width), "normalise": True}
-    arguments["dropout_mask"] = tensor(*rows, entries)
+    arguments = {"inputs": inputs, "window": window, "timeline": timeline, "normalise": True}
+    *rows, entries = inputs.dropout.shape
+    width = len(inputs.w_q)
     if direction == "backward":
-        arguments |= {name: tensor(*rows, width) for name in ("grad_pooled", "mean", "query", "u")}
-        arguments |= {"weights": tensor(*rows, entries, dtype=torch.float32), "grad_weights": None}
+        arguments |= {"grad_pooled": tensor(*rows, width), "grad_weights": None}
+        weights = tensor(*rows, entries, dtype=torch.float32)
+        arguments["kept"] = Kept(weights, *(tensor(*rows, width) for _ in range(3)))
     n_windows = torch.Size(rows).numel()
     useful = (3 if direction == "forward" else 5) * 2 * width * entries * n_windows
-    return Case(
-        Call(f"smt_kernels.attention_pool.kernels:{direction}{suffix}", arguments), useful, n_windows * WindowSpec().stride
-    )
+    call = Call(f"smt_kernels.attention_pool.kernels:{direction}", arguments)
+    return Case(call, useful, n_windows * WindowSpec().stride)

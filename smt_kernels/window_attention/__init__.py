@@ -1,14 +1,24 @@
 """Attention inside fixed windows of at most 128 entries: memory slots first, then tokens, causal.
 
 out_i = sum_j softmax_j(scale * q_i . k_j) v_j    over the existing entries j <= i of the same window
+
+The folder, in the order to read it:
+
+    reference.py   the definition
+    blocked.py     the same as batched products (``smt_kernels.dense_attention``), for any device
+    kernels.py     the Triton kernels, forward and backward, and what launches them
+    settings.py    with how many warps and in what blocks, by chip and head size
+
+Before kernels: ``smt_kernels.tiles``.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
+from smt_kernels.operators import register
+from smt_kernels.precision import accumulation_dtype
 from smt_kernels.window_attention.reference import window_attention as reference
 
 MAX_WINDOW = 128
@@ -55,7 +65,7 @@ def window_attention(
     backend = backends.choose("window_attention", q, backend)
     if backend == "reference":
         return reference(q, k, v, n_memory=n_memory, valid_memory=valid_memory, valid_tokens=valid_tokens, scale=scale)
-    out, _ = _forward(*checks.unit_stride(q, k, v), valid_memory, valid_tokens, n_memory, scale, backend)
+    out, _ = _run(*checks.unit_stride(q, k, v), valid_memory, valid_tokens, n_memory, scale, backend=backend)
     return out
 
 
@@ -85,8 +95,7 @@ def _check(
             checks.counts(name, valid, n_windows, upper, q)
 
 
-@torch.library.custom_op("smt_kernels::window_attention", mutates_args=())
-def _forward(
+def _empty(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -96,52 +105,9 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    forward = backends.implementation("window_attention", backend).forward
-    return forward(q, k, v, valid_memory, valid_tokens, n_memory, scale)
-
-
-@_forward.register_fake
-def _(q, k, v, valid_memory, valid_tokens, n_memory, scale, backend):
+    """out (N, T, H, D) and the log-sum-exp of the scores (N, H, T)."""
     n_windows, n_queries, n_heads, _ = q.shape
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((n_windows, n_heads, n_queries), dtype=statistics)
+    return q.new_empty(q.shape), q.new_empty((n_windows, n_heads, n_queries), dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("smt_kernels::window_attention_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    valid_memory: Tensor | None,
-    valid_tokens: Tensor | None,
-    n_memory: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    backward = backends.implementation("window_attention", backend).backward
-    return backward(*checks.unit_stride(grad_out), q, k, v, out, lse, valid_memory, valid_tokens, n_memory, scale)
-
-
-@_backward.register_fake
-def _(grad_out, q, k, v, out, lse, valid_memory, valid_tokens, n_memory, scale, backend):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, valid_memory, valid_tokens, n_memory, scale, backend = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, valid_memory, valid_tokens)
-    ctx.settings = n_memory, scale, backend
-
-
-def _autograd(ctx, grad_out, _grad_lse):
-    q, k, v, out, lse, valid_memory, valid_tokens = ctx.saved_tensors
-    dq, dk, dv = _backward(grad_out, q, k, v, out, lse, valid_memory, valid_tokens, *ctx.settings)
-    return dq, dk, dv, None, None, None, None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_run = register(_empty, kept=2, gradients=3)

@@ -1,9 +1,7 @@
 """Window attention as batched matrix products in plain PyTorch, with its own backward; runs on any device.
 
-A window is small enough that its whole score matrix is one block, so the only decisions are to compute the scores in fp32
-whatever the input, and to keep the log-sum-exp instead of the weights for the backward pass:
-
-    P = exp(S - lse);  dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = scale dS K;  dK = scale dS^T Q
+A window is small enough that its whole score matrix is one block, so what is left to do here is who sees whom and the layout:
+the query heads that share a key/value head are the rows of one product. ``smt_kernels.dense_attention`` has the formulas.
 """
 
 from __future__ import annotations
@@ -11,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smt_kernels.dense_attention import attend, attend_backward
+from smt_kernels.precision import accumulation, accumulation_dtype
 from smt_kernels.window import WindowSpec
 
 
@@ -18,21 +18,18 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, valid_memory: Tensor | None, valid_tokens: Tensor | None, n_memory: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q (N, T, H, D), k, v (N, W, H_kv, D) -> out (N, T, H, D), lse (N, H, T) in fp32 (or fp64), -inf where nothing is seen."""
-    k, v = _existing(k, v, valid_memory, valid_tokens, n_memory)
-    scores = _scores(q, k, valid_memory, valid_tokens, n_memory, scale)
-    lse = scores.logsumexp(dim=-1)
-    weights = torch.exp(scores - _finite(lse)[..., None])
-    out = weights @ _by_kv_head(v)
-    return _from_groups(out, q).to(q.dtype), lse.flatten(1, 2).reshape(q.shape[0], q.shape[2], q.shape[1])
+    k, v, bias = _existing(q, k, v, valid_memory, valid_tokens, n_memory)
+    out, lse = attend(_by_group(q, k.shape[2]), _by_kv_head(k), _by_kv_head(v), bias, scale, fused=False)
+    return _from_groups(out, q).to(q.dtype), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
 
 
 def backward(
     grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     valid_memory: Tensor | None,
     valid_tokens: Tensor | None,
     n_memory: int,
@@ -40,58 +37,36 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (N, T, H, D), k and v (N, W, H_kv, D), each in the dtype of its input."""
     n_kv_heads = k.shape[2]
-    k, v = _existing(k, v, valid_memory, valid_tokens, n_memory)
-    scores = _scores(q, k, valid_memory, valid_tokens, n_memory, scale)
-    weights = torch.exp(scores - _finite(lse).reshape(*scores.shape[:3], 1))
-    grad, values = _by_group(grad_out, n_kv_heads), _by_kv_head(v)
-    delta = (grad * _by_group(out, n_kv_heads)).sum(-1, keepdim=True)
-    grad_scores = weights * (grad @ values.mT - delta) * scale
-    dq = _from_groups(grad_scores @ _by_kv_head(k), q)
-    dk = grad_scores.mT @ _by_group(q, n_kv_heads)
-    dv = weights.mT @ grad
-    return dq.to(q.dtype), dk.transpose(1, 2).contiguous().to(k.dtype), dv.transpose(1, 2).contiguous().to(v.dtype)
+    k, v, bias = _existing(q, k, v, valid_memory, valid_tokens, n_memory)
+    grad, queries, of_out = (_by_group(x, n_kv_heads) for x in (grad_out, q, out))
+    of_lse = lse.reshape(queries.shape[:3])
+    grads = attend_backward(grad, queries, _by_kv_head(k), _by_kv_head(v), of_out, of_lse, bias, scale, fused=False)
+    dk, dv = (x.transpose(1, 2).contiguous().to(k.dtype) for x in grads[1:])
+    return _from_groups(grads[0], q).to(q.dtype), dk, dv
 
 
 def _existing(
-    k: Tensor, v: Tensor, valid_memory: Tensor | None, valid_tokens: Tensor | None, n_memory: int
-) -> tuple[Tensor, Tensor]:
-    """k and v with zeros instead of what does not exist: a weight of 0 times nan is nan."""
-    if valid_memory is None and valid_tokens is None:
-        return k, v
+    q: Tensor, k: Tensor, v: Tensor, valid_memory: Tensor | None, valid_tokens: Tensor | None, n_memory: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v with zeros instead of what does not exist, as a weight of 0 times nan is nan; and what to add to the scores."""
     spec = WindowSpec(n_memory, k.shape[1] - n_memory, stride=None)
-    absent = ~spec.entry_exists(valid_memory, valid_tokens, k.device)[:, :, None, None]
-    return k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
-
-
-def _scores(
-    q: Tensor, k: Tensor, valid_memory: Tensor | None, valid_tokens: Tensor | None, n_memory: int, scale: float
-) -> Tensor:
-    """Scaled scores (N, H_kv, H / H_kv * T, W), -inf where an entry is not visible."""
-    n_queries, window, n_kv_heads = q.shape[1], k.shape[1], k.shape[2]
-    spec = WindowSpec(n_memory, window - n_memory, stride=None)
-    visible = spec.window_visible(n_queries, valid_memory, valid_tokens, q.device)[:, None]
-    scores = _by_group(q, n_kv_heads) @ _by_kv_head(k).mT * scale
-    return scores.masked_fill_(~visible.repeat(1, 1, q.shape[2] // n_kv_heads, 1), float("-inf"))
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """The log-sum-exp with 0 where nothing is seen, so that exp(-inf - lse) is 0 there and not nan."""
-    return lse.masked_fill(lse == float("-inf"), 0.0)
-
-
-def _accumulation(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    if valid_memory is not None or valid_tokens is not None:
+        absent = ~spec.entry_exists(valid_memory, valid_tokens, k.device)[:, :, None, None]
+        k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
+    hidden = ~spec.window_visible(q.shape[1], valid_memory, valid_tokens, q.device)[:, None]
+    bias = torch.zeros(hidden.shape, dtype=accumulation_dtype(q.dtype), device=q.device).masked_fill_(hidden, float("-inf"))
+    return k, v, bias.repeat(1, 1, q.shape[2] // k.shape[2], 1)  # (N or 1, 1, H / H_kv * T, W)
 
 
 def _by_kv_head(x: Tensor) -> Tensor:
     """(N, W, H_kv, D) -> (N, H_kv, W, D) in the accumulation dtype."""
-    return _accumulation(x.transpose(1, 2))
+    return accumulation(x.transpose(1, 2))
 
 
 def _by_group(x: Tensor, n_kv_heads: int) -> Tensor:
     """(N, T, H, D) -> (N, H_kv, H / H_kv * T, D): the queries that share a key/value head side by side."""
     n_windows, n_queries, n_heads, head_dim = x.shape
-    heads_first = _accumulation(x.transpose(1, 2))
+    heads_first = accumulation(x.transpose(1, 2))
     return heads_first.reshape(n_windows, n_kv_heads, n_heads // n_kv_heads * n_queries, head_dim)
 
 

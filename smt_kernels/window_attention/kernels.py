@@ -232,11 +232,11 @@ def forward(
 
 def backward(
     grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     valid_memory: Tensor | None,
     valid_tokens: Tensor | None,
     n_memory: int,

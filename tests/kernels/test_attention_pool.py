@@ -13,11 +13,11 @@ from attention_pool_problem import (
     dtype_id,
     make_windows,
     outputs_of,
-    setting_id,
     windows_by_hand,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import in_turn
 
 from smt_kernels.testing.budget import assert_equal_in_double
 
@@ -32,11 +32,13 @@ def test_windows_follow_the_formula_computed_one_number_at_a_time(backend, ragge
     assert_equal_in_double(outputs_of(problem.results(backend)), windows_by_hand(problem), terms=9 * 5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(
-    "sizes",
-    [{}, {"ragged": False}, {"normalise": False}, {"dropout": True}, {"n_memory": 0, "size": 50}, {"n_memory": 64, "size": 65}],
-    ids=setting_id,
+    ("sizes", "dtype"),
+    in_turn(
+        [{}, {"normalise": False}, {"dropout": True}, {"ragged": False}, {"n_memory": 0, "size": 50}, {"n_memory": 64}],
+        DTYPES,
+        dtype_id,
+    ),
 )
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_windows_err_at_most_twice_as_much_as_plain_pytorch(backend, sizes, dtype, device):

@@ -23,9 +23,10 @@ from attention_pool_problem import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import in_turn
 
 from smt_kernels import WindowSpec, attention_pool, attention_pool_sequence
-from smt_kernels.attention_pool import runs
+from smt_kernels.attention_pool import blocked
 from smt_kernels.testing.budget import assert_equal_in_double
 
 
@@ -60,7 +61,7 @@ def test_every_timeline_errs_at_most_twice_as_much_as_plain_pytorch(case, device
 
 @pytest.mark.parametrize("writes", [1, 3, 16])
 def test_any_number_of_writes_may_share_a_product(writes, monkeypatch, device):
-    monkeypatch.setattr(runs, "WRITES_PER_PRODUCT", writes)
+    monkeypatch.setattr(blocked, "WRITES_PER_PRODUCT", writes)
     problem = make_sequence(Sequence(settings={"n_writes": 9, "write_group": 4}), torch.float64, device)
     assert_equal_in_double(problem.results("blocked"), problem.results("reference"), terms=20 * 6)
 
@@ -84,11 +85,10 @@ def test_a_sequence_equals_its_windows_cut_out(backend, case):
     assert compared
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("case", "dtype"), in_turn(WIDE_SEQUENCES, DTYPES, dtype_id))
 @pytest.mark.parametrize(("normalise", "dropout"), [(True, True), (False, False)], ids=["normalised, dropout", "as is"])
-@pytest.mark.parametrize("case", WIDE_SEQUENCES, ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_sequences_err_at_most_twice_as_much_as_plain_pytorch(backend, case, normalise, dropout, dtype, device):
+def test_sequences_err_at_most_twice_as_much_as_plain_pytorch(backend, normalise, dropout, case, dtype, device):
     assert_problem_within_budget(make_sequence(replace(case, dropout=dropout, normalise=normalise), dtype, device), backend)
 
 
@@ -134,18 +134,18 @@ def test_tokens_and_slots_that_no_write_pools_change_nothing(backend, device):
 
 def test_results_do_not_depend_on_inference_mode_or_on_earlier_calls(device):
     problem = make_sequence(Sequence(settings={"first_write": 7, "n_writes": 3}), torch.float64, device)
-    runs.layout_of.cache_clear()
+    blocked.layout_of.cache_clear()
     with torch.inference_mode():
         pooled, weights = attention_pool_sequence(**problem.inputs, **problem.settings)
     later = problem.results("blocked")
     assert torch.equal(pooled, later["pooled"]) and torch.equal(weights, later["weights"])
-    assert runs.layout_of.cache_info().hits > 0
+    assert blocked.layout_of.cache_info().hits > 0
 
 
 def test_layouts_repeat_from_group_to_group(device):
-    runs.layout_of.cache_clear()
+    blocked.layout_of.cache_clear()
     problem = make_sequence(Sequence(settings={"n_writes": 4, "write_group": 4}), torch.float32, device)
     for group in range(2, 10):
         timeline = {"first_write": 4 * group, "first_step": 16 * group - 30, "first_slot": 4 * group - 20}
         attention_pool_sequence(**problem.inputs, **problem.settings | timeline)
-    assert runs.layout_of.cache_info().misses == 1
+    assert blocked.layout_of.cache_info().misses == 1

@@ -31,8 +31,8 @@ def cases():
 def test_each_launch_forward_reads_the_entries_little_more_than_once(cases, n_writes, with_slots, width):
     case = cases.attention_pool_sequence("forward", width, n_writes=n_writes, with_slots=with_slots)
     counted = count(case)
-    arguments = case.call.arguments
-    entries = arguments["tokens"].nbytes + (arguments["slots"].nbytes if with_slots else 0)
+    inputs = case.call.arguments["inputs"]
+    entries = inputs.tokens.nbytes + (inputs.slots.nbytes if with_slots else 0)
     assert counted.traffic.bytes <= 1.25 * (counted.least_bytes + entries)
 
 
@@ -40,10 +40,10 @@ def test_each_launch_forward_reads_the_entries_little_more_than_once(cases, n_wr
 @pytest.mark.parametrize("n_writes", [8, 40], ids=["one group", "a long call"])
 def test_each_launch_backward_reads_little_more_than_it_must(cases, n_writes, with_slots):
     case = cases.attention_pool_sequence("backward", 256, n_writes=n_writes, with_slots=with_slots)
-    arguments = case.call.arguments
-    entries = arguments["tokens"].nbytes + (arguments["slots"].nbytes if with_slots else 0)
+    inputs, kept = case.call.arguments["inputs"], case.call.arguments["kept"]
+    entries = inputs.tokens.nbytes + (inputs.slots.nbytes if with_slots else 0)
     # Both launches read dpooled, weights and mask; one writes dweights, which the other reads; du and dmean are a u each.
-    twice = 3 * arguments["u"].nbytes + 3 * arguments["weights"].nbytes + arguments["dropout_mask"].nbytes
+    twice = 3 * kept.u.nbytes + 3 * kept.weights.nbytes + inputs.dropout.nbytes
     counted = count(case)
     assert counted.traffic.bytes <= 1.4 * (counted.least_bytes + entries + twice)
 
@@ -52,7 +52,8 @@ def test_each_launch_backward_reads_little_more_than_it_must(cases, n_writes, wi
 def test_single_windows_are_read_once_by_each_launch(cases, dtype):
     case = cases.attention_pool("forward", 256, dtype, "cpu")
     counted = count(case)
-    again = case.call.arguments["windows"].nbytes + case.call.arguments["exists"].nbytes
+    inputs = case.call.arguments["inputs"]
+    again = inputs.tokens.nbytes + inputs.exists.nbytes
     assert counted.traffic.bytes <= 1.1 * (counted.least_bytes + again)
 
 

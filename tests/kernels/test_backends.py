@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +87,58 @@ def test_use_backend_is_undone_by_an_exception():
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
         raise ZeroDivisionError
     assert run() == before
+
+
+def test_use_backend_holds_in_its_thread_only():
+    """Two threads whose blocks overlap, neither of which may see, or leave behind, what the other asks for."""
+    both_inside, one_outside = threading.Barrier(2), threading.Event()
+    before = run()
+
+    def outer() -> list[str]:
+        with use_backend("reference"):
+            both_inside.wait(timeout=60)
+            found = [run().backend]
+        one_outside.set()
+        return [*found, run().backend]
+
+    def inner() -> list[str]:
+        with use_backend("blocked"):
+            both_inside.wait(timeout=60)
+            assert one_outside.wait(timeout=60)
+            found = [backends.choose("window_attention", torch.ones(1, 1), None)]
+            with use_backend("reference"):
+                return [*found, backends.choose("window_attention", torch.ones(1, 1), None)]
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.submit(outer), pool.submit(inner)
+        assert one.result()[1] == before.backend and other.result() == ["blocked", "reference"]
+    assert run() == before
+
+
+def test_compiled_code_follows_use_backend():
+    q, k, v = torch.randn(3, 1, 4, 1, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: window_attention(q, k, v, n_memory=1), fullgraph=True, backend="eager")
+    for name in ("reference", "blocked", None, "reference"):
+        with use_backend(name):
+            compiled(q)
+            assert last_choice("window_attention").backend == (name or "blocked")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "capability, backend", [((7, 0), "blocked"), ((7, 5), "blocked"), ((8, 0), "triton"), ((9, 0), "triton")]
+)
+def test_gpus_before_ampere_run_blocked_and_say_why(capability, backend, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends, "compute_capability", lambda device: capability)
+    example = torch.empty(1, 4, 1, 16, device="meta")
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=example.dtype, shape=example.shape)
+    for operation in backends.TRITON_LIMITS:
+        choice = backends.automatic_choice(operation, on_gpu)
+        assert choice.backend == backend
+        if backend == "blocked":
+            assert choice.reason == f"compute capability 7.{capability[1]}; kernels need 8.0"
 
 
 def test_use_backend_works_without_a_block():

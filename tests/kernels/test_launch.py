@@ -55,7 +55,7 @@ def test_a_longer_head_is_refused(kernel):
 )
 def test_capabilities_fall_into_the_family_with_their_instructions(capability, family, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "compute_capability", lambda device: capability)
     assert launch.architecture_family(torch.device("cuda", 0)) == family
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert launch.architecture_family(torch.device("cuda", 0)) == "cdna"

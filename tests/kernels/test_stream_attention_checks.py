@@ -1,4 +1,4 @@
-"""Stream attention is a citizen of PyTorch: its operators pass opcheck and compile, and bad arguments are named."""
+"""What stream attention refuses, by name, and how it chooses its backend."""
 
 from __future__ import annotations
 
@@ -6,42 +6,9 @@ import re
 
 import pytest
 import torch
-from stream_attention_problem import BACKENDS, FAST_BACKENDS, TRITON, Case, make_problem, spec
-from torch import Tensor
+from stream_attention_problem import Case, make_problem
 
 from smt_kernels import WindowSpec, last_choice, stream_attention
-
-
-@pytest.mark.parametrize("n_slots", [0, 2], ids=["no slots", "slots"])
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_the_operators_pass_opcheck(backend, n_slots, device):
-    problem = make_problem(Case(10, spec(2, 6, 4), n_slots=n_slots, kv_heads=1, head_dim=4), torch.float32, device)
-    inputs = [x.requires_grad_() for x in problem.inputs.values()]
-    settings = 2, 6, 4, 0.5, 0, 0, backend
-    operators = torch.ops.smt_kernels
-    torch.library.opcheck(operators.stream_attention.default, (*inputs, *settings))
-    inputs = [x.detach() for x in inputs]
-    out, lse = operators.stream_attention(*inputs, *settings)
-    torch.library.opcheck(operators.stream_attention_backward.default, (problem.grad, *inputs, out, lse, *settings))
-
-
-@pytest.mark.parametrize("n_slots", [None, 3], ids=["no memory", "slots"])
-@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
-def test_it_compiles_without_graph_breaks(backend, n_slots, device):
-    problem = make_problem(Case(50, spec(3, 20, 16), n_slots=n_slots, kv_heads=1), torch.float32, device)
-
-    def call(q: Tensor, *rest: Tensor) -> Tensor:
-        return stream_attention(q * 1.0, *rest, backend=backend, **problem.settings).sin()
-
-    def results(function) -> list[Tensor]:
-        inputs = [x.detach().clone().requires_grad_() for x in problem.inputs.values()]
-        out = function(*inputs)
-        return [out.detach(), *torch.autograd.grad(out, inputs, problem.grad)]
-
-    torch._dynamo.reset()
-    compiled = results(torch.compile(call, fullgraph=True, backend="aot_eager"))
-    for actual, expected in zip(compiled, results(call), strict=True):
-        assert torch.equal(actual, expected)
 
 
 def test_cpu_tensors_run_blocked():

@@ -45,7 +45,7 @@ def count(
     with count_traffic() as forward:
         out, lse = kernels.forward(*inputs, *settings)
     with count_traffic() as backward:
-        kernels.backward(torch.randn_like(q), *inputs, out, lse, *settings)
+        kernels.backward(torch.randn_like(q), out, lse, *inputs, *settings)
     least = sum(x.nbytes for x in inputs) + out.nbytes + lse.nbytes
     return forward, least, backward, least + sum(x.nbytes for x in inputs) + out.nbytes
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import in_turn
 from stride_write_problem import (
     BACKENDS,
     DTYPES,
@@ -68,8 +69,7 @@ def brute_force(inputs: dict[str, Tensor], gate: Tensor | None) -> tuple[Tensor,
     return y, conv.reshape(inputs["conv_state"].shape), ssm
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+@pytest.mark.parametrize(("case", "gate"), in_turn(SMALL_CASES, GATES))
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_the_formulas_of_the_design_computed_one_number_at_a_time(backend, case, gate):
     problem = make_problem(case, torch.float64, "cpu", gate)
@@ -79,9 +79,8 @@ def test_the_formulas_of_the_design_computed_one_number_at_a_time(backend, case,
     assert_equal_in_double(actual, expected, terms=case.writes * (case.width + case.state))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("gate", ["none", "random"])
-@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), in_turn(WIDE_CASES, DTYPES, dtype_id))
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backend, case, gate, dtype, device):
     assert_problem_within_budget(make_problem(case, dtype, device, gate), backend)
@@ -127,8 +126,7 @@ def test_states_and_weights_may_be_wider_than_x(backend, wide, dtype, device):
     assert_problem_within_budget(problem, backend)
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("case", [*SMALL_CASES, WIDE_CASES[-2]], ids=str)
+@pytest.mark.parametrize(("case", "gate"), in_turn([*SMALL_CASES, WIDE_CASES[-2]], GATES))
 def test_blocked_equals_the_reference_in_double_precision(case, gate, device):
     problem = make_problem(case, torch.float64, device, gate)
     assert_equal_in_double(
@@ -245,39 +243,6 @@ def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(backend, gate, d
     first, second = problem.results(backend), problem.results(backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(before[name], problem.inputs[name]) for name in before)
-
-
-@pytest.mark.parametrize("gate", ["none", "random"])
-@pytest.mark.parametrize("writes", [1, 3])
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_the_operators_pass_opcheck(backend, writes, gate, device):
-    problem = make_problem(Case(1, writes, 5), torch.float32, device, gate)
-    operators = torch.ops.smt_kernels
-    arguments = [value.requires_grad_() for value in problem.inputs.values()]
-    torch.library.opcheck(operators.stride_write.default, (*arguments, problem.gate, backend))
-    values = [value.detach() for value in arguments]
-    kept = operators.stride_write(*values, problem.gate, backend)[3:]
-    for grads in (problem.grads, (problem.grads[0], None, None)):
-        torch.library.opcheck(operators.stride_write_backward.default, (*grads, *values, problem.gate, *kept, backend))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_it_compiles_without_graph_breaks(backend, device):
-    problem = make_problem(Case(writes=3), torch.float32, device, "random")
-
-    def call(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        y, conv_state, ssm_state = stride_write(**inputs, gate=problem.gate, backend=backend)
-        return y.sin(), conv_state, ssm_state
-
-    def results(function) -> list[Tensor]:
-        inputs = {name: value.detach().clone().requires_grad_() for name, value in problem.inputs.items()}
-        outputs = function(inputs)
-        return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), problem.grads)]
-
-    torch._dynamo.reset()
-    compiled = results(torch.compile(call, fullgraph=True, backend="aot_eager"))
-    for actual, expected in zip(compiled, results(call), strict=True):
-        assert torch.equal(actual, expected)
 
 
 def test_writes_without_conv_history_work():

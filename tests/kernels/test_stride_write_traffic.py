@@ -15,7 +15,7 @@ WRITES = [1, 2, 8, 17]
 def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", family: str = "interpreter"):
     """Traffic of forward and backward, each with the bytes of all tensors that its kernels take, each moved once."""
     from smt_kernels import launch
-    from smt_kernels.stride_write import blocks, kernels, single_write
+    from smt_kernels.stride_write import blocks, kernels
     from smt_kernels.testing.traffic import count_traffic
 
     least = 0
@@ -26,7 +26,7 @@ def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", fam
         launch.launch(kernel, grid, device, **arguments)
 
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
-    for module in (blocks, single_write):
+    for module in (blocks, kernels):
         monkeypatch.setattr(module, "launch", weighed)
     problem = make_problem(case, torch.bfloat16, "cpu", gate, wide=("ssm_state", "a"))
     inputs = [value for name, value in problem.inputs.items() if name not in WEIGHTS]
@@ -35,7 +35,7 @@ def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", fam
         *_, kept = kernels.forward(*inputs, *rest)
     least_forward, least = least, 0
     with count_traffic() as backward:
-        kernels.backward(*problem.grads, *inputs, *rest, kept)
+        kernels.backward(*problem.grads, kept, *inputs, *rest)
     return forward, least_forward, backward, least
 
 

@@ -1,0 +1,217 @@
+"""One registration for every operation: its operators, their fakes and autograd, and a direct call where nobody looks at them.
+
+A custom operator is what ``torch.compile``, ``opcheck`` and dispatch modes see of an operation. Its schema and dispatch cost
+about 0.1 ms per call forward and backward: as much as dozens of the small operations that a call on a few rows is made of. So
+elsewhere an operation is called straight: as an autograd function, or as itself where no gradient is required.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
+from itertools import islice
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from smt_kernels.checks import unit_stride
+
+# The module of an operation's folder that holds ``forward`` and ``backward`` of a backend.
+_MODULES = {"blocked": "blocked", "triton": "kernels"}
+_SCHEMA = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}
+_SCHEMA |= {Tensor | None: "Tensor?", int | None: "SymInt?"}
+
+
+def register(empty: Callable[..., Any], *, outputs: int = 1, kept: int = 0, gradients: int = 0) -> Callable[..., Any]:
+    """Register the operation that ``empty`` describes; returns the function that runs it, ``run(*arguments, backend=backend)``.
+
+    The operation has the name of the package that defines ``empty``, whose modules ``blocked`` and ``kernels`` hold
+
+        forward(*arguments) -> results
+        backward(*gradients of outputs, *what is kept, *arguments) -> gradients of the first arguments
+
+    They compute in the dtypes of their arguments, under autocast too, and return nothing that shares memory with these.
+
+    Args:
+        empty: takes the arguments and the backend and returns the results, uninitialised: what fake tensors compute. Its
+            annotations make the schema: tensors, numbers, and NamedTuples and dataclasses of them. The first is a tensor.
+        outputs: so many results come first that gradients go through, of which the first has the dtype of the first tensor.
+        kept: so many results, the last ones, are kept for ``backward``.
+        gradients: so many tensors come first among the arguments that have gradients; 0: there is no ``backward``.
+    """
+    return _Operation(empty, outputs, kept, gradients)
+
+
+def unaffected_by_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose first argument is a tensor, computing in the dtypes of its arguments.
+
+    An operation says itself what it accumulates in; autocast would lower the products that it is made of.
+    """
+
+    @functools.wraps(function)
+    def run(tensor: Tensor, *arguments: Any, **settings: Any) -> Any:
+        return _without_autocast(tensor.device.type, function, tensor, *arguments, **settings)
+
+    return run
+
+
+def _without_autocast(device: str, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    if not torch.is_autocast_enabled(device):
+        return function(*arguments, **settings)
+    with torch.autocast(device, enabled=False):
+        return function(*arguments, **settings)
+
+
+class _Operation:
+    """Both ways to run an operation. *Leaves* are its arguments or results as operators take them: tensors and numbers only."""
+
+    def __init__(self, empty: Callable[..., Any], outputs: int, kept: int, gradients: int) -> None:
+        self._package, self._empty, self._outputs, self._gradients = empty.__module__, empty, outputs, gradients
+        hints = get_type_hints(empty)
+        returned = hints.pop("return")
+        hints.pop("backend")
+        self._arguments = _Form(hints)
+        self._results = _Form({f"result_{i}": kind for i, kind in enumerate(get_args(returned) or [returned])})
+        self._kept = _Form(dict(list(self._results.kinds.items())[len(self._results.kinds) - kept :]))
+        self._is_tensor = [kind in (Tensor, Tensor | None) for kind in self._arguments.leaves.values()]
+        name = self._package.rpartition(".")[2]
+        leaves = [f"{_SCHEMA[kind]} {leaf}" for leaf, kind in self._arguments.leaves.items()] + ["str backend"]
+        self._operator = _operator(name, self._forward, leaves, len(self._results.leaves))
+        self._operator.register_fake(self._fake)
+        self._direct = None
+        if gradients:
+            grads = [f"Tensor{'?' if i else ''} grad_{i}" for i in range(outputs)]
+            of_kept = [f"Tensor {leaf}" for leaf in self._kept.leaves]
+            self._backward_operator = _operator(f"{name}_backward", self._backward, grads + of_kept + leaves, gradients)
+            self._backward_operator.register_fake(self._fake_backward)
+            self._operator.register_autograd(self._formula(self._backward_operator), setup_context=self._setup_context)
+            methods = {"forward": self._forward, "setup_context": self._setup_context}
+            methods["backward"] = once_differentiable(self._formula(self._backward_straight))
+            self._direct = type(name, (torch.autograd.Function,), {key: staticmethod(do) for key, do in methods.items()})
+
+    def __call__(self, *arguments: Any, backend: str) -> Any:
+        leaves = self._arguments.flat(arguments)
+        if _observed(leaves):
+            results = self._operator(*leaves, backend)
+        elif self._direct is not None and torch.is_grad_enabled() and any(map(_requires_gradient, leaves)):
+            results = self._direct.apply(*leaves, backend)
+        else:
+            return _compute(self._package, backend, "forward", leaves[0], arguments)
+        return results if isinstance(results, Tensor) else tuple(self._results.built(results))
+
+    def _forward(self, *leaves: Any) -> Any:
+        *leaves, backend = leaves
+        results = _compute(self._package, backend, "forward", leaves[0], self._arguments.built(leaves))
+        return results if isinstance(results, Tensor) else tuple(self._results.flat(results))
+
+    def _backward(self, *leaves: Any) -> tuple[Tensor, ...]:
+        *leaves, backend = leaves
+        grads, of_kept, leaves = _split(leaves, self._outputs, len(self._kept.leaves))
+        grads = (None if grad is None else unit_stride(grad)[0] for grad in grads)
+        arguments = *grads, *self._kept.built(of_kept), *self._arguments.built(leaves)
+        return tuple(_compute(self._package, backend, "backward", leaves[0], arguments))
+
+    def _backward_straight(self, *leaves: Any) -> tuple[Tensor, ...]:
+        # ``torch.func`` wraps tensors, and unwraps them for operators alone.
+        return (self._backward_operator if torch._C._are_functorch_transforms_active() else self._backward)(*leaves)
+
+    def _fake(self, *leaves: Any) -> Any:
+        *leaves, backend = leaves
+        results = self._empty(*self._arguments.built(leaves), backend)
+        return results if isinstance(results, Tensor) else tuple(self._results.flat(results))
+
+    def _fake_backward(self, *leaves: Any) -> tuple[Tensor, ...]:
+        tensors = leaves[self._outputs + len(self._kept.leaves) :][: self._gradients]
+        return tuple(tensors[0].new_empty(0 if tensor is None else tensor.shape) for tensor in tensors)
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[self._outputs :])
+        *leaves, ctx.backend = inputs
+        tensors = (leaf for leaf, is_tensor in zip(leaves, self._is_tensor, strict=True) if is_tensor)
+        ctx.save_for_backward(*tensors, *output[len(output) - len(self._kept.leaves) :])
+        ctx.numbers = [leaf for leaf, is_tensor in zip(leaves, self._is_tensor, strict=True) if not is_tensor]
+        ctx.shape = output[0].shape
+
+    def _formula(self, backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+        """The gradients of all leaves, given those of the results and what ``_setup_context`` has saved."""
+
+        def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            tensors, of_kept = _split(ctx.saved_tensors, sum(self._is_tensor))
+            of_tensors, of_numbers = iter(tensors), iter(ctx.numbers)
+            leaves = [next(of_tensors if is_tensor else of_numbers) for is_tensor in self._is_tensor]
+            first, *others = grads[: self._outputs]
+            first = leaves[0].new_zeros(ctx.shape) if first is None else first
+            found = backward(first, *others, *of_kept, *leaves, ctx.backend)
+            found = [None if leaf is None else grad for leaf, grad in zip(leaves, found, strict=False)]
+            return *found, *(None for _ in range(len(leaves) + 1 - len(found)))  # and none of the backend
+
+        return formula
+
+
+class _Form:
+    """Values of several ``kinds``, and their leaves: a NamedTuple or a dataclass is its fields, everything else is itself."""
+
+    def __init__(self, kinds: Mapping[str, Any]) -> None:
+        self.kinds = kinds
+        self.leaves: dict[str, Any] = {}
+        self._records: list[tuple[type, list[str]] | None] = []
+        for name, kind in kinds.items():
+            fields = get_type_hints(kind) if hasattr(kind, "_fields") or is_dataclass(kind) else None
+            self.leaves |= {name: kind} if fields is None else fields
+            self._records.append(None if fields is None else (kind, list(fields)))
+
+    def flat(self, values: Sequence[Any]) -> list[Any]:
+        leaves = []
+        for value, record in zip(values, self._records, strict=True):
+            leaves += [value] if record is None else [getattr(value, field) for field in record[1]]
+        return leaves
+
+    def built(self, leaves: Iterable[Any]) -> list[Any]:
+        """The inverse of ``flat``."""
+        leaves = iter(leaves)
+        return [next(leaves) if record is None else record[0](*islice(leaves, len(record[1]))) for record in self._records]
+
+
+def _operator(name: str, function: Callable[..., Any], leaves: list[str], n_results: int) -> Any:
+    returned = ", ".join(["Tensor"] * n_results)
+    schema = f"({', '.join(leaves)}) -> {returned if n_results == 1 else f'({returned})'}"
+    return torch.library.custom_op(f"smt_kernels::{name}", function, mutates_args=(), schema=schema)
+
+
+@functools.cache
+def _module(package: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"{package}.{_MODULES[backend]}")
+
+
+def _compute(package: str, backend: str, direction: str, model: Tensor, arguments: Sequence[Any]) -> Any:
+    """Run an implementation on the device of ``model``."""
+    return _without_autocast(model.device.type, getattr(_module(package, backend), direction), *arguments)
+
+
+def _observed(leaves: Iterable[Any]) -> bool:
+    """Whether somebody looks at operators: a compiler, a dispatch mode, or a tensor of a class of its own."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(isinstance(leaf, Tensor) and type(leaf) not in (Tensor, Parameter) for leaf in leaves)
+    )
+
+
+def _requires_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _split(values: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    """``values`` cut into parts of the given sizes and the rest."""
+    parts = []
+    for size in sizes:
+        parts.append(values[:size])
+        values = values[size:]
+    return [*parts, values]

@@ -1,0 +1,260 @@
+"""Every operation is a citizen of PyTorch: its operators pass opcheck and compile, and eager calls do without them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smt_kernels import (
+    WindowSpec,
+    attention_pool,
+    attention_pool_sequence,
+    stream_attention,
+    stream_attention_decode,
+    stride_write,
+    window_attention,
+)
+
+TRITON = pytest.param("triton", marks=pytest.mark.triton)
+FAST_BACKENDS = ["blocked", TRITON]
+BACKENDS = ["reference", *FAST_BACKENDS]
+
+
+@dataclass
+class Call:
+    """A small call of a public function: tensors that gradients are taken of, and its other arguments."""
+
+    function: Callable[..., Any]
+    inputs: dict[str, Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, inputs: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        outputs = self.function(**inputs, **self.settings, backend=backend)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    @property
+    def differentiable(self) -> bool:
+        return self.function is not stream_attention_decode
+
+    @property
+    def package(self) -> str:
+        return self.function.__module__
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: x.detach().clone().requires_grad_(self.differentiable) for name, x in self.inputs.items()}
+
+    def results(self, function: Callable[..., tuple[Tensor, ...]], backend: str) -> list[Tensor]:
+        """Outputs of ``function``, which is this call or does the same, and all gradients."""
+        inputs = self.leaves()
+        outputs = function(inputs, backend)
+        if not self.differentiable:
+            return [*outputs]
+        total = sum((out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum() for out in outputs)
+        return [*(out.detach() for out in outputs), *torch.autograd.grad(total, list(inputs.values()))]
+
+
+def attention(device: str, *, n_queries: int = 6, n_keys: int = 6, n_slots: int | None = None) -> dict[str, Tensor]:
+    sizes = {"q": (n_queries, 2), "k": (n_keys, 1), "v": (n_keys, 1)}
+    sizes |= {} if n_slots is None else {"memory_k": (n_slots, 1), "memory_v": (n_slots, 1)}
+    return {name: torch.randn(2, length, heads, 4, device=device) for name, (length, heads) in sizes.items()}
+
+
+def counts(device: str, *values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def whole_window(device: str) -> Call:
+    return Call(window_attention, attention(device), {"n_memory": 2})
+
+
+def tail_of_a_ragged_window(device: str) -> Call:
+    settings = {"valid_memory": counts(device, 0, 2), "valid_tokens": counts(device, 4, 1), "tail": 4}
+    return Call(window_attention, attention(device, n_queries=4), {"n_memory": 2, **settings})
+
+
+def stream(device: str) -> Call:
+    return Call(stream_attention, attention(device, n_keys=9, n_slots=2), {"window": WindowSpec(2, 6, 4), "first_step": 3})
+
+
+def stream_without_memory(device: str) -> Call:
+    return Call(stream_attention, attention(device), {"window": WindowSpec(0, 3, None)})
+
+
+def decode(device: str) -> Call:
+    inputs = attention(device, n_keys=5, n_slots=3)
+    inputs["q"] = inputs["q"][:, 0]
+    return Call(stream_attention_decode, inputs, {"n_tokens": counts(device, 3, 5), "n_slots": counts(device, 1, 0)})
+
+
+def pool(device: str, *entries: str) -> dict[str, Tensor]:
+    shapes = {"windows": (2, 6, 4), "tokens": (2, 20, 4), "slots": (2, 5, 4), "w_q": (3, 4), "w_k": (3, 4)}
+    return {name: torch.rand(shapes[name], device=device) for name in (*entries, "w_q", "w_k")}
+
+
+def windows(device: str) -> Call:
+    return Call(attention_pool, pool(device, "windows"), {"n_memory": 2})
+
+
+def ragged_windows(device: str) -> Call:
+    settings = {"valid_memory": counts(device, 0, 2), "dropout_mask": torch.rand(2, 6, device=device)}
+    return Call(attention_pool, pool(device, "windows"), {"n_memory": 2, "normalise": False, **settings})
+
+
+def sequence(device: str) -> Call:
+    settings = {"window": WindowSpec(3, 7, 4), "first_write": 0, "n_writes": 3, "write_group": 2}
+    mask = torch.rand(2, 3, 10, device=device)
+    return Call(attention_pool_sequence, pool(device, "tokens", "slots"), settings | {"dropout_mask": mask})
+
+
+def sequence_of_tokens(device: str) -> Call:
+    settings = {"window": WindowSpec(3, 7, 4), "first_write": 0, "n_writes": 3, "slots": None}
+    return Call(attention_pool_sequence, pool(device, "tokens"), settings)
+
+
+def writes(device: str, n_writes: int, gate: Tensor | None) -> Call:
+    shapes = {"x": (2, n_writes, 5), "z": (2, n_writes, 5), "conv_state": (2, 5, 3), "ssm_state": (2, 5, 4)}
+    shapes |= {"conv_weight": (5, 4), "conv_bias": (5,), "x_proj_weight": (11, 5), "dt_proj_weight": (5, 3)}
+    shapes |= {"dt_proj_bias": (5,), "a": (5, 4), "d": (5,)}
+    inputs = {name: torch.rand(shape, device=device) for name, shape in shapes.items()}
+    inputs["a"].neg_()
+    return Call(stride_write, inputs, {"gate": gate})
+
+
+def single_write(device: str) -> Call:
+    return writes(device, 1, None)
+
+
+def gated_writes(device: str) -> Call:
+    return writes(device, 3, torch.tensor([[True, False, True], [False, False, True]], device=device))
+
+
+DIFFERENTIABLE = [whole_window, tail_of_a_ragged_window, stream, stream_without_memory, windows, ragged_windows]
+DIFFERENTIABLE += [sequence, sequence_of_tokens, single_write, gated_writes]
+EVERY_CALL = [*DIFFERENTIABLE, decode]
+# One of each operation that is registered.
+OPERATIONS = [whole_window, stream, sequence, gated_writes]
+
+
+class Seen(TorchDispatchMode):
+    """The operators of this package that are called, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "smt_kernels":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def copied(arguments: tuple[Any, ...], *, differentiable: bool) -> tuple[Any, ...]:
+    def copy(x: Any) -> Any:
+        return x.detach().clone().requires_grad_(differentiable and x.requires_grad) if isinstance(x, Tensor) else x
+
+    return tuple(map(copy, arguments))
+
+
+@pytest.mark.parametrize("make", DIFFERENTIABLE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_the_operators_pass_opcheck(backend, make, device):
+    call = make(device)
+    with Seen() as seen:
+        for used in (slice(None), slice(1)):  # gradients of all outputs, and of the first alone
+            inputs = call.leaves()
+            outputs = call(inputs, backend)[used]
+            torch.autograd.grad(outputs, list(inputs.values()), [torch.rand_like(out) for out in outputs], allow_unused=True)
+    forward, backward, _, of_first = seen.calls
+    torch.library.opcheck(forward[0], copied(forward[1], differentiable=True))
+    for function, arguments in (backward, of_first) if len(call(call.inputs, backend)) > 1 else (backward,):
+        torch.library.opcheck(function, copied(arguments, differentiable=False))
+
+
+@pytest.mark.triton
+def test_the_operator_without_a_backward_passes_opcheck(device):
+    call = decode(device)
+    with Seen() as seen:
+        call(call.inputs, "triton")
+    [(function, arguments)] = seen.calls
+    torch.library.opcheck(function, arguments)
+
+
+@pytest.mark.parametrize("make", EVERY_CALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_compiles_without_graph_breaks(backend, make, device):
+    call = make(device)
+
+    def around(inputs: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        first, *others = call({name: x * 1.0 for name, x in inputs.items()}, backend)
+        return first.sin(), *others
+
+    torch._dynamo.reset()
+    compiled = call.results(torch.compile(around, fullgraph=True, backend="aot_eager"), backend)
+    for actual, expected in zip(compiled, call.results(around, backend), strict=True):
+        torch.testing.assert_close(actual, expected) if make is decode else None
+        assert make is decode or torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("make", [*OPERATIONS, pytest.param(decode, marks=pytest.mark.triton)], ids=lambda make: make.__name__)
+def test_eager_calls_compute_the_same_without_the_operator(make, device, monkeypatch):
+    call, backend = make(device), "triton" if make is decode else "blocked"
+    with Seen() as seen:
+        expected = call.results(call, backend)
+    assert seen.calls
+
+    def refuse(*arguments):
+        raise AssertionError("the operator was called")
+
+    monkeypatch.setattr(importlib.import_module(call.package)._run, "_operator", refuse)
+    for actual, wanted in zip(call.results(call, backend), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    with torch.no_grad():
+        assert torch.equal(call(call.inputs, backend)[0], expected[0])
+
+
+@pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
+def test_fake_tensors_never_reach_the_implementation(make, monkeypatch):
+    call = make("cpu")
+    blocked = importlib.import_module(f"{call.package}.blocked")
+    shapes = [out.shape for out in call(call.inputs, "blocked")]
+    monkeypatch.setattr(blocked, "forward", None)
+    with FakeTensorMode() as mode:
+        fake = Call(call.function, {n: mode.from_tensor(x) for n, x in call.inputs.items()}, dict(call.settings))
+        fake.settings |= {n: mode.from_tensor(x) for n, x in call.settings.items() if isinstance(x, Tensor)}
+        assert [out.shape for out in fake(fake.inputs, "blocked")] == shapes
+    assert [out.shape for out in fake(fake.inputs, "blocked")] == shapes  # outside the mode, too
+
+
+@pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
+def test_compiled_code_holds_the_operator(make):
+    graphs, call = [], make("cpu")
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(call, fullgraph=True, backend=keep)(call.inputs, "blocked")
+    assert f"smt_kernels.{call.package.rpartition('.')[2]}" in graphs[0]
+
+
+@pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
+def test_torch_func_finds_the_gradient(make):
+    call = make("cpu")
+    first, *others = call.inputs
+
+    def loss(value: Tensor) -> Tensor:
+        inputs = {first: value} | {name: call.inputs[name] for name in others}
+        return call(inputs, "blocked")[0].sin().sum()
+
+    value = call.inputs[first].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(value), value)
+    assert torch.equal(torch.func.grad(loss)(call.inputs[first]), expected)
