@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from smt.cli import COMMANDS, main, parser_of
+from smt.cli.parser import UsageError
 from smt.data.recall import RecallTask
 from smt.evaluation.run import TASKS
 from smt.runtime.fields import as_text, choices_of, defaults_of
@@ -62,13 +63,9 @@ def test_every_field_has_its_meaning_its_choices_its_default_and_that_of_the_usu
             shown += f"; stdlib: {as_text(usual[name])}" if usual[name] != default else ""
             end = f"{in_brief(meanings(settings)[name])} ({shown})"
             (place,) = [index for index, line in enumerate(lines) if line.startswith(f"--{name} ")]
-            option = " ".join(lines[place : place + 2])
-            assert end in option
-            assert (
-                "{" + ",".join(choices_of(settings)[name]) + "}" in option
-                if name in choices_of(settings)
-                else "{" not in option
-            )
+            option, found, _ = " ".join(lines[place : place + 2]).partition(end)
+            words = "{" + ",".join(choices_of(settings).get(name, ())) + "}"
+            assert found and (words if name in choices_of(settings) else f"--{name} ") in option
     for name, default in defaults_of(RecallTask).items():
         assert f"{name} {in_brief(meanings(RecallTask)[name])} (default: {default})" in lines
     assert (
@@ -91,7 +88,7 @@ def test_hyphens_and_underscores_are_one_option_everywhere(command):
             assert [*parser._as_declared([value])] == [f"{name}=a_b-c=d_e"]
 
 
-def test_both_spellings_are_read(capsys):
+def test_both_spellings_are_read():
     parser = parser_of("generate")
     for option in ("--max_new_tokens", "--max-new-tokens"):
         for arguments in ([option, "7"], [f"{option}=7"]):
@@ -100,14 +97,19 @@ def test_both_spellings_are_read(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_name_and_no_path_is_empty(command, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_no_name_and_no_path_is_empty(command):
+    parser = parser_of(command)
     for action in options_of(command):
-        if action.nargs == 0 or action.type is not None:
-            continue
-        (name,) = action.option_strings or [action.metavar]
-        assert main([command, f"{name}=" if action.option_strings else ""]) == 2
-        assert capsys.readouterr().err == f"smt: error: argument {name}: must not be empty; see smt {command} --help\n"
+        if action.nargs != 0 and action.type is None:
+            (name,) = action.option_strings or [action.metavar]
+            with pytest.raises(UsageError, match=f"argument {name}: must not be empty; see smt {command} --help"):
+                parser.parse_args([f"{name}=" if action.option_strings else ""])
+
+
+def test_an_empty_text_is_one_line_before_anything_is_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--text", ""]) == 2
+    assert capsys.readouterr().err == "smt: error: argument --text: must not be empty; see smt train --help\n"
     assert not list(tmp_path.iterdir())
 
 
