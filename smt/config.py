@@ -58,7 +58,7 @@ class SMTConfig:
         d_k: width of the pooling's queries and keys.
         dropout: probability, on embeddings and residual branches in training (not on attention weights: the fused kernels have
             none).
-        pooling_dropout: probability, on pooling weights in training; published: 0.1. None by default: noise in what is written
+        pooling_dropout: probability, on pooling weights in training; published: 0.1. Off by default: noise in what is written
             stays in the memory, and it drowns the first faint signs by which pooling and memory learn of each other.
         transformer_n_layers: blocks of the decoder.
         transformer_n_heads: query heads of each.

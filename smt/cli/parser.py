@@ -88,7 +88,11 @@ def text(argument: str) -> str:
 
 def is_text(characters: str) -> bool:
     """Whether these are characters: Python has halves of surrogate pairs stand for bytes that are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in characters)
+    try:
+        characters.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
