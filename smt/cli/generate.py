@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from smt.cli.output import printable
-from smt.cli.parser import add_device, is_text, text
+from smt.cli.parser import add_device, text
 
 EXAMPLES = """\
   smt generate --model results/stdlib/20260131_120000 --prompt "def main(" --greedy
@@ -67,13 +67,11 @@ def run(options: argparse.Namespace, started: float) -> int:
 
 
 def _read(path: str) -> str:
-    source = "standard input" if path == "-" else path
+    """The text as it is: a carriage return is a character, a mark of byte order is none, whatever the system's encoding."""
     try:
-        given = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"there is no {path}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error}") from None
-    if not is_text(given):  # standard input, where the locale lets such bytes pass
-        raise ValueError(f"{source} is not UTF-8 text")
-    return given
+        raise ValueError(f"{'standard input' if path == '-' else path} is not UTF-8 text: {error}") from None

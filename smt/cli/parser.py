@@ -81,18 +81,11 @@ def name(argument: str) -> str:
 
 def text(argument: str) -> str:
     """Text, which may be empty, exactly as it came."""
-    if not is_text(argument):
-        raise argparse.ArgumentTypeError("must be UTF-8 text")
-    return argument
-
-
-def is_text(characters: str) -> bool:
-    """Whether these are characters: Python has halves of surrogate pairs stand for bytes that are not UTF-8."""
     try:
-        characters.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        argument.encode("utf-8")
+    except UnicodeEncodeError:  # halves of surrogate pairs stand for bytes that are not UTF-8
+        raise argparse.ArgumentTypeError("must be UTF-8 text") from None
+    return argument
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -76,7 +76,7 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(folder, capsys):
 def test_a_prompt_comes_from_a_file_or_from_standard_input(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompt.txt").write_text("the cat")
     assert generate(folder, "--file", str(tmp_path / "prompt.txt"), "--greedy") == 0
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfthe cat"), encoding="ascii"))
     assert generate(folder, "--file", "-", "--greedy") == 0
     assert capsys.readouterr().out == 2 * (greedy(folder, "the cat") + "\n")
 
