@@ -40,6 +40,7 @@ setup(
             "pytest-benchmark>=4",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
+            "setuptools>=68",
             "tensorboard>=2.17",
         ],
     },

@@ -6,20 +6,13 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from smt.runtime.fields import check_types, nearest
+from smt.runtime.fields import check_fields, nearest
 from smt_kernels import WindowSpec
 from smt_kernels.window_attention import MAX_WINDOW
-
-CHOICES = {
-    "encoding": ("token", "stride", "stream"),
-    "empty_slots": ("mask", "zero"),
-    "pool_source": ("window", "tokens"),
-    "slot_gate": ("learned", "open", "closed"),
-}
 
 # Sizes of the source documents, by the name that they use.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -65,13 +58,18 @@ class SMTConfig:
         d_k: width of the pooling's queries and keys.
         dropout: probability, on embeddings and residual branches in training (not on attention weights: the fused kernels have
             none).
-        pooling_dropout: probability, on pooling weights in training; published: 0.1. None by default: noise in what is written
+        pooling_dropout: probability, on pooling weights in training; published: 0.1. Off by default: noise in what is written
             stays in the memory, and it drowns the first faint signs by which pooling and memory learn of each other.
-        transformer_n_layers, transformer_n_heads, transformer_n_kv_heads: decoder depth, query heads, and key/value heads
-            (None: as many as query heads).
-        ssm_n_layers, ssm_d_state, ssm_d_conv, ssm_expand_factor: the Mamba stack of the memory.
-        ssm_dt_rank: rank of the time-step projection; None: ceil(d_model / 16).
-        encoding: ``token``, ``stride`` or ``stream`` (DESIGN 2.2).
+        transformer_n_layers: blocks of the decoder.
+        transformer_n_heads: query heads of each.
+        transformer_n_kv_heads: key/value heads of each; None: as many as query heads.
+        ssm_n_layers: Mamba layers of the memory.
+        ssm_d_state: states of each of their channels.
+        ssm_d_conv: width of their convolution.
+        ssm_expand_factor: their channels, as a multiple of ``d_model``.
+        ssm_dt_rank: rank of their time-step projection; None: ceil(d_model / 16).
+        encoding: when tokens are encoded: a whole window for every ``token``, as published, or for every ``stride``; or each
+            token once, in a ``stream`` whose layers keep keys and values.
         empty_slots: ``mask``: entries that do not exist yet are not attended; ``zero``: they are zero vectors.
         pool_source: a write pools the whole ``window`` or only its ``tokens``.
         pooling_norm: divide every pooled entry by its root mean square first.
@@ -117,17 +115,21 @@ class SMTConfig:
     initializer_range: float | None = None
     rope_theta: float = 10000.0
 
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "encoding": ("token", "stride", "stream"),
+        "empty_slots": ("mask", "zero"),
+        "pool_source": ("window", "tokens"),
+        "slot_gate": ("learned", "open", "closed"),
+    }
+
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         integers = [field.name for field in fields(self) if str(field.type).startswith("int")]
         at_least_one = [name for name in integers if name != "n_ssm_outputs"]
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.n_ssm_outputs < 0:
             raise ValueError(f"n_ssm_outputs must be at least 0, got {self.n_ssm_outputs}")
         if self.window_size > MAX_WINDOW:

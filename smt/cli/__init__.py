@@ -20,7 +20,7 @@ from typing import TextIO
 
 from smt.cli.parser import Parser, UsageError
 from smt.runtime.fields import nearest
-from smt.runtime.process import keep_freed_memory, sleep_while_waiting, use_huge_pages
+from smt.runtime.process import keep_freed_memory, no_bars_unless_watched, sleep_while_waiting, use_huge_pages
 
 COMMANDS = {
     "train": "train a model on text, evaluate it on held-out documents, and leave the run in a folder",
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sleep_while_waiting()
     use_huge_pages()
     keep_freed_memory()
+    no_bars_unless_watched()
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or [""]
     try:
         with warnings.catch_warnings():
@@ -78,12 +79,16 @@ def _run(name: str, arguments: list[str], started: float) -> int:
         return 0 if name else 2
     if name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}; did you mean {nearest(name, COMMANDS)!r}? See smt --help")
-    command = importlib.import_module(f"smt.cli.{name}")
-    about = COMMANDS[name]
+    return importlib.import_module(f"smt.cli.{name}").run(parser_of(name).parse_args(arguments), started)
+
+
+def parser_of(name: str) -> Parser:
+    """What reads the arguments of a command."""
+    command, about = importlib.import_module(f"smt.cli.{name}"), COMMANDS[name]
     parser = Parser(f"smt {name}", f"{about[0].upper()}{about[1:]}.", command.EXAMPLES)
     command.add_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return command.run(parser.parse_args(arguments), started)
+    return parser
 
 
 def _message(error: Exception) -> str:

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from smt.cli.run_fields import add_run_fields, overrides
+from smt.cli.run_fields import USUAL_CONFIG, add_run_fields, overrides
 
 EXAMPLES = """\
   smt ablate --grid stride=8,16,32                     a run for each stride, all else as in smt train
@@ -22,9 +22,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     cells = parser.add_mutually_exclusive_group(required=True)
     cells.add_argument("--grid", nargs="+", metavar="FIELD=A,B,...", help="every combination of values of fields of a run")
     cells.add_argument("--study", metavar="YAML", help="file or packaged name: base, variants and budgets")
-    parser.add_argument("--config", help="what is varied: YAML file or packaged name (default: stdlib, or the study's base)")
+    parser.add_argument(
+        "--config",
+        metavar="YAML",
+        help=f"what is varied: file or packaged name (default: {USUAL_CONFIG}, or the study's base)",
+    )
     parser.add_argument("--name", help="of the study's folder (default: the file's, or the experiment's and the fields')")
-    parser.add_argument("--out", default="results", help="folder for studies (default: results)")
+    parser.add_argument("--out", default="results", metavar="FOLDER", help="where studies are kept (default: results)")
     parser.add_argument("--control", metavar="LABEL", help="cell or variant that the others are compared with, token by token")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that train at once (default: 1)")
     add_run_fields(parser)
@@ -40,7 +44,7 @@ def run(options: argparse.Namespace, started: float) -> int:
     if options.study is not None:
         study = Study.from_yaml(options.study, given, base=options.config, name=options.name)
     else:
-        study = Study.of_grid(options.config or "stdlib", _axes(options.grid), given, name=options.name)
+        study = Study.of_grid(options.config or USUAL_CONFIG, _axes(options.grid), given, name=options.name)
     if options.control is not None:
         for cell in study.cells:
             study.control_of(cell, options.control)  # a name that does not exist is found before the training, not after it

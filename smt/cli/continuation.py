@@ -10,8 +10,10 @@ import torch
 
 from smt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from smt.model.checkpoint import CONFIG_FILE
+from smt.model.generation import check_sampling
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.sources import HF_CONFIG_FILE
+from smt.runtime.fields import check_seed
 from smt.runtime.precision import precision
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
@@ -21,13 +23,21 @@ _MOST_HELD = 16
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: see ``smt.model.generation.stream``; ``seed`` is that of the whole command."""
+    """How tokens are drawn: see ``smt.model.generation.stream``; ``seed`` is that of the whole command.
+
+    Raises:
+        ValueError: a field out of range.
+    """
 
     max_new_tokens: int
     temperature: float
     top_k: int | None
     top_p: float | None
     seed: int
+
+    def __post_init__(self) -> None:
+        check_sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        check_seed("seed", self.seed)
 
 
 class Continuer:

@@ -1,35 +1,64 @@
-"""Every field of a run as an option, for the commands that train."""
+"""Every field of a run as an option, for the commands that train; what it means is in the docstring of its dataclass."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from dataclasses import fields
 from typing import Any
 
-from smt.runtime.fields import kind_of
+from smt.cli.parser import FIELD
+from smt.runtime.fields import as_text, choices_of, defaults_of, kind_of
+from smt.runtime.meanings import in_brief, meanings
+
+# The packaged configuration of a command that names none.
+USUAL_CONFIG = "stdlib"
+_DEFAULTS = f"""\
+Each replaces the field of the configuration. Its default is for a configuration without the field; another one is that of
+the packaged configuration {USUAL_CONFIG}, which is what runs without --config."""
 
 
 def add_run_fields(parser: argparse.ArgumentParser) -> None:
     """Add an option for every field of ``RunConfig`` and its parts, but for ``experiment``, which names a run's folder."""
+    from smt.data.recall import RecallTask
     from smt.training.settings import PARTS, RunConfig
 
+    usual = RunConfig.from_yaml(USUAL_CONFIG).flat()
+    parser.add_argument_group("fields of a run", description=_DEFAULTS)
     whole = [field.name for field in fields(RunConfig) if field.name not in ("experiment", *PARTS)]
-    groups = {"run": (RunConfig, whole)} if whole else {}
+    groups = {"run": (RunConfig, whole)}
     groups.update({part: (settings, [field.name for field in fields(settings)]) for part, settings in PARTS.items()})
     for title, (settings, names) in groups.items():
-        group = parser.add_argument_group(f"{title} (replaces the field of the configuration)")
+        group, meaning, defaults = parser.add_argument_group(title), meanings(settings), defaults_of(settings)
         for name in names:
-            spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-            group.add_argument(*spellings, dest=f"field_{name}", metavar=_metavar(kind_of(settings, name)))
+            shown = f"default: {as_text(defaults[name])}"
+            if usual[name] != defaults[name]:
+                shown += f"; {USUAL_CONFIG}: {as_text(usual[name])}"
+            text = f"{in_brief(meaning.get(name, ''))} ({shown})"
+            group.add_argument(
+                f"--{name}", dest=f"{FIELD}{name}", metavar=_metavar(settings, name), help=text.replace("%", "%%")
+            )
+    parser.add_argument_group("names of --recall", description=_table(RecallTask))
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
     """The fields that were given, as text."""
-    given = {name.removeprefix("field_"): value for name, value in vars(options).items() if name.startswith("field_")}
+    given = {name.removeprefix(FIELD): value for name, value in vars(options).items() if name.startswith(FIELD)}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _metavar(kind: str) -> str:
-    if kind.startswith("dict"):
-        return "NAME=VALUE,..."
-    return "NAME,..." if kind.startswith("tuple") else kind.replace(" | None", "").upper()
+def _metavar(settings: type, name: str) -> str:
+    kind, choices = kind_of(settings, name), choices_of(settings).get(name)
+    word = kind.replace(" | None", "").upper() if choices is None else f"{{{','.join(choices)}}}"
+    return f"{word}=VALUE,..." if kind.startswith("dict") else f"{word},..." if kind.startswith("tuple") else word
+
+
+def _table(settings: type) -> str:
+    meaning = meanings(settings)
+    width = shutil.get_terminal_size().columns - 2
+    lines = [
+        f"{name:<13}{in_brief(meaning.get(name, ''))} (default: {as_text(value)})"
+        for name, value in defaults_of(settings).items()
+    ]
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 15) for line in lines)

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from smt.cli.output import printable
-from smt.cli.run_fields import add_run_fields, overrides
+from smt.cli.run_fields import USUAL_CONFIG, add_run_fields, overrides
 
 if TYPE_CHECKING:
     from smt.training.run import Outcome
@@ -27,9 +27,9 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``smt train``."""
-    parser.add_argument("--config", help="YAML file, or the name of a packaged example (default: stdlib)")
-    parser.add_argument("--out", help="folder for runs (default: results)")
-    parser.add_argument("--experiment", help="name of the run's folder in it (default: that of the configuration)")
+    parser.add_argument("--config", metavar="YAML", help=f"file, or the name of a packaged example (default: {USUAL_CONFIG})")
+    parser.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: results)")
+    parser.add_argument("--experiment", metavar="NAME", help="of the runs' folder in it (default: that of the configuration)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run of that folder, as it was begun")
     add_run_fields(parser)
 
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, started: float) -> int:
     if options.resume is not None:
         outcome = resume(options.resume, started=started)
     else:
-        config = RunConfig.from_yaml(options.config or "stdlib", given)
+        config = RunConfig.from_yaml(options.config or USUAL_CONFIG, given)
         outcome = train(config, options.out or "results", started=started)
     if outcome.is_main:
         _report(outcome)

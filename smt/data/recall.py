@@ -18,7 +18,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 from smt.data.documents import Corpus, Document, Documents, hash_texts
-from smt.runtime.fields import check_at_least, check_types
+from smt.runtime.fields import check_at_least, check_fields, check_seed
 
 VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
 # Of one first letter: vowel, consonant, vowel follow.
@@ -65,14 +65,17 @@ class RecallTask:
     """What documents look like.
 
     Args:
-        keys, values, fillers: how many words of each kind there are.
-        pairs: shown in each document.
-        queries: how often each is asked for. The answer shows it again, so that the next distance counts from there.
+        keys: different keys.
+        values: different values.
+        fillers: different words between them.
+        pairs: of a key and its value, in each document.
+        queries: how often each pair is asked for. The answer shows it again, so that the next distance counts from there.
         length: words in a document.
-        shortest, longest: distances, between which each question's is drawn.
+        shortest: words from a value to its question at least.
+        longest: words from a value to its question at most; the distance is drawn between the two.
         spacing: words between different pairs at least, shown or asked for; where this is less than the window's tokens, two
             pairs may be pooled as one.
-        documents: to train on.
+        documents: how many there are to train on.
         seed: of all documents.
     """
 
@@ -89,10 +92,11 @@ class RecallTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         check_at_least(self, 2, "keys", "values", "shortest")
         check_at_least(self, 1, "fillers", "pairs", "queries", "documents")
-        check_at_least(self, 0, "seed", "spacing")
+        check_at_least(self, 0, "spacing")
+        check_seed("seed of recall", self.seed)
         for name in ("keys", "values", "fillers"):
             if getattr(self, name) > WORDS_PER_LETTER:
                 raise ValueError(f"{name} must be at most {WORDS_PER_LETTER}, got {getattr(self, name)}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from smt.data.recall import RecallTask
 from smt.data.sources import SOURCES
-from smt.runtime.fields import check_at_least, check_names, check_types, nearest
+from smt.runtime.fields import check_at_least, check_fields, expand_home
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class DataConfig:
         part_length: cut training documents into parts of so many tokens, each read as a document of its own, where there are
             fewer documents than rows; None: documents stay whole. Held-out documents always do.
         lanes: groups of rows that take turns, batch by batch, so that consecutive steps see different documents.
-        eval_batch_size, eval_chunk_length: the same for evaluation.
+        eval_batch_size: rows in evaluation.
+        eval_chunk_length: steps of each row in one batch of evaluation.
         eval_documents: evaluate on so many held-out documents, the first of them; None: on all.
     """
 
@@ -50,17 +52,21 @@ class DataConfig:
     eval_chunk_length: int = 512
     eval_documents: int | None = None
 
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "source": tuple(SOURCES),
+        "recall": tuple(item.name for item in fields(RecallTask)),
+    }
+
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
+        for name in ("text", "dataset", "tokenizer", "cache"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, expand_home(getattr(self, name)))
         if self.text is not None:
             object.__setattr__(self, "source", "text")
-        if self.source not in SOURCES:
-            near = nearest(self.source, SOURCES)
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}; did you mean {near!r}?")
         for name in ("text", "dataset"):
             if self.source == name and getattr(self, name) is None:
                 raise ValueError(f"{name} must be given for the source {name!r}, got None")
-        check_names("recall", self.recall, [item.name for item in fields(RecallTask)])
         RecallTask(**self.recall)
         check_at_least(self, 1, "batch_size", "chunk_length", "part_length", "lanes")
         check_at_least(self, 1, "eval_batch_size", "eval_chunk_length", "eval_documents")

@@ -14,6 +14,7 @@ from smt.data.recall import RecallTask, read_recall
 from smt.data.shakespeare import read_plays
 from smt.data.stdlib import read_stdlib
 from smt.data.wikitext import wikitext
+from smt.runtime.fields import expand_home
 
 
 class Wanted(Protocol):
@@ -42,8 +43,8 @@ def cache_folder(settings: Wanted) -> Path:
     """``settings.cache``, else the folder in the environment variable SMT_CACHE, else ``smt`` in the user's cache folder."""
     if settings.cache is not None:
         return Path(settings.cache)
-    if "SMT_CACHE" in os.environ:
-        return Path(os.environ["SMT_CACHE"])
+    if os.environ.get("SMT_CACHE"):  # an empty one is none, as with XDG_CACHE_HOME
+        return Path(expand_home(os.environ["SMT_CACHE"]))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smt"
 
 

@@ -27,7 +27,7 @@ from smt.evaluation.report import Report
 from smt.evaluation.scorer import SMTScorer, TokenScores
 from smt.evaluation.subjects import Subject
 from smt.evaluation.text import HeldOutText, held_out_text
-from smt.runtime.fields import check_names
+from smt.runtime.fields import check_at_least, check_names, check_seed
 from smt.runtime.files import write_files
 
 RESULTS_FILE = "evaluation.json"
@@ -53,10 +53,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_names("tasks", self.tasks, TASKS)
-        for name in ("documents", "trials"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(self, 1, "documents", "trials")
+        check_seed("seed", self.seed)
         if not self.tasks:
             raise ValueError(f"tasks must name at least one of {', '.join(TASKS)}, got none")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from smt.runtime.fields import check_names, nearest
+from smt.runtime.fields import check_folder_name, check_names, nearest
 from smt.training.settings import RunConfig
 
 STUDY_FOLDER = Path(__file__).parent.parent / "studies"
@@ -132,8 +132,7 @@ class Study:
         budgets: Mapping[str, Mapping[str, Any]] | None,
         overrides: Mapping[str, Any] | None,
     ) -> Study:
-        if name != Path(name).name:
-            raise ValueError(f"name must be that of a folder, got {name!r}")
+        check_folder_name("name", name)
         cells = []
         for (budget, bounds), (variant, fields) in itertools.product((budgets or {None: {}}).items(), variants.items()):
             if not BOUNDS.isdisjoint(bounds):
@@ -143,6 +142,7 @@ class Study:
                 if both := sorted(set(first) & set(second)):
                     raise ValueError(f"{both[0]} is varied by the study {name}, so it cannot have one value for all its cells")
             label = _folder_name(variant if budget is None else f"{budget},{variant}")
+            check_folder_name(f"a label of the study {name}", label)
             if label in [cell.label for cell in cells]:
                 raise ValueError(f"the study {name} has two cells of the label {label!r}")
             config = RunConfig.from_yaml(base, {**given[0], **given[1], **given[2], "experiment": name})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from smt.state.state import SMTState
 
 # Tokens (B, T), what their rows carry (None: nothing yet) and their mask -> logits (B, V) of what follows, and what they carry.
 NextLogits = Callable[[Tensor, SMTState | None, Tensor | None], tuple[Tensor, SMTState]]
+
+# Far below it, logits that are divided by the temperature leave the range of fp32.
+LEAST_TEMPERATURE = 1e-6
 
 
 def generate(next_logits: NextLogits, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
@@ -50,7 +54,7 @@ def stream(
         max_new_tokens: tokens per row at most.
         vocab_size: how many tokens the model knows.
         attention_mask: (B, T), 0 at padding on the left of shorter prompts; every row has a token. None: no padding.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token. Others are at least ``LEAST_TEMPERATURE``.
         top_k: keep only the k most likely tokens.
         top_p: keep only the most likely tokens whose probabilities first sum to at least p.
         eos_token_id: token or tokens that end their row; None: none does.
@@ -65,7 +69,8 @@ def stream(
         ValueError: an option out of range, a row without tokens, or as ``next_logits`` does.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    _check(vocab_size, max_new_tokens, temperature, top_k, top_p, ends, pad_token_id)
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    _check_tokens(vocab_size, ends, pad_token_id)
     if attention_mask is not None:
         empty = [row for row, count in enumerate(token_counts(attention_mask, input_ids)) if count == 0]
         if empty:
@@ -126,23 +131,19 @@ def sample(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def _check(
-    vocab_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    ends: list[int],
-    pad_token_id: int | None,
-) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError if an option of ``stream`` is out of range."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0, or finite and at least {LEAST_TEMPERATURE}, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+
+
+def _check_tokens(vocab_size: int, ends: list[int], pad_token_id: int | None) -> None:
     for name, tokens in (("eos_token_id", ends), ("pad_token_id", [] if pad_token_id is None else [pad_token_id])):
         for token in tokens:
             if not 0 <= token < vocab_size:

@@ -2,5 +2,6 @@
 
 ``process`` (threads and memory, set before torch is imported), ``device`` (where a command computes), ``precision`` (in which
 number format), ``environment`` (what a measurement was made on), ``extras`` (optional packages), ``files`` (whole or not
-there), ``fields`` (dataclasses of settings: read from text, checked).
+there), ``fields`` (dataclasses of settings: read from text, checked), ``meanings`` (what their docstrings say of each field),
+``progress_bar`` (on a terminal, or lines in a file).
 """

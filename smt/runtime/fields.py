@@ -1,20 +1,40 @@
-"""Dataclasses of settings: values read from text, types checked, and a name that does not exist refused with the nearest."""
+"""Dataclasses of settings: values read from text and checked, and a name that does not exist refused with the nearest.
+
+A dataclass whose fields take only some words has them in CHOICES, by field: the values of a text, the names of a dictionary's
+items, the items of a tuple.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import re
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 _KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "tuple": tuple}
+# What torch's generators and every other take.
+LARGEST_SEED = 2**63 - 1
 
 
 def kind_of(settings: type, name: str) -> str:
     """The annotation of a field, such as ``int | None``."""
     return next(str(field.type) for field in fields(settings) if field.name == name)
+
+
+def choices_of(settings: type) -> dict[str, Sequence[str]]:
+    """The words that fields take, of those that take only some."""
+    return getattr(settings, "CHOICES", {})
+
+
+def defaults_of(settings: type) -> dict[str, Any]:
+    """The default of every field that has one."""
+    made = {field.name: field.default_factory() for field in fields(settings) if field.default_factory is not MISSING}
+    return made | {field.name: field.default for field in fields(settings) if field.default is not MISSING}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -28,11 +48,22 @@ def parse(settings: type, name: str, value: Any) -> Any:
     A dictionary may be written ``name=value,name=value``, a tuple ``name,name``; ``none`` empties either.
     """
     kind = kind_of(settings, name)
+    if value is False and "no" in choices_of(settings).get(name, ()):
+        return "no"  # as it is written in YAML, whose version 1.1 takes the word for a truth value
     if not kind.startswith(("dict", "tuple")):
         return _scalar(kind, value)
     if isinstance(value, str) and value.lower() in ("none", "null"):
         value = None
     return _dictionary(kind, value) if kind.startswith("dict") else _tuple(value)
+
+
+def as_text(value: Any) -> str:
+    """A value as ``parse`` reads it."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={as_text(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, tuple):
+        return ",".join(map(as_text, value)) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _dictionary(kind: str, value: Any) -> Any:
@@ -65,15 +96,65 @@ def _scalar(kind: str, value: Any) -> Any:
         return value
 
 
-def check_types(settings: Any) -> None:
-    """Raise TypeError unless every field holds a value of its annotated type, and a dictionary or tuple such values."""
+def check_fields(settings: Any) -> None:
+    """Check what holds for fields of any meaning, and for the values in a dictionary or a tuple.
+
+    Raises:
+        TypeError: a value that is not of its annotated type.
+        ValueError: a number that is not finite, an empty text, or a word that is none of CHOICES.
+    """
+    choices = choices_of(type(settings))
     for field in fields(settings):
         kind, value = str(field.type), getattr(settings, field.name)
         if value is None and "None" in kind:
             continue
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-        if not _is_a(kind, value) or not all(_is_a(_inner(kind), item) for item in items):
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else None
+        if not _is_a(kind, value) or not all(_is_a(_inner(kind), item) for item in inside or ()):
             raise TypeError(f"{field.name} must be of type {kind}, got {value!r}")
+        if field.name in choices:
+            if inside is None:
+                check_choice(field.name, value, choices[field.name])
+            else:
+                check_names(field.name, value, choices[field.name])
+        for item in [value] if inside is None else inside:
+            if "float" in kind:
+                check_finite(field.name, item)
+            if item == "":
+                raise ValueError(f"{field.name} must not be empty")
+
+
+def check_finite(field: str, value: float) -> None:
+    """Raise ValueError for an infinity, what is not a number, and an integer that no floating-point number can hold."""
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"{field} must be finite, got {value}")
+
+
+def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``; the message has one that is much like it, if any is."""
+    if value not in choices:
+        near = [f"; did you mean {choice!r}?" for choice in difflib.get_close_matches(value, choices, n=1)]
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}{''.join(near)}")
+
+
+def check_seed(field: str, value: int) -> None:
+    """Raise ValueError unless every generator of random numbers takes ``value``."""
+    if not 0 <= value <= LARGEST_SEED:
+        raise ValueError(f"{field} must lie in 0..{LARGEST_SEED}, got {value}")
+
+
+def check_folder_name(field: str, value: str) -> None:
+    """Raise ValueError unless ``value`` names a folder inside the one where it is made: dots alone name others."""
+    if value != Path(value).name or not value.strip("."):
+        raise ValueError(f"{field} must be the name of a folder, got {value!r}")
+
+
+def expand_home(path: str) -> str:
+    """The path with a ``~`` at its beginning replaced, which a shell leaves as it is behind ``=`` and in a file."""
+    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 def check_names(field: str, given: Iterable[str], known: Iterable[str]) -> None:

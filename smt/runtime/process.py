@@ -6,8 +6,11 @@ import ctypes
 import os
 import platform
 import sys
+from typing import Any
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+# Read when they are imported: by the Hub's library and, through it, by transformers; and by datasets.
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 # Turns of a waiting thread's loop, some tens of microseconds: most waits between the small operations of a step are shorter.
 SPINS = 4000
@@ -42,6 +45,18 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option, value in MALLOC_OPTIONS:
             libc.mallopt(option, value)
+
+
+def no_bars_unless_watched() -> None:
+    """Keep the progress bars of libraries from a file or a pipe; ours are in ``progress_bar``."""
+    if not is_watched(sys.stderr):
+        for name in BARS:
+            os.environ.setdefault(name, "1")
+
+
+def is_watched(stream: Any) -> bool:
+    """Whether an output is a terminal, and not a file, a pipe or none."""
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 def restart_with_threads(count: int) -> None:

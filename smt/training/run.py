@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.model.checkpoint import CONFIG_FILE
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.extras import needs_extra
+from smt.runtime.progress_bar import progress_bar
 from smt.training.accelerate import agreed, make_accelerator, start_trackers
 from smt.training.checkpoints import Checkpoints
 from smt.training.clock import Clock
@@ -216,28 +218,20 @@ def _model(config: RunConfig) -> StrideMemoryTransformer | FullAttentionGPT2:
 def _train(
     trainer: Trainer, text: TokenizedCorpus, config: RunConfig, folder: RunFolder, checkpoints: Checkpoints
 ) -> Evaluation:
-    from tqdm import tqdm
-
     accelerator, clock, done = trainer.accelerator, trainer.clock, trainer.progress
     evaluation_seconds: float | None = None
     bound = config.data.eval_documents  # None: all
     held_out = [text.validation[index] for index in range(len(text.validation))[:bound]]
     counted = text.validation.counted and text.validation.counted[:bound]
     n_targets, n_bytes = sum(len(document) - 1 for document in held_out), sum(text.validation.n_bytes[:bound])
-    # In hundredths of a run, since a run may be bounded by time.
-    style = {
-        "bar_format": "{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
-        "initial": min(100.0, 100 * clock.progress),
-    }
-    bar = tqdm(total=100, file=sys.stderr, disable=not accelerator.is_main_process, **style)
+    bar = progress_bar(sys.stderr if accelerator.is_main_process else None, clock.progress)
 
     def on_step() -> None:
         per_token = done.seconds_per_token
         measured = evaluation_seconds
         expected = EVALUATION_COST * per_token * n_targets if measured is None else measured
         clock.reserve = 1.1 * expected + SAMPLE_COST * per_token * config.training.sample_tokens + CLOSING_SECONDS
-        bar.set_postfix_str(f"step {done.step}, loss {done.loss:.3f}, {done.tokens_per_second:,.0f} tokens/s", refresh=False)
-        bar.update(min(100.0, 100 * clock.progress) - bar.n)
+        bar.update(clock.progress, f"step {done.step}, loss {done.loss:.3f}, {done.tokens_per_second:,.0f} tokens/s")
 
     def evaluated() -> Evaluation:
         nonlocal evaluation_seconds
@@ -261,7 +255,7 @@ def _train(
         if accelerator.is_main_process:
             folder.save_history(done.history)
 
-    with bar:
+    with closing(bar):
         return trainer.train(evaluated, on_step=on_step, on_best=save_best, on_checkpoint=save_checkpoint)
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from smt.config import SMTConfig
 from smt.data.settings import DataConfig
 from smt.model.transformer import PARTS as MODEL_PARTS
-from smt.runtime.fields import check_at_least, check_names, check_types, nearest, parse
+from smt.runtime.fields import (
+    check_at_least,
+    check_choice,
+    check_fields,
+    check_folder_name,
+    check_seed,
+    expand_home,
+    nearest,
+    parse,
+)
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
-LR_SCHEDULES = ("cosine", "linear", "constant")
-DEVICES = ("auto", "cpu", "cuda")
-BEGINNINGS = ("checkpoint", "gpt2", "mamba")
-PRECISIONS = ("auto", "no", "bf16", "fp16")
-TRACKERS = ("wandb", "tensorboard", "trackio")
-ARCHITECTURES = ("smt", "gpt2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +34,12 @@ class TrainingConfig:
         steps: bound in optimiser steps instead, which makes a run repeatable; None: epochs or the clock decide.
         epochs: bound in passes over the training documents instead.
         learning_rate: of AdamW at its peak.
-        learning_rates: peaks of single parts of the model (embedding, transformer, attention_pooling, ssm) in its stead.
+        learning_rates: peaks of single parts of the model in its stead.
         freeze: parts of the model that are not trained.
         init_from: where weights come from: ``gpt2`` and ``mamba`` (a folder or a hub name), or a ``checkpoint`` (a folder).
         match_scale: of a ``mamba`` in ``init_from``: give the memory's output the scale of the embedding.
-        beta_1, beta_2: of AdamW.
+        beta_1: AdamW's decay of the mean gradient.
+        beta_2: AdamW's decay of the mean squared gradient.
         weight_decay: on the weights of projections and convolutions alone.
         warmup: share of the run in which the learning rate rises.
         lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
@@ -82,8 +86,19 @@ class TrainingConfig:
     device: str = "auto"
     sample_tokens: int = 160
 
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "learning_rates": tuple(MODEL_PARTS),
+        "freeze": tuple(MODEL_PARTS),
+        "init_from": ("checkpoint", "gpt2", "mamba"),
+        "lr_schedule": ("cosine", "linear", "constant"),
+        "mixed_precision": ("auto", "no", "bf16", "fp16"),
+        "report_to": ("wandb", "tensorboard", "trackio"),
+        "device": ("auto", "cpu", "cuda"),
+    }
+
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
+        object.__setattr__(self, "init_from", {kind: expand_home(source) for kind, source in self.init_from.items()})
         for name in ("minutes", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -92,27 +107,21 @@ class TrainingConfig:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        for name in ("learning_rates", "freeze"):
-            check_names(name, getattr(self, name), MODEL_PARTS)
         for name, rate in self.learning_rates.items():
             if not rate > 0:
                 raise ValueError(f"learning_rates of {name} must be above 0, got {rate}; freeze={name} stops its training")
         if set(self.freeze) == set(MODEL_PARTS):
             raise ValueError("freeze must leave a part of the model to train, got all of them")
-        check_names("init_from", self.init_from, BEGINNINGS)
         if "checkpoint" in self.init_from and len(self.init_from) > 1:
             raise ValueError(f"init_from must be a checkpoint, which is a whole model, or gpt2 and mamba, got {self.init_from}")
         if self.match_scale and "mamba" not in self.init_from:
             raise ValueError(f"match_scale needs a mamba in init_from, got {self.init_from}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"a run has one bound, got steps = {self.steps} and epochs = {self.epochs}")
-        check_names("report_to", self.report_to, TRACKERS)
         counts = ("steps", "epochs", "gradient_accumulation_steps", "evaluations", "eval_steps", "early_stopping_patience")
         check_at_least(self, 1, *counts, "save_steps", "save_total_limit")
-        check_at_least(self, 0, "seed", "sample_tokens")
-        for name, allowed in (("lr_schedule", LR_SCHEDULES), ("device", DEVICES), ("mixed_precision", PRECISIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_at_least(self, 0, "sample_tokens")
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class RunConfig:
     """A whole run. Field names are unique across its parts, so that an override needs no prefix.
 
     Attributes:
-        experiment: the name of the run's folder.
+        experiment: the name of the folder of its runs.
         model, data, training: its three parts.
         architecture: ``smt``, or ``gpt2``, to compare with: full attention to the last ``chunk_length`` tokens, with the sizes
             that ``model`` gives its decoder.
@@ -132,11 +141,11 @@ class RunConfig:
     training: TrainingConfig
     architecture: str = "smt"
 
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"architecture": ("smt", "gpt2")}
+
     def __post_init__(self) -> None:
-        if not self.experiment or self.experiment != Path(self.experiment).name:
-            raise ValueError(f"experiment must be the name of a folder, got {self.experiment!r}")
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+        check_folder_name("experiment", self.experiment)
+        check_choice("architecture", self.architecture, self.CHOICES["architecture"])
         if self.architecture == "gpt2" and self.data.eval_chunk_length > self.data.chunk_length:
             raise ValueError(
                 f"eval_chunk_length must be at most chunk_length = {self.data.chunk_length} for architecture 'gpt2', which has "

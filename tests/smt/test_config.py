@@ -26,6 +26,7 @@ from smt import SMTConfig
         ({"write_group": 0}, ValueError, "write_group must be at least 1, got 0"),
         ({"ssm_d_conv": 1}, ValueError, "ssm_d_conv must be at least 2, got 1"),
         ({"rope_theta": 1.0}, ValueError, "rope_theta must be above 1, got 1.0"),
+        ({"rope_theta": math.nan}, ValueError, "rope_theta must be finite, got nan"),
         ({"encoding": "stream", "d_model": 36, "transformer_n_heads": 4}, ValueError, "must be even, got 9"),
         ({"stride": "16"}, TypeError, "stride must be of type int, got '16'"),
         ({"pooling_norm": 1}, TypeError, "pooling_norm must be of type bool, got 1"),

@@ -145,7 +145,7 @@ def config_of(texts, folder):
         (["--grid", "stride=8,16", "--stride", "8"], "stride is varied by the study"),
         (["--grid", "stride=8,16", "--control", "8"], "control has no '8'; did you mean 'stride=8'?"),
         (["--grid", "stride=8,16", "--jobs", "0"], "jobs must be at least 1, got 0"),
-        (["--grid", "stride=8,16", "--name", "a/b"], "name must be that of a folder, got 'a/b'"),
+        (["--grid", "stride=8,16", "--name", "a/b"], "name must be the name of a folder, got 'a/b'"),
         (["--study", "missing"], "study must be a YAML file or one of those packaged ("),
         (["--study", "switches", "--config", "missing"], "config must be a YAML file or one of the examples"),
     ],

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from smt.cli import main
 from smt.cli.continuation import text_of
 from smt.data.documents import Document
 from smt.data.tokenizer import Tokenizer
+from smt.model.generation import LEAST_TEMPERATURE
 
 PROMPTS = ["the cat", "a", "the cat sat on the mat, the dog", ""]
 
@@ -74,7 +76,7 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(folder, capsys):
 def test_a_prompt_comes_from_a_file_or_from_standard_input(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompt.txt").write_text("the cat")
     assert generate(folder, "--file", str(tmp_path / "prompt.txt"), "--greedy") == 0
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfthe cat"), encoding="ascii"))
     assert generate(folder, "--file", "-", "--greedy") == 0
     assert capsys.readouterr().out == 2 * (greedy(folder, "the cat") + "\n")
 
@@ -120,13 +122,19 @@ def test_text_streams_in_whole_characters(folder):
         (["--file", "latin.txt"], "latin.txt is not UTF-8 text"),
         (["--prompt", "a", "--batch"], "--batch needs --file"),
         (["--prompt", "a", "--greedy", "--temperature", "0.7"], "give one of them"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be 0, or finite and at least 1e-06, got -1.0"),
         (["--prompt", "a", "--top-p", "1.5"], "top_p must lie in (0, 1], got 1.5"),
-        (["--file", "latin.txt", "--batch", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--file", "latin.txt", "--batch", "--batch-size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--prompt", "a", "--temperature", "nan", "--model", "missing"], "temperature must be 0, or finite and at least"),
+        (["--prompt", "a", "--temperature", "1e-42", "--model", "missing"], "finite and at least 1e-06, got 1e-42"),
+        (["--prompt", "a", "--temperature", "inf", "--model", "missing"], "finite and at least 1e-06, got inf"),
+        (["--prompt", "a", "--seed", str(2**64), "--model", "missing"], f"seed must lie in 0..{2**63 - 1}, got {2**64}"),
+        (["--file", "missing.txt", "--max_new_tokens", "-1"], "max_new_tokens must be at least 0, got -1"),
         (["--prompt", "a", "--device", "abacus"], "device must be auto, cpu or cuda, got 'abacus'"),
     ],
     ids=[
-        *("folder", "tokenizer", "config", "file", "bytes", "batch", "greedy", "temperature", "top-p", "size", "device"),
+        *("folder", "tokenizer", "config", "file", "bytes", "batch", "greedy", "temperature", "top-p", "size"),
+        *("temperature-nan", "temperature-tiny", "temperature-inf", "seed", "tokens-before-file", "device"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(folder, arguments, message, capsys, tmp_path, monkeypatch):
@@ -139,3 +147,20 @@ def test_errors_are_one_line_without_a_traceback(folder, arguments, message, cap
     captured = capsys.readouterr()
     assert captured.err.startswith("smt: error: ") and message in captured.err
     assert captured.err.count("\n") == 1 and "Traceback" not in captured.err and not captured.out
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_that_is_not_utf_8_is_said_to_be_so(folder, errors, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors))
+    assert generate(folder, "--file", "-") == 1
+    assert capsys.readouterr().err.startswith("smt: error: standard input is not UTF-8 text")
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused_before_the_model_is_read(capsys):
+    assert generate("missing", "--prompt", os.fsdecode(b"caf\xe9")) == 2
+    assert capsys.readouterr().err == "smt: error: argument --prompt: must be UTF-8 text; see smt generate --help\n"
+
+
+def test_the_least_temperature_takes_the_likeliest_token(folder, capsys):
+    assert generate(folder, "--prompt", "the cat", "--temperature", str(LEAST_TEMPERATURE)) == 0
+    assert capsys.readouterr().out == greedy(folder, "the cat") + "\n"

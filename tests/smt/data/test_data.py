@@ -254,6 +254,11 @@ class TestSettings:
         monkeypatch.setenv("SMT_CACHE", "from_environment")
         assert str(cache_folder(DataConfig(cache="from_settings"))) == "from_settings"
         assert str(cache_folder(DataConfig())) == "from_environment"
-        monkeypatch.delenv("SMT_CACHE")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("SMT_CACHE", "~/from_environment")
+        assert cache_folder(DataConfig()) == tmp_path / "from_environment"
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("SMT_CACHE", "")  # not the current folder
+        assert cache_folder(DataConfig()) == tmp_path / "smt"
+        monkeypatch.delenv("SMT_CACHE")
         assert cache_folder(DataConfig()) == tmp_path / "smt"

@@ -68,6 +68,16 @@ class TestStudy:
     def test_every_packaged_study_is_valid(self, path):
         assert len(Study.from_yaml(path.stem).cells) > 1
 
+    @pytest.mark.parametrize("name", ["..", ".", "...", "a/b"])
+    def test_the_name_of_a_study_is_that_of_a_folder_of_its_own(self, name):
+        with pytest.raises(ValueError, match="name must be the name of a folder"):
+            Study.of_grid("tiny", {"seed": ["1"]}, name=name)
+
+    def test_a_variant_may_have_the_word_no_for_a_number_format(self, tmp_path):
+        (tmp_path / "formats.yaml").write_text("{base: tiny, variants: {plain: {mixed_precision: no}}}")
+        (cell,) = Study.from_yaml(tmp_path / "formats.yaml").cells
+        assert cell.config.training.mixed_precision == "no"
+
     def test_values_that_are_no_names_of_folders_still_give_one(self):
         (cell, _) = Study.of_grid("tiny", {"text": ["../a b", "c"]}).cells
         assert cell.label == "text=.._a_b" and cell.config.data.text == "../a b"
@@ -86,8 +96,9 @@ class TestStudy:
             ("{base: tiny, variants: {a: {experiment: b}}}", "cannot have an experiment"),
             ("{base: tiny, variants: {a: {steps: 1}}, budgets: {b: {steps: 2}}}", "steps is varied by the study"),
             ("{base: tiny, variants: {a b: {}, a_b: {}}}", "two cells of the label 'a_b'"),
+            ("{base: tiny, variants: {..: {}}}", "a label of the study bad must be the name of a folder, got '..'"),
         ],
-        ids=["list", "broken", "part", "base", "variants", "names", "fields", "field", "experiment", "both", "labels"],
+        ids=["list", "broken", "part", "base", "variants", "names", "fields", "field", "experiment", "both", "labels", "dots"],
     )
     def test_a_bad_file_is_refused(self, content, message, tmp_path):
         (tmp_path / "bad.yaml").write_text(content)

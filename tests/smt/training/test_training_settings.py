@@ -1,10 +1,23 @@
 """A run's settings are checked and written down; its clock says how far it is."""
 
+from dataclasses import fields
+
 import pytest
 from tiny_training import run_config
 
 from smt.training.clock import Clock, schedule
-from smt.training.settings import CONFIG_FOLDER, RunConfig, TrainingConfig
+from smt.training.settings import CONFIG_FOLDER, PARTS, RunConfig, TrainingConfig
+
+FLOATS = [
+    *("minutes", "learning_rate", "beta_1", "beta_2", "weight_decay", "warmup", "clip"),
+    *("dropout", "pooling_dropout", "initializer_range", "rope_theta"),
+]
+
+
+def test_these_are_all_the_floating_point_fields():
+    assert set(FLOATS) == {
+        field.name for part in PARTS.values() for field in fields(part) if str(field.type).startswith("float")
+    }
 
 
 class TestSettings:
@@ -37,7 +50,16 @@ class TestSettings:
             ({"d_model": "wide"}, TypeError, "d_model must be of type int, got 'wide'"),
             ({"batch_size": "0"}, ValueError, "batch_size must be at least 1, got 0"),
             ({"minutes": "-1"}, ValueError, "minutes must be above 0, got -1.0"),
-            ({"minutes": "nan"}, ValueError, "minutes must be above 0, got nan"),
+            *(({name: "inf"}, ValueError, f"{name} must be finite, got inf") for name in FLOATS),
+            ({"minutes": "nan"}, ValueError, "minutes must be finite, got nan"),
+            ({"rope_theta": "nan"}, ValueError, "rope_theta must be finite, got nan"),
+            ({"learning_rates": "ssm=inf"}, ValueError, "learning_rates must be finite, got inf"),
+            ({"minutes": 10**400}, ValueError, "minutes must be finite, got 1000"),
+            ({"seed": str(2**64)}, ValueError, f"seed must lie in 0..{2**63 - 1}, got {2**64}"),
+            ({"seed": "-1"}, ValueError, f"seed must lie in 0..{2**63 - 1}, got -1"),
+            ({"recall": f"seed={2**64}"}, ValueError, "seed of recall must lie in 0.."),
+            *(({name: ""}, ValueError, f"{name} must not be empty") for name in ("text", "tokenizer", "cache", "dataset")),
+            ({"init_from": "gpt2="}, ValueError, "init_from must not be empty"),
             ({"steps": "1.5"}, TypeError, "steps must be of type int | None, got '1.5'"),
             ({"warmup": "1"}, ValueError, r"warmup must lie in \[0, 1\), got 1.0"),
             ({"weight_decay": "-0.1"}, ValueError, "weight_decay must be at least 0, got -0.1"),
@@ -51,9 +73,12 @@ class TestSettings:
             ({"architecture": "gpt3"}, ValueError, "architecture must be one of smt, gpt2, got 'gpt3'"),
             ({"architecture": "gpt2"}, ValueError, "eval_chunk_length must be at most chunk_length = 128 for architecture"),
             ({"device": "tpu"}, ValueError, "device must be one of auto, cpu, cuda, got 'tpu'"),
-            ({"experiment": "../up"}, ValueError, "experiment must be the name of a folder"),
+            *(
+                ({"experiment": name}, ValueError, "experiment must be the name of a folder")
+                for name in ("../up", "..", ".", "")
+            ),
         ],
-        ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+        ids=lambda value: ",".join(f"{name}={text}"[:40] for name, text in value.items()) if isinstance(value, dict) else None,
     )
     def test_a_bad_override_is_refused(self, overrides, error, message):
         with pytest.raises(error, match=message.replace("|", r"\|")):
@@ -74,6 +99,21 @@ class TestSettings:
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ValueError, match=message):
             RunConfig.from_yaml(tmp_path / "bad.yaml")
+
+    def test_the_word_no_is_a_number_format_in_yaml_too(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("training: {mixed_precision: no, gradient_checkpointing: no}")
+        training = RunConfig.from_yaml(tmp_path / "run.yaml").training
+        assert training.mixed_precision == "no" and training.gradient_checkpointing is False
+
+    def test_the_home_folder_is_found_in_paths_of_a_file(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        data = "{text: ~/text, dataset: ~/rows, tokenizer: ~/tokens, cache: ~/cache}"
+        (tmp_path / "run.yaml").write_text(f"data: {data}\ntraining: {{init_from: {{gpt2: ~/gpt2}}}}")
+        config = RunConfig.from_yaml(tmp_path / "run.yaml")
+        paths = [getattr(config.data, name) for name in ("text", "dataset", "tokenizer", "cache")]
+        assert [*paths, config.training.init_from["gpt2"]] == [
+            str(tmp_path / name) for name in ("text", "rows", "tokens", "cache", "gpt2")
+        ]
 
     def test_a_missing_file_is_refused_with_the_examples(self):
         with pytest.raises(ValueError, match=r"one of the examples \(.*stdlib.*\), got 'missing'"):
