@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = [
-    *("accelerate>=1.10", "datasets>=4", "matplotlib>=3.8", "numpy>=1.26"),
+    *("accelerate>=1.10", "datasets>=4", "filelock>=3.12", "matplotlib>=3.8", "numpy>=1.26"),
     *("tokenizers>=0.21", "tqdm>=4.66", "transformers>=5"),
 ]
 

@@ -13,13 +13,14 @@ import torch
 
 from smt.config import SMTConfig
 from smt.data.tokenizer import TOKENIZER_FILES
-from smt.model.checkpoint import read_fields, save_model, write_files
+from smt.model.checkpoint import read_fields, save_model
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.families import READERS
 from smt.pretrained.loading import config_of
 from smt.pretrained.sources import Source, open_source
 from smt.pretrained.transfer import LoadReport
 from smt.runtime.fields import parse
+from smt.runtime.files import check_folder, write_files
 
 
 def load_parts(
@@ -89,6 +90,7 @@ def convert(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, {out} is not")
     known = {field.name for field in dataclasses.fields(SMTConfig)}  # from_dict refuses others
+    check_folder(out)
     fields = {name: parse(SMTConfig, name, value) if name in known else value for name, value in fields.items()}
     sources = {kind: open_source(source) for kind, source in given.items()}
     if config is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from smt.data.documents import Corpus
+from smt.data.documents import Corpus, hash_documents
 from smt.data.tokenizer import Tokenizer
+from smt.training.run_files import text_of_run
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,11 @@ def held_out_text(corpus: Corpus, tokenizer: Tokenizer, count: int | None = None
         sum(document.n_bytes for document in read),
         sum(len(document.text) for document in read),
     )
+
+
+def other_text(corpus: Corpus, run: str | Path) -> str | None:
+    """What to say if the held-out documents of ``corpus`` are not those on which the run in that folder was evaluated."""
+    there = text_of_run(run).get("held_out")
+    if there is None or there == hash_documents(corpus.validation):
+        return None
+    return f"the held-out text of {corpus.source} is not that with which the run in {run} began"

@@ -6,9 +6,9 @@ is a valid configuration of a run, and a run's folder is a checkpoint.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.pretrained.sources import read_safetensors
+from smt.runtime.files import write_files
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 NAMES_SHOWN = 3
@@ -110,29 +111,22 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     return fields
 
 
-def tensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
-    """What writes tensors as safetensors to a path."""
+def tensors_writer(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({"format": "pt"})
+) -> Callable[[Path], None]:
+    """What writes tensors, and ``metadata`` in the file's header, as safetensors to a path."""
 
     def write(path: Path) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(on_cpu, path, metadata={"format": "pt"})
+        try:
+            save_file(on_cpu, path, metadata=dict(metadata))
+        except SafetensorError as error:  # such as a full disk, which it does not call an OSError
+            raise OSError(str(error)) from error
 
     return write
-
-
-def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Write files, each under a temporary name; when all are written, rename them. None is ever half there."""
-    temporary = {path: path.with_name(f"{path.stem}.partial{path.suffix}") for path in writers}
-    try:
-        for path, write in writers.items():
-            write(temporary[path])
-        for path in writers:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def _note_loaded(model: nn.Module) -> None:

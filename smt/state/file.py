@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from smt.config import SMTConfig
-from smt.model.checkpoint import write_files
+from smt.model.checkpoint import tensors_writer
+from smt.runtime.files import write_files
 from smt.state.state import SMTState, state_shapes
 
 FORMAT = "smt.state/1"
@@ -17,11 +18,8 @@ FORMAT = "smt.state/1"
 
 def save_state(state: SMTState, path: str | Path) -> None:
     """Write ``state`` under a temporary name and rename it, so that no half-written file is ever at ``path``."""
-    from safetensors.torch import save_file
-
     metadata = {"format": FORMAT, "config": json.dumps(state.config.to_dict()), "steps": json.dumps(state.steps)}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors().items()}
-    write_files({Path(path): lambda partial: save_file(tensors, partial, metadata)})
+    write_files({Path(path): tensors_writer(state.tensors(), metadata)})
 
 
 def load_state(path: str | Path, device: torch.device | str = "cpu") -> SMTState:

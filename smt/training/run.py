@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,9 @@ from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.model.checkpoint import CONFIG_FILE
 from smt.model.transformer import StrideMemoryTransformer
-from smt.runtime.extras import needs_extra
+from smt.runtime.extras import needs_extra, optional
+from smt.runtime.files import check_folder, write_files
+from smt.runtime.process import Interrupted
 from smt.training.accelerate import agreed, make_accelerator, start_trackers
 from smt.training.checkpoints import Checkpoints
 from smt.training.clock import Clock
@@ -27,10 +32,11 @@ from smt.training.run_folder import RunFolder, new_folder
 from smt.training.settings import RunConfig
 from smt.training.sharding import is_sharded
 from smt.training.starting_point import StartingPoint
-from smt.training.trainer import Trainer
+from smt.training.trainer import DivergedError, Trainer
 
 if TYPE_CHECKING:
     import numpy as np
+    from accelerate import Accelerator
 
 # Kept for plot and exit in a run bounded by time, beside the last evaluation (measured) and the sample.
 CLOSING_SECONDS = 4.0
@@ -74,120 +80,194 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
 
     Raises:
         MissingExtraError: a package of the ``train`` extra is not installed.
-        ValueError: a text that cannot be read, weights to start from that do not fit, or no GPU where one is asked for.
+        ValueError: a text that cannot be read, weights to start from that do not fit, no GPU where one is asked for, or a
+            folder that cannot be written.
+        DivergedError: a loss or a gradient that is not finite; the folder has the results until then, and can be resumed.
+        Interrupted: as it says; so can the folder, where the run had begun.
     """
-    return _run(config, Path(out), None, started)
+    return _run(config.anchored(), Path(out), None, started)
 
 
 def run_in(folder: str | Path, config: RunConfig, *, started: float | None = None) -> Outcome:
     """As ``run``, in exactly this folder; if the same run has been interrupted there, it goes on from its last checkpoint.
 
     Raises:
-        ValueError: as ``run``; or a run of another configuration is there, or one that has finished.
+        ValueError: as ``run`` and ``resume``; or a run of another configuration is there.
     """
     path = Path(folder) / CONFIG_FILE
     if path.is_file():
-        there = RunConfig.from_yaml(path)
+        there, config = RunConfig.from_yaml(path).anchored(), config.anchored()
         theirs, ours = there.flat(), config.flat()
         differing = [name for name in ours if theirs[name] != ours[name] and name not in ADOPTED]
         if differing:
             values = ", ".join(f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in differing)
             raise ValueError(f"{folder} holds another run, with {values}")
         config = there
-    return _run(config, None, Path(folder), started)
+    return _run(config.anchored(), None, Path(folder), started)
 
 
 def resume(folder: str | Path, *, started: float | None = None) -> Outcome:
     """Go on with an interrupted run from its last checkpoint: the losses are those of a run that was not interrupted.
 
     Raises:
-        ValueError: no run is there, or it has finished.
+        ValueError: no run is there, it has finished, another process is training it, or its held-out text has changed.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"there is no run to resume in {folder}: it has no {CONFIG_FILE}")
-    return _run(RunConfig.from_yaml(path), None, Path(folder), started)
+    return _run(RunConfig.from_yaml(path).anchored(), None, Path(folder), started)
 
 
 def _run(config: RunConfig, out: Path | None, path: Path | None, started: float | None) -> Outcome:
     started = time.perf_counter() if started is None else started
     with needs_extra("train"):
         import accelerate  # noqa: F401 - what is missing is found before the training, not after it
+        import filelock  # noqa: F401
         import matplotlib  # noqa: F401
         import tokenizers  # noqa: F401
         import tqdm  # noqa: F401
+    if path is None:
+        check_folder(out / config.experiment)
+    else:
+        check_folder(path, "the folder of a run")
     accelerator = make_accelerator(config.training)
     say = accelerator.print
-    if path is not None and RunFolder(path).is_finished:
-        raise ValueError(f"the run in {path} has finished: there is nothing to resume")
-    rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
-    limit = config.training.save_total_limit
-    snapshot = None if path is None else Checkpoints(path, limit=limit, **rank).newest()
-    start = StartingPoint(config.training.init_from if snapshot is None else {})
-    if snapshot is None:
-        config = start.adopted_by(config)
-        if start.tokenizer is not None:
-            say(f"tokens of the weights to start from: {config.data.tokenizer}", flush=True)
-    # The tokens of a run that goes on are those that it has saved.
-    data = config.data if snapshot is None else replace(config.data, tokenizer=str(path))
-    with accelerator.main_process_first():
-        text = tokenize_corpus(data, config.model.vocab_size)
-    say(text.describe(), flush=True)
-    warning = text.warning(config.model.window_size)
-    if warning and accelerator.is_main_process:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if config.data.tokenizer in TRAINED:
-        config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
-    model = _model(config)
-    loaded = start.load(model, match_scale=config.training.match_scale)
-    if loaded is not None:
-        say(loaded, flush=True)
-    if accelerator.process_index:  # the same weights on every process, but dropout of its own
-        torch.manual_seed(config.training.seed + accelerator.process_index)
-    size = f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters"
-    say(f"{size} on {accelerator.device}", flush=True)
+    with ExitStack() as held:
+        if path is not None:
+            if RunFolder(path).is_finished:
+                raise ValueError(f"the run in {path} has finished: there is nothing to resume")
+            _lock(path, accelerator, held)
+        rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
+        limit = config.training.save_total_limit
+        snapshot = None if path is None else Checkpoints(path, limit=limit, **rank).newest()
+        start = StartingPoint(config.training.init_from if snapshot is None else {})
+        if snapshot is None:
+            config = start.adopted_by(config)
+            if start.tokenizer is not None:
+                say(f"tokens of the weights to start from: {config.data.tokenizer}", flush=True)
+        # The tokens of a run that goes on are those that it has saved.
+        data = config.data if snapshot is None else replace(config.data, tokenizer=str(path))
+        with accelerator.main_process_first():
+            text = tokenize_corpus(data, config.model.vocab_size)
+        say(text.describe(), flush=True)
+        changed = None if snapshot is None else RunFolder(path).check_text(text)
+        for warning in filter(None, (text.warning(config.model.window_size), changed)):
+            if accelerator.is_main_process:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if config.data.tokenizer in TRAINED:
+            config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
+        model = _model(config)
+        loaded = start.load(model, match_scale=config.training.match_scale)
+        if loaded is not None:
+            say(loaded, flush=True)
+        if accelerator.process_index:  # the same weights on every process, but dropout of its own
+            torch.manual_seed(config.training.seed + accelerator.process_index)
+        size = f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters"
+        say(f"{size} on {accelerator.device}", flush=True)
 
-    clock = Clock(config.training, started, epoch_targets=text.train.n_targets)
-    trainer = Trainer(model, text.train, config.data, config.training, clock, accelerator, counted=text.train.counted)
-    if snapshot is not None:
-        trainer.resume(snapshot)
-        say(f"resumed in {path} after step {trainer.progress.step:,}", flush=True)
-    if path is None:  # only now: a text that cannot be read leaves no folder behind
-        path = Path(agreed(accelerator, lambda: str(new_folder(out, config.experiment))))
-    folder, checkpoints = RunFolder(path), Checkpoints(path, limit=limit, **rank)
-    if accelerator.is_main_process:
+        clock = Clock(config.training, started, epoch_targets=text.train.n_targets)
+        trainer = Trainer(model, text.train, config.data, config.training, clock, accelerator, counted=text.train.counted)
+        if snapshot is not None:
+            trainer.resume(snapshot)
+            say(f"resumed in {path} after step {trainer.progress.step:,}", flush=True)
+        if path is None:  # only now: a text that cannot be read leaves no folder behind
+            path = Path(agreed(accelerator, lambda: str(new_folder(out, config.experiment))))
+            _lock(path, accelerator, held)
+        folder, checkpoints = RunFolder(path), Checkpoints(path, limit=limit, **rank)
+        try:
+            if accelerator.is_main_process:
+                text.tokenizer.save(path)
+                folder.save_text(text)
+                folder.save_config(config)  # last: what has one is a run
+            start_trackers(accelerator, config, path)
+            evaluation = _train(trainer, text, config, folder, checkpoints)
+            outcome = _finish(trainer, text, config, folder, evaluation, started)
+            if outcome.is_main:
+                checkpoints.finish()  # last: without results the run can still be resumed
+        except DivergedError as error:
+            if accelerator.is_main_process:
+                folder.save_history(trainer.progress.history)
+                folder.save_results(
+                    config, _results(trainer, trainer.evaluation, started), accelerator.device, stopped=str(error)
+                )
+            error.args = (f"{error}. {_what_is_left(path, checkpoints, trainer.progress)}",)
+            raise
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
+            raise Interrupted(number, _how_to_go_on(path, checkpoints)) from None
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+        accelerator.trackers = []
+        accelerator.end_training()
+        return outcome
+
+
+def _lock(path: Path, accelerator: Accelerator, held: ExitStack) -> None:
+    """Make the folder of a run, and keep others from training there until ``held`` is left; the first process does it for all."""
+
+    def lock() -> str | None:
+        folder = RunFolder(path)
         path.mkdir(parents=True, exist_ok=True)
-        text.tokenizer.save(path)
-        folder.save_config(config)
-    start_trackers(accelerator, config, path)
-    evaluation = _train(trainer, text, config, folder, checkpoints)
-    outcome = _finish(trainer, text, config, folder, evaluation, started)
-    if outcome.is_main:
-        checkpoints.finish()  # last: without results the run can still be resumed
-    accelerator.end_training()
-    return outcome
+        try:
+            folder.lock()
+        except ValueError as error:
+            return str(error)
+        held.callback(folder.unlock)
+        return None
+
+    refused = agreed(accelerator, lock)
+    if refused is not None:
+        raise ValueError(refused)
+
+
+def _how_to_go_on(path: Path, checkpoints: Checkpoints) -> str:
+    step = checkpoints.newest_step
+    where = "begins anew there" if step is None else f"goes on from step {step:,}"
+    return f"the run is in {path}: smt train --resume {shlex.quote(str(path))} {where}"
+
+
+def _what_is_left(path: Path, checkpoints: Checkpoints, progress: Progress) -> str:
+    """Of a run that has diverged."""
+    if not progress.best:
+        return f"No weights of the run in {path} had a finite held-out loss. A lower learning rate may help"
+    best = f"the weights of step {progress.best['best_step']:,} with a held-out loss of {progress.best['best_val_loss']:.4f}"
+    return (
+        f"{path} has {best}, a checkpoint of step {checkpoints.newest_step:,} and the results until then. A lower learning rate "
+        f"may help; smt train --resume {shlex.quote(str(path))} goes on with the same"
+    )
 
 
 def _finish(
     trainer: Trainer, text: TokenizedCorpus, config: RunConfig, folder: RunFolder, evaluation: Evaluation, started: float
 ) -> Outcome:
-    """Sample, plot and write the results, on the first process; all processes must come here."""
+    """Write the results, then sample and plot, on the first process; all processes must come here."""
     accelerator, progress, weights, sample = trainer.accelerator, trainer.progress, trainer.weights(), ("", "")
+    results = _results(trainer, evaluation, started)
     if accelerator.is_main_process:
-        model = trainer.model
-        if is_sharded(model):
-            model = _model(config)
-            model.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
-        sample = _sample(model, text.validation[0], config, text.tokenizer)
-        curves = f"{config.experiment}: {evaluation.bits_per_byte:.3f} bits per byte"
-        training_curves(progress.history, folder.curves, title=curves)
-    results = {
+        folder.save_results(config, results, accelerator.device)
+        with optional("sample"):
+            model = trainer.model
+            if is_sharded(model):
+                model = _model(config)
+                model.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
+            sample = _sample(model, text.validation[0], config, text.tokenizer)
+        with optional(folder.curves.name):
+            title = f"{config.experiment}: {evaluation.bits_per_byte:.3f} bits per byte"
+            write_files({folder.curves: lambda path: training_curves(progress.history, path, title=title)})
+    return Outcome(config, folder.path, evaluation, progress, sample, results, accelerator.is_main_process)
+
+
+def _results(trainer: Trainer, evaluation: Evaluation | None, started: float) -> dict[str, Any]:
+    """What ``results.json`` records; of an evaluation that there was not, None."""
+    progress = trainer.progress
+    return {
         **progress.best,
-        "final_val_loss": evaluation.loss,
-        "final_val_ppl": evaluation.perplexity,
-        "val_bits_per_byte": evaluation.bits_per_byte,
-        "val_tokens": evaluation.n_targets,
-        "val_bytes": evaluation.n_bytes,
+        "final_val_loss": evaluation and evaluation.loss,
+        "final_val_ppl": evaluation and evaluation.perplexity,
+        "val_bits_per_byte": evaluation and evaluation.bits_per_byte,
+        "val_tokens": evaluation and evaluation.n_targets,
+        "val_bytes": evaluation and evaluation.n_bytes,
         "parameters": trainer.model.count_parameters()["total"],
         "steps": progress.step,
         "train_tokens": progress.n_tokens,
@@ -196,9 +276,6 @@ def _finish(
         "training_seconds": progress.seconds,
         "seconds": time.perf_counter() - started,
     }
-    if accelerator.is_main_process:
-        folder.save_results(config, results, accelerator.device)
-    return Outcome(config, folder.path, evaluation, progress, sample, results, accelerator.is_main_process)
 
 
 def _model(config: RunConfig) -> StrideMemoryTransformer | FullAttentionGPT2:

@@ -1,0 +1,130 @@
+"""Files that are whole or not there, with the permissions that the user's umask gives, and errors that name them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# In the name of a file that is not whole yet; its ending stays, as some writers choose their format by it.
+PARTIAL = ".partial"
+
+
+def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Write files, each under a temporary name of its own; when all are on the disk, rename them. None is ever half there.
+
+    Two that write the same file do not disturb each other: the last one to rename is the one that stays.
+
+    Args:
+        writers: by path, what writes to the path that it is given.
+
+    Raises:
+        OSError: one cannot be written, such as on a full disk; the message has its path, and nothing of it is left.
+    """
+    temporary = {path: path.with_name(f"{path.stem}{PARTIAL}-{secrets.token_hex(4)}{path.suffix}") for path in writers}
+    try:
+        for path, write in writers.items():
+            with errors_of(path):
+                temporary[path].open("xb").close()
+                mode = temporary[path].stat().st_mode
+                write(temporary[path])
+                os.chmod(temporary[path], mode)  # a writer that makes a file of its own may have made it private
+                sync(temporary[path])
+        for path in writers:
+            with errors_of(path):
+                os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    for folder in {path.parent for path in writers}:
+        sync(folder)
+
+
+def remove_partial(paths: Iterable[Path]) -> None:
+    """Remove what a process that was killed while it wrote one of ``paths`` has left; nobody may be writing them now."""
+    for path in paths:
+        for left in path.parent.iterdir() if path.parent.is_dir() else ():
+            if left.name.startswith(f"{path.stem}{PARTIAL}-") and left.suffix == path.suffix:
+                left.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or a folder's list of names, is on the disk: a rename may otherwise outlive what was renamed."""
+    if os.name == "nt" and path.is_dir():
+        return  # which Windows cannot open
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Give an OSError inside the block the path that a reader knows, where it has none or a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and PARTIAL not in str(error.filename):
+            raise  # of another file, such as one that is copied
+        if error.errno is None:
+            raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_folder(path: str | Path, name: str = "out") -> Path:
+    """The path, if a folder that can be written is there or can be made there; nothing is left there.
+
+    Raises:
+        ValueError: it cannot; the message begins with ``name``.
+    """
+    path = Path(path)
+    there = next(above for above in (path, *path.absolute().parents) if os.path.lexists(above))
+    if not there.is_dir():
+        what = f"{there} is a link to nothing" if there.is_symlink() and not there.exists() else f"{there} is none"
+        raise ValueError(f"{name} must be a folder that can be written, {what}")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} must be a folder that can be written, {there} is not: {error.strerror}") from error
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return _mapping(path, values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    return _mapping(path, values)
+
+
+def _mapping(path: Path, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(values).__name__}")
+    return values
