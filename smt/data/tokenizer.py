@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smt.data.documents import Document
 from smt.runtime.extras import needs_extra
-from smt.runtime.files import read_json, write_files
+from smt.runtime.files import read_json, text_writer, write_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -143,14 +143,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write two files into a folder, from which ``transformers.AutoTokenizer`` reads the tokenizer too."""
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.end_name, "eos_token": self.end_name}
-        write_files(
-            {
-                Path(folder) / TOKENIZER_FILE: lambda path: path.write_text(self._serialised, encoding="utf-8"),
-                Path(folder) / SETTINGS_FILE: lambda path: path.write_text(
-                    json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-                ),
-            }
-        )
+        texts = {TOKENIZER_FILE: self._serialised, SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}
+        write_files({Path(folder) / name: text_writer(text) for name, text in texts.items()})
 
     @property
     def hash(self) -> str:

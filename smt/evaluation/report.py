@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smt.runtime.extras import optional
-from smt.runtime.files import check_folder, write_files
+from smt.runtime.files import check_folder, text_writer, write_files
 from smt.runtime.names import in_one_line
 
 RESULTS_FILE = "evaluation.json"
@@ -57,7 +57,7 @@ class Report:
         values = _finite({**self.settings, "notes": self.notes, "results": self.results})
         text = json.dumps(values, indent=2, allow_nan=False) + "\n"
         files = [out / RESULTS_FILE]
-        write_files({files[0]: lambda path: path.write_text(text, encoding="utf-8")})
+        write_files({files[0]: text_writer(text)})
         for name, draw in self.plots.items():
             with optional(name):
                 write_files({out / name: draw})

@@ -1,4 +1,4 @@
-"""One cell of a study: ``attempt`` trains what ``cell.yaml`` in a folder says, in that folder; ``main`` in a process of its own.
+"""One cell of a study: ``attempt`` trains what ``cell.yaml`` in a folder says, in that folder; ``main`` does in a process.
 
 ``cell.yaml`` is the configuration that was asked for. What the run itself records in ``config.yaml`` may differ from it: a
 trained tokenizer can end with fewer tokens, and weights to start from bring their own.

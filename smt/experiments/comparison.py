@@ -14,7 +14,7 @@ from typing import Any
 
 from smt.experiments.record import RunRecord
 from smt.runtime.extras import optional
-from smt.runtime.files import check_folder, write_files
+from smt.runtime.files import check_folder, text_writer, write_files
 from smt.runtime.names import in_markdown, in_one_line
 from smt.training import plots
 
@@ -138,7 +138,7 @@ class Comparison:
         folder = check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         contents = {".md": self.markdown(), ".csv": self.csv(), ".json": self.json(**more)}
-        files = {folder / f"{stem}{suffix}": _text_writer(content) for suffix, content in contents.items()}
+        files = {folder / f"{stem}{suffix}": text_writer(content) for suffix, content in contents.items()}
         write_files(files)
         figures = {record.name: getattr(record, self.by) for record in self.records}
         histories = {record.name: record.history for record in self.records}
@@ -152,10 +152,6 @@ class Comparison:
         rows = self.rows()
         shown = [["-" if row[key] is None else in_one_line(COLUMNS[key][1](row[key])) for key in row] for row in rows]
         return [[COLUMNS[key][0] for key in rows[0]], *shown]
-
-
-def _text_writer(text: str) -> Callable[[Path], Any]:
-    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

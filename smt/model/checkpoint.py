@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.pretrained.sources import read_safetensors
-from smt.runtime.files import write_files
+from smt.runtime.files import text_writer, write_files
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 NAMES_SHOWN = 3
@@ -36,7 +36,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     write_files(
         {
             folder / WEIGHTS_FILE: tensors_writer(model.state_dict()),
-            folder / CONFIG_FILE: lambda path: path.write_text(fields, encoding="utf-8"),
+            folder / CONFIG_FILE: text_writer(fields),
         }
     )
 

@@ -47,6 +47,11 @@ def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
         sync(folder)
 
 
+def text_writer(text: str) -> Callable[[Path], Any]:
+    """What writes text, in UTF-8, to a path."""
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
 def remove_partial(paths: Iterable[Path]) -> None:
     """Remove what a process that was killed while it wrote one of ``paths`` has left; nobody may be writing them now."""
     for path in paths:

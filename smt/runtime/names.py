@@ -16,6 +16,6 @@ def in_markdown(name: str) -> str:
 
 
 def in_plot(name: str) -> str:
-    """For matplotlib, which reads mathematics between two dollars, and leaves out of a legend what begins with an underscore."""
+    """For matplotlib, which reads mathematics between dollars and leaves out of a legend what begins with an underscore."""
     name = in_one_line(name).replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name

@@ -27,7 +27,7 @@ from torch import Tensor
 from smt.data.tokenizer import TOKENIZER_FILES
 from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer
 from smt.pretrained.sources import read_safetensors
-from smt.runtime.files import PARTIAL, errors_of, read_json, sync, write_files
+from smt.runtime.files import PARTIAL, errors_of, read_json, sync, text_writer, write_files
 
 FOLDER, PREFIX, OLD = "checkpoints", "step_", ".old"
 COMPLETE = re.compile(rf"{PREFIX}(\d{{8,}})")
@@ -95,13 +95,12 @@ class Checkpoints:
         self._wait()
 
     def _write_shared(self, folder: Path, snapshot: Snapshot) -> None:
-        progress = json.dumps(snapshot.progress)
         copied = [path for name in (CONFIG_FILE, *TOKENIZER_FILES) if (path := self._run / name).is_file()]
         write_files(
             {
                 folder / WEIGHTS_FILE: tensors_writer(snapshot.weights),
                 folder / OPTIMIZER_FILE: tensors_writer(snapshot.optimizer),
-                folder / PROGRESS_FILE: lambda path: path.write_text(progress, encoding="utf-8"),
+                folder / PROGRESS_FILE: text_writer(json.dumps(snapshot.progress)),
                 **{folder / path.name: partial(shutil.copyfile, path) for path in copied},
             }
         )

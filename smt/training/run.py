@@ -204,7 +204,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
 
 
 def _lock(path: Path, accelerator: Accelerator, held: ExitStack) -> None:
-    """Make the folder of a run, and keep others from training there until ``held`` is left; the first process does it for all."""
+    """Make the folder of a run and keep others from training there until ``held`` is left; one process does it for all."""
 
     def lock() -> str | None:
         folder = RunFolder(path)
@@ -233,8 +233,8 @@ def _what_is_left(path: Path, checkpoints: Checkpoints, progress: Progress) -> s
         return f"No weights of the run in {path} had a finite held-out loss. A lower learning rate may help"
     best = f"the weights of step {progress.best['best_step']:,} with a held-out loss of {progress.best['best_val_loss']:.4f}"
     return (
-        f"{path} has {best}, a checkpoint of step {checkpoints.newest_step:,} and the results until then. A lower learning rate "
-        f"may help; smt train --resume {shlex.quote(str(path))} goes on with the same"
+        f"{path} has {best}, a checkpoint of step {checkpoints.newest_step:,} and the results until then. A lower learning "
+        f"rate may help; smt train --resume {shlex.quote(str(path))} goes on with the same"
     )
 
 

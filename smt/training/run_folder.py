@@ -15,7 +15,7 @@ from torch import Tensor
 from smt.data.tokenized import TokenizedCorpus
 from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer
 from smt.runtime.environment import environment
-from smt.runtime.files import check_folder, remove_partial, write_files
+from smt.runtime.files import check_folder, remove_partial, text_writer, write_files
 from smt.training.progress import History
 from smt.training.run_files import (
     CURVES_FILE,
@@ -115,8 +115,7 @@ class RunFolder:
         return f"the training text of {text.source} is not that with which the run in {self.path} began"
 
     def _save_json(self, name: str, values: dict[str, Any]) -> None:
-        text = json.dumps(values, indent=2) + "\n"
-        write_files({self.path / name: lambda path: path.write_text(text, encoding="utf-8")})
+        write_files({self.path / name: text_writer(json.dumps(values, indent=2) + "\n")})
 
 
 def new_folder(out: str | Path, experiment: str) -> Path:

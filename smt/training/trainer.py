@@ -1,8 +1,8 @@
 """The training loop: rows walk along whole documents, memory is carried and cut from its graph, AdamW follows the clock.
 
 Accelerate does what depends on the machine: one process or many (DDP, or FSDP 2), autocast, accumulation. Every process walks
-its own rows of the same documents, so two processes of B rows train what one of 2 B rows trains. An optimiser step descends, over
-the rows of all processes and all batches that it accumulates,
+its own rows of the same documents, so two processes of B rows train what one of 2 B rows trains. An optimiser step descends,
+over the rows of all processes and all batches that it accumulates,
 
     (sum of nats / targets that the loss counts) * (steps that are read / steps of full batches)
 
