@@ -2,74 +2,44 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from smt.baselines import FullAttentionGPT2
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
-from smt.data.tokenizer import TRAINED, Tokenizer
+from smt.data.tokenizer import TRAINED
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.model.checkpoint import CONFIG_FILE
-from smt.model.transformer import StrideMemoryTransformer
-from smt.runtime.extras import needs_extra, optional
-from smt.runtime.files import check_folder, write_files
+from smt.runtime.extras import needs_extra
+from smt.runtime.files import check_folder
 from smt.runtime.process import Interrupted
 from smt.training.accelerate import agreed, make_accelerator, start_trackers
 from smt.training.checkpoints import Checkpoints
 from smt.training.clock import Clock
-from smt.training.plots import training_curves
-from smt.training.progress import Progress
+from smt.training.ending import Outcome, finish, how_to_go_on, results_of, what_is_left
 from smt.training.run_folder import RunFolder, new_folder
 from smt.training.settings import RunConfig
-from smt.training.sharding import is_sharded
-from smt.training.starting_point import StartingPoint
+from smt.training.starting_point import StartingPoint, fresh_model
 from smt.training.trainer import DivergedError, Trainer
 
 if TYPE_CHECKING:
-    import numpy as np
     from accelerate import Accelerator
 
 # Kept for plot and exit in a run bounded by time, beside the last evaluation (measured) and the sample.
 CLOSING_SECONDS = 4.0
 # Per sampled token, relative to a token in training: a forward pass of one row is small but cannot be batched.
 SAMPLE_COST = 40
-SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.8, 0.95
 # An evaluation without gradients against training, per token, until one has been measured.
 EVALUATION_COST = 0.5
 # What a run takes from its text or its starting point, and writes down in the stead of what it was given.
 ADOPTED = ("vocab_size", "tokenizer")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run ends with.
-
-    Attributes:
-        config: exactly what ran.
-        folder: where its files are.
-        evaluation: of the final weights, on the held-out documents, or those that ``data.eval_documents`` leaves.
-        progress: what the training loop did.
-        sample: prompt and continuation; empty on all processes but the first.
-        results: what ``results.json`` records.
-        is_main: whether this is the process that reports.
-    """
-
-    config: RunConfig
-    folder: Path
-    evaluation: Evaluation
-    progress: Progress
-    sample: tuple[str, str]
-    results: dict[str, Any]
-    is_main: bool = True
 
 
 def run(config: RunConfig, out: str | Path = "results", *, started: float | None = None) -> Outcome:
@@ -156,7 +126,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         if config.data.tokenizer in TRAINED:
             config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
-        model = _model(config)
+        model = fresh_model(config)
         loaded = start.load(model, match_scale=config.training.match_scale)
         if loaded is not None:
             say(loaded, flush=True)
@@ -181,20 +151,20 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
                 folder.save_config(config)  # last: what has one is a run
             start_trackers(accelerator, config, path)
             evaluation = _train(trainer, text, config, folder, checkpoints)
-            outcome = _finish(trainer, text, config, folder, evaluation, started)
+            outcome = finish(trainer, text, config, folder, evaluation, started)
             if outcome.is_main:
                 checkpoints.finish()  # last: without results the run can still be resumed
         except DivergedError as error:
             if accelerator.is_main_process:
                 folder.save_history(trainer.progress.history)
                 folder.save_results(
-                    config, _results(trainer, trainer.evaluation, started), accelerator.device, stopped=str(error)
+                    config, results_of(trainer, trainer.evaluation, started), accelerator.device, stopped=str(error)
                 )
-            error.args = (f"{error}. {_what_is_left(path, checkpoints, trainer.progress)}",)
+            error.args = (f"{error}. {what_is_left(path, checkpoints, trainer.progress)}",)
             raise
         except KeyboardInterrupt as interrupt:
             number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
-            raise Interrupted(number, _how_to_go_on(path, checkpoints)) from None
+            raise Interrupted(number, how_to_go_on(path, checkpoints)) from None
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
@@ -219,75 +189,6 @@ def _lock(path: Path, accelerator: Accelerator, held: ExitStack) -> None:
     refused = agreed(accelerator, lock)
     if refused is not None:
         raise ValueError(refused)
-
-
-def _how_to_go_on(path: Path, checkpoints: Checkpoints) -> str:
-    step = checkpoints.newest_step
-    where = "begins anew there" if step is None else f"goes on from step {step:,}"
-    return f"the run is in {path}: smt train --resume {shlex.quote(str(path))} {where}"
-
-
-def _what_is_left(path: Path, checkpoints: Checkpoints, progress: Progress) -> str:
-    """Of a run that has diverged."""
-    if not progress.best:
-        return f"No weights of the run in {path} had a finite held-out loss. A lower learning rate may help"
-    best = f"the weights of step {progress.best['best_step']:,} with a held-out loss of {progress.best['best_val_loss']:.4f}"
-    return (
-        f"{path} has {best}, a checkpoint of step {checkpoints.newest_step:,} and the results until then. A lower learning "
-        f"rate may help; smt train --resume {shlex.quote(str(path))} goes on with the same"
-    )
-
-
-def _finish(
-    trainer: Trainer, text: TokenizedCorpus, config: RunConfig, folder: RunFolder, evaluation: Evaluation, started: float
-) -> Outcome:
-    """Write the results, then sample and plot, on the first process; all processes must come here."""
-    accelerator, progress, weights, sample = trainer.accelerator, trainer.progress, trainer.weights(), ("", "")
-    results = _results(trainer, evaluation, started)
-    if accelerator.is_main_process:
-        folder.save_results(config, results, accelerator.device)
-        with optional("sample"):
-            model = trainer.model
-            if is_sharded(model):
-                model = _model(config)
-                model.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
-            sample = _sample(model, text.validation[0], config, text.tokenizer)
-        with optional(folder.curves.name):
-            title = f"{config.experiment}: {evaluation.bits_per_byte:.3f} bits per byte"
-            write_files({folder.curves: lambda path: training_curves(progress.history, path, title=title)})
-    return Outcome(config, folder.path, evaluation, progress, sample, results, accelerator.is_main_process)
-
-
-def _results(trainer: Trainer, evaluation: Evaluation | None, started: float) -> dict[str, Any]:
-    """What ``results.json`` records; of an evaluation that there was not, None."""
-    progress = trainer.progress
-    return {
-        **progress.best,
-        "final_val_loss": evaluation and evaluation.loss,
-        "final_val_ppl": evaluation and evaluation.perplexity,
-        "val_bits_per_byte": evaluation and evaluation.bits_per_byte,
-        "val_tokens": evaluation and evaluation.n_targets,
-        "val_bytes": evaluation and evaluation.n_bytes,
-        "parameters": trainer.model.count_parameters()["total"],
-        "steps": progress.step,
-        "train_tokens": progress.n_tokens,
-        "padding": progress.padding,
-        "tokens_per_second": progress.tokens_per_second,
-        "training_seconds": progress.seconds,
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def _model(config: RunConfig) -> StrideMemoryTransformer | FullAttentionGPT2:
-    """A fresh model, the same on every process."""
-    torch.manual_seed(config.training.seed)
-    if config.architecture == "gpt2":
-        model = FullAttentionGPT2(config.model, config.data.chunk_length)
-    else:
-        model = StrideMemoryTransformer(config.model)
-    if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
 
 
 def _train(
@@ -340,14 +241,3 @@ def _train(
 
     with bar:
         return trainer.train(evaluated, on_step=on_step, on_best=save_best, on_checkpoint=save_checkpoint)
-
-
-def _sample(model: torch.nn.Module, document: np.ndarray, config: RunConfig, tokenizer: Tokenizer) -> tuple[str, str]:
-    """The beginning of a held-out document, and how the model goes on."""
-    device = model.embedding.weight.device
-    prompt = torch.tensor(document[: config.model.m_input_tokens].tolist(), device=device)
-    generator = torch.Generator(device).manual_seed(config.training.seed)
-    (tokens,) = model.generate(
-        prompt[None], config.training.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, generator=generator
-    )
-    return tokenizer.decode(prompt[1:].cpu()), tokenizer.decode(tokens[len(prompt) :].cpu())

@@ -265,7 +265,7 @@ class TestStore:
         with pytest.raises(ValueError, match=r"tokens.bin must have \d+ bytes, it has \d+; delete"):
             TokenStore(store.folder)
         info.write_text(json.dumps({**json.loads(info.read_text()), "layout": 99}))
-        with pytest.raises(ValueError, match="must have layout 2, got 99"):
+        with pytest.raises(ValueError, match="must have layout 3, got 99"):
             TokenStore(store.folder)
         with pytest.raises(FileNotFoundError, match="no tokens in"):
             TokenStore(tmp_path)

@@ -76,9 +76,8 @@ class TestWriting:
 
         with pytest.raises(KeyboardInterrupt):
             write_files({tmp_path / "model.txt": killed})
-        left = [tmp_path / "model.partial-00ff00ff.txt", tmp_path / "model.partial.txt", tmp_path / "other.partial-00ff00ff.txt"]
-        for path in left:
-            path.touch()
+        for name in ("model.partial-00ff00ff.txt", "model.partial.txt", "other.partial-00ff00ff.txt"):
+            (tmp_path / name).touch()
         remove_partial([tmp_path / "model.txt"])
         assert {path.name for path in tmp_path.iterdir()} == {"kept", "model.partial.txt", "other.partial-00ff00ff.txt"}
 
@@ -97,9 +96,9 @@ class TestFolders:
         (tmp_path / "file").touch()
         (tmp_path / "link").symlink_to(tmp_path / "nothing")
         for name in ("file", "file/below"):
-            with pytest.raises(ValueError, match="^out must be a folder that can be written, .*file is none$"):
+            with pytest.raises(ValueError, match=r"^out must be a folder that can be written, .*file is none$"):
                 check_folder(tmp_path / name)
-        with pytest.raises(ValueError, match="^run must be a folder that can be written, .*link is a link to nothing$"):
+        with pytest.raises(ValueError, match=r"^run must be a folder that can be written, .*link is a link to nothing$"):
             check_folder(tmp_path / "link" / "below", "run")
 
     def test_one_that_cannot_be_written_is_refused(self, tmp_path, monkeypatch):
