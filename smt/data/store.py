@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 # Of the layout of the files; another one does not read what an earlier one wrote.
 LAYOUT = 3
-TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
+FILES = TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
 FIELDS = ("hash", "text_hash", "vocab_size", "dtype", "names", "n_bytes", "offsets", "names_targets", "n_targets", "skipped")
 
 
@@ -62,7 +62,7 @@ class TokenStore(Sequence["np.ndarray"]):
         self._info: dict[str, Any] = read_json(self.folder / DOCUMENTS_FILE)
         layout = self._info.get("layout")
         if layout != LAYOUT:
-            raise ValueError(f"{folder} must have layout {LAYOUT}, got {layout!r}; delete it to tokenise again")
+            raise ValueError(f"{self.folder / DOCUMENTS_FILE} must have layout {LAYOUT}, got {layout!r}; delete {folder}")
         for name in FIELDS:
             if name not in self._info:
                 raise ValueError(f"{self.folder / DOCUMENTS_FILE} is damaged: it lacks {name!r}; delete {self.folder}")
