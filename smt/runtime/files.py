@@ -28,14 +28,12 @@ def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
     Raises:
         OSError: one cannot be written, such as on a full disk; the message has its path, and nothing of it is left.
     """
-    temporary = {path: path.with_name(f"{path.stem}{PARTIAL}-{secrets.token_hex(4)}{path.suffix}") for path in writers}
+    temporary = {path: _partial(path) for path in writers}
     try:
         for path, write in writers.items():
             with errors_of(path):
-                temporary[path].open("xb").close()
-                mode = temporary[path].stat().st_mode
                 write(temporary[path])
-                os.chmod(temporary[path], mode)  # a writer that makes a file of its own may have made it private
+                follow_umask(temporary[path])
                 sync(temporary[path])
         for path in writers:
             with errors_of(path):
@@ -45,6 +43,19 @@ def write_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
             path.unlink(missing_ok=True)
     for folder in {path.parent for path in writers}:
         sync(folder)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions that a new one has; safetensors makes its own private."""
+    new = _partial(path)
+    new.open("xb").close()
+    mode = new.stat().st_mode
+    new.unlink()
+    os.chmod(path, mode)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.stem}{PARTIAL}-{secrets.token_hex(4)}{path.suffix}")
 
 
 def text_writer(text: str) -> Callable[[Path], Any]:
