@@ -104,8 +104,6 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
     say = accelerator.print
     with ExitStack() as held:
         if path is not None:
-            if RunFolder(path).is_finished:
-                raise ValueError(f"the run in {path} has finished: there is nothing to resume")
             _lock(path, accelerator, held)
         rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
         limit = config.training.save_total_limit
@@ -184,7 +182,7 @@ def _lock(path: Path, accelerator: Accelerator, held: ExitStack) -> None:
         except ValueError as error:
             return str(error)
         held.callback(folder.unlock)
-        return None
+        return f"the run in {path} has finished: there is nothing to resume" if folder.is_finished else None
 
     refused = agreed(accelerator, lock)
     if refused is not None:
