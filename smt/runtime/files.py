@@ -127,8 +127,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return _mapping(path, values)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+def read_yaml(path: Path, what: str = "a mapping") -> dict[str, Any]:
+    """A YAML file that holds a mapping, which is called ``what``.
 
     Raises:
         ValueError: it is damaged, or holds something else.
@@ -137,10 +137,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    return _mapping(path, values)
+    return _mapping(path, values, what)
 
 
-def _mapping(path: Path, values: Any) -> dict[str, Any]:
+def _mapping(path: Path, values: Any, what: str = "a mapping") -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(values).__name__}")
+        raise ValueError(f"{path} must hold {what}, got {type(values).__name__}")
     return values
