@@ -213,6 +213,8 @@ class Trainer:
 
     def total(self, sums: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
+        if self.accelerator.num_processes == 1:
+            return sums  # without a wait for the device
         return self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").to(sums.device)
 
     def weights(self) -> dict[str, Tensor]:
@@ -285,8 +287,6 @@ class Trainer:
 
     def _agreed_progress(self) -> float:
         """How far the run is; processes do not read the time alike."""
-        if self.accelerator.num_processes == 1:
-            return self.clock.progress
         mine = self.clock.progress if self.accelerator.is_main_process else 0.0
         return float(self.total(torch.tensor(mine, dtype=torch.float64)))
 
