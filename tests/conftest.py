@@ -82,18 +82,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def device() -> str:
+    """Where the tests of this run put their tensors: ``cuda`` when kernels run natively, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_power_is_lost() -> Iterator[None]:
     """Files are not waited for until they are on the disk, which takes a hundredth of a second each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
-
-
-@pytest.fixture
-def device() -> str:
-    """Where the tests of this run put their tensors: ``cuda`` when kernels run natively, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 @pytest.fixture(autouse=True)

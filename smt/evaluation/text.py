@@ -6,13 +6,17 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smt.data.documents import Corpus, hash_documents
 from smt.data.tokenizer import Tokenizer
-from smt.training.run_files import text_of_run
+from smt.runtime.files import read_json
+
+# Which text a run reads.
+TEXT_FILE = "text.json"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ def held_out_text(corpus: Corpus, tokenizer: Tokenizer, count: int | None = None
         sum(document.n_bytes for document in read),
         sum(len(document.text) for document in read),
     )
+
+
+def text_of_run(folder: str | Path) -> dict[str, Any]:
+    """Which text a run reads: its ``source`` in words, and hashes of its splits, ``training`` and ``held_out``.
+
+    Nothing for a checkpoint that names no text.
+    """
+    path = Path(folder) / TEXT_FILE
+    return read_json(path) if path.is_file() else {}
 
 
 def other_text(corpus: Corpus, run: str | Path) -> str | None:

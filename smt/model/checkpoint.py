@@ -6,9 +6,7 @@ is a valid configuration of a run, and a run's folder is a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
-from smt.pretrained.sources import read_safetensors
-from smt.runtime.files import text_writer, write_files
+from smt.runtime.files import read_safetensors, tensors_writer, text_writer, write_files
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 NAMES_SHOWN = 3
@@ -109,24 +106,6 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(fields).__name__}")
     return fields
-
-
-def tensors_writer(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({"format": "pt"})
-) -> Callable[[Path], None]:
-    """What writes tensors, and ``metadata`` in the file's header, as safetensors to a path."""
-
-    def write(path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        try:
-            save_file(on_cpu, path, metadata=dict(metadata))
-        except SafetensorError as error:  # such as a full disk, which it does not call an OSError
-            raise OSError(str(error)) from error
-
-    return write
 
 
 def _note_loaded(model: nn.Module) -> None:

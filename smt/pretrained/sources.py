@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smt.data.tokenizer import TOKENIZER_FILES
 from smt.runtime.extras import needs_extra
+from smt.runtime.files import read_safetensors
 
 HF_CONFIG_FILE = "config.json"
 # In the order of preference; an index names the files that hold the parts of a large model.
@@ -152,21 +153,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} must hold tensors by name, got {type(tensors).__name__}")
     return tensors
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        ValueError: a damaged file.
-    """
-    import safetensors
-    import safetensors.torch
-
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _fields(config: Any) -> dict[str, Any]:

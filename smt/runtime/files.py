@@ -1,4 +1,4 @@
-"""Files that are whole or not there, with the permissions that the user's umask gives, and errors that name them."""
+"""Files that are whole or not there, tensors in them, the permissions of the user's umask, and errors that name them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # In the name of a file that is not whole yet; its ending stays, as some writers choose their format by it.
 PARTIAL = ".partial"
@@ -61,6 +64,37 @@ def _partial(path: Path) -> Path:
 def text_writer(text: str) -> Callable[[Path], Any]:
     """What writes text, in UTF-8, to a path."""
     return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def tensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Callable[[Path], None]:
+    """What writes tensors, and in the file's header ``metadata``, as safetensors to a path."""
+
+    def write(path: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        try:
+            save_file(on_cpu, path, metadata=dict(metadata or {"format": "pt"}))
+        except SafetensorError as error:  # such as a full disk, which it does not call an OSError
+            raise OSError(str(error)) from error
+
+    return write
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    import safetensors
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def remove_partial(paths: Iterable[Path]) -> None:

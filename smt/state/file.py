@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from smt.config import SMTConfig
-from smt.model.checkpoint import tensors_writer
-from smt.runtime.files import write_files
+from smt.runtime.files import tensors_writer, write_files
 from smt.state.state import SMTState, state_shapes
 
 FORMAT = "smt.state/1"

@@ -25,9 +25,17 @@ from typing import Any
 from torch import Tensor
 
 from smt.data.tokenizer import TOKENIZER_FILES
-from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer
-from smt.pretrained.sources import read_safetensors
-from smt.runtime.files import PARTIAL, errors_of, read_json, sync, text_writer, write_files
+from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from smt.runtime.files import (
+    PARTIAL,
+    errors_of,
+    read_json,
+    read_safetensors,
+    sync,
+    tensors_writer,
+    text_writer,
+    write_files,
+)
 
 FOLDER, PREFIX, OLD = "checkpoints", "step_", ".old"
 COMPLETE = re.compile(rf"{PREFIX}(\d{{8,}})")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from smt.runtime.files import read_json
 
 RESULTS_FILE, HISTORY_FILE, CURVES_FILE = "results.json", "metrics_history.json", "training_curves.png"
-TEXT_FILE, LOCK_FILE = "text.json", "run.lock"
+LOCK_FILE = "run.lock"
 # In the results of a run that diverged: what happened. It has results, and has not finished.
 STOPPED = "stopped"
 
@@ -21,12 +20,3 @@ def has_finished(folder: str | Path) -> bool:
     """
     path = Path(folder) / RESULTS_FILE
     return path.is_file() and STOPPED not in read_json(path)
-
-
-def text_of_run(folder: str | Path) -> dict[str, Any]:
-    """Which text a run reads: its ``source`` in words, and hashes of its splits, ``training`` and ``held_out``.
-
-    Nothing for a checkpoint that names no text.
-    """
-    path = Path(folder) / TEXT_FILE
-    return read_json(path) if path.is_file() else {}

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from smt.data.tokenized import TokenizedCorpus
-from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensors_writer
+from smt.evaluation.text import TEXT_FILE, text_of_run
+from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from smt.runtime.environment import environment
-from smt.runtime.files import check_folder, remove_partial, text_writer, write_files
+from smt.runtime.files import check_folder, remove_partial, tensors_writer, text_writer, write_files
 from smt.training.progress import History
 from smt.training.run_files import (
     CURVES_FILE,
@@ -23,9 +24,7 @@ from smt.training.run_files import (
     LOCK_FILE,
     RESULTS_FILE,
     STOPPED,
-    TEXT_FILE,
     has_finished,
-    text_of_run,
 )
 from smt.training.settings import RunConfig
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from smt.model.checkpoint import tensors_writer
 from smt.runtime import files
-from smt.runtime.files import check_folder, read_json, read_yaml, remove_partial, text_writer, write_files
+from smt.runtime.files import check_folder, read_json, read_yaml, remove_partial, tensors_writer, text_writer, write_files
 
 
 @pytest.fixture
