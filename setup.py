@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # numpy: the pyarrow that datasets takes refuses 1.x, though its metadata does not say so. pyyaml: 6.0 has no wheel for
 # Python 3.12, and does not build with Cython 3.
 TRAIN = [
-    *("accelerate>=1.10", "datasets>=4", "matplotlib>=3.8", "numpy>=2"),
+    *("accelerate>=1.10", "datasets>=4", "filelock>=3.12", "matplotlib>=3.8", "numpy>=2"),
     *("tokenizers>=0.21", "tqdm>=4.66", "transformers>=5"),
 ]
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import yaml
 
 from smt.runtime.fields import check_fields, nearest
+from smt.runtime.files import read_yaml
 from smt_kernels import WindowSpec
 from smt_kernels.window_attention import MAX_WINDOW
 
@@ -192,12 +193,9 @@ class SMTConfig:
         """Read a YAML file of fields.
 
         Raises:
-            ValueError: not a mapping, or an unknown field.
+            ValueError: damaged, not a mapping, or an unknown field.
         """
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(read_yaml(Path(path), "a mapping of SMTConfig fields"))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as ``from_dict`` takes them."""

@@ -99,6 +99,14 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_power_is_lost() -> Iterator[None]:
+    """Files are not waited for until they are on the disk, which takes a hundredth of a second each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Seeds Python and torch from the name of the test and ``--seed``; a failing test prints it."""

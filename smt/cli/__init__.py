@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 import warnings
@@ -20,7 +21,14 @@ from typing import TextIO
 
 from smt.cli.parser import Parser, UsageError
 from smt.runtime.fields import nearest
-from smt.runtime.process import keep_freed_memory, no_bars_unless_watched, sleep_while_waiting, use_huge_pages
+from smt.runtime.process import (
+    Interrupted,
+    keep_freed_memory,
+    no_bars_unless_watched,
+    signals_as_interrupts,
+    sleep_while_waiting,
+    use_huge_pages,
+)
 
 COMMANDS = {
     "train": "train a model on text, evaluate it on held-out documents, and leave the run in a folder",
@@ -45,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        the exit code: 0; 1 after an error; 2 where the command line itself cannot be read, or is empty; 130 after Ctrl-C.
+        the exit code: 0; 1 after an error; 2 where the command line itself cannot be read, or is empty; 128 and the signal's
+        number after Ctrl-C (130), SIGTERM (143) or SIGHUP (129).
     """
     started = time.perf_counter()
     sleep_while_waiting()
@@ -54,11 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     no_bars_unless_watched()
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or [""]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), signals_as_interrupts():
             warnings.showwarning = _show_warning
             code = _run(name, rest, started)
         sys.stdout.flush()
         return code
+    except Interrupted as interrupt:
+        by = "" if interrupt.signal == signal.SIGINT else f" by {interrupt.signal.name}"
+        print(f"smt: interrupted{by}" + (f"; {interrupt.advice}" if interrupt.advice else ""), file=sys.stderr)
+        return 128 + interrupt.signal
     except KeyboardInterrupt:
         print("smt: interrupted", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from smt.cli.run_fields import USUAL_CONFIG, add_run_fields, overrides
+from smt.runtime.process import Interrupted
 
 EXAMPLES = """\
   smt ablate --grid stride=8,16,32                     a run for each stride, all else as in smt train
@@ -49,11 +50,15 @@ def run(options: argparse.Namespace, started: float) -> int:
         for cell in study.cells:
             study.control_of(cell, options.control)  # a name that does not exist is found before the training, not after it
     folder = Path(options.out) / study.name
-    outcomes = run_study(study, options.out, jobs=options.jobs, tell=partial(print, flush=True))
+    try:
+        outcomes = run_study(study, options.out, jobs=options.jobs, tell=partial(print, flush=True))
+    except Interrupted as interrupt:
+        raise Interrupted(interrupt.signal, f"the study is in {folder}: the same command goes on with it") from None
     print("\ncomparing the cells", flush=True)
-    report = report_study(study, outcomes, folder, options.control)
+    report = report_study(study, outcomes, options.control)
     if report.comparison is not None:
-        print(f"\n{report.comparison.text()}\n\nfiles           {', '.join(map(str, report.files))}")
+        print(f"\n{report.comparison.text()}", flush=True)
+        print(f"\nfiles           {', '.join(map(str, report.save(folder)))}")
     else:
         print("\n".join(f"{label} failed: {error}" for label, error in report.failures.items()))
     if report.failures:

@@ -20,7 +20,7 @@ from smt.pretrained.loading import config_of, load_parts
 from smt.pretrained.sources import open_source
 from smt.pretrained.transfer import LoadReport
 from smt.runtime.fields import parse
-from smt.runtime.files import write_files
+from smt.runtime.files import check_folder, write_files
 
 
 def convert(
@@ -60,6 +60,7 @@ def convert(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, {out} is not")
     known = {field.name for field in dataclasses.fields(SMTConfig)}  # from_dict refuses others
+    check_folder(out)
     fields = {name: parse(SMTConfig, name, value) if name in known else value for name, value in fields.items()}
     sources = {kind: open_source(source) for kind, source in given.items()}
     if config is not None:

@@ -34,9 +34,11 @@ def run(options: argparse.Namespace, started: float) -> int:
     out = options.out or options.run
     if out is None:
         raise ValueError("smt eval --hf needs --out FOLDER for its files")
+    from smt.evaluation.report import Report
     from smt.evaluation.run import EvaluationConfig, evaluate_subjects
     from smt.evaluation.subjects import data_named, data_of_run, open_causal_lm, open_run
     from smt.runtime.device import find_device
+    from smt.runtime.files import check_folder
 
     tasks = {} if options.tasks is None else {"tasks": tuple(filter(None, options.tasks.split(",")))}
     config = EvaluationConfig(documents=options.documents, trials=options.trials, seed=options.seed, **tasks)
@@ -45,11 +47,17 @@ def run(options: argparse.Namespace, started: float) -> int:
     data = data_named(options.data) if options.data else data_of_run(options.run) if options.run else None
     if data is None:
         raise ValueError("smt eval needs --data: the model does not say what it was trained on")
+    check_folder(out)
     if options.hf is not None:
         subjects.append(open_causal_lm(options.hf, device, options.context))
-    report = evaluate_subjects(subjects, data, config, out)
-    print(report.table())
-    for note in report.notes:
-        print(f"note: {note}")
-    print(f"\nfiles           {', '.join(str(path) for path in report.files)}")
+    report = Report()
+    try:
+        evaluate_subjects(subjects, data, config, report, run_folder=None if options.data else options.run)
+    finally:
+        if report.rows:  # what was measured before an error, too
+            print(report.table())
+            for note in report.notes:
+                print(f"note: {note}")
+            print(flush=True)
+    print(f"files           {', '.join(str(path) for path in report.save(out))}")
     return 0

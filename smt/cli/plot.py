@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 EXAMPLES = """\
@@ -21,19 +22,21 @@ def run(options: argparse.Namespace, started: float) -> int:
     """Draw, and say where."""
     if len(options.runs) > 1 and options.out is None:
         raise ValueError("smt plot needs --out FILE to draw several runs in one figure")
-    from smt.experiments.record import RESULTS_FILE, Losses, RunRecord, named
+    from smt.experiments.record import Losses, RunRecord, named
+    from smt.runtime.files import check_folder, write_files
     from smt.training import plots
+    from smt.training.run_files import has_finished
 
     histories = {name: Losses.read(folder) for name, folder in named(options.runs).items()}
     out = Path(options.out or Path(options.runs[0]) / "training_curves.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(out.parent, f"the folder of {out}").mkdir(parents=True, exist_ok=True)
     if len(histories) > 1:
-        plots.curves_of_runs(histories, out)
+        write_files({out: partial(plots.curves_of_runs, histories)})
     else:
         ((name, history),) = histories.items()
-        if (Path(options.runs[0]) / RESULTS_FILE).is_file():
+        if has_finished(options.runs[0]):
             record = RunRecord.read(options.runs[0])
             name = f"{record.experiment}: {record.bits_per_byte:.3f} bits per byte"
-        plots.training_curves(history, out, title=name)
+        write_files({out: partial(plots.training_curves, history, title=name)})
     print(f"files           {out}")
     return 0

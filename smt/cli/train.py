@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import TYPE_CHECKING
 
 from smt.cli.output import printable
@@ -51,11 +52,11 @@ def run(options: argparse.Namespace, started: float) -> int:
         config = RunConfig.from_yaml(options.config or USUAL_CONFIG, given)
         outcome = train(config, options.out or "results", started=started)
     if outcome.is_main:
-        _report(outcome)
+        _report(outcome, time.perf_counter() - started)
     return 0
 
 
-def _report(outcome: Outcome) -> None:
+def _report(outcome: Outcome, seconds: float) -> None:
     prompt, continuation = outcome.sample
     if continuation:
         print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")
@@ -70,7 +71,7 @@ def _report(outcome: Outcome) -> None:
         f"bits per byte   {evaluation.bits_per_byte:.3f}\n"
         f"training        {progress.n_tokens:,} tokens in {progress.step:,} steps, {progress.padding:.1%} padding\n"
         f"speed           {progress.tokens_per_second:,.0f} tokens/s\n"
-        f"total time      {outcome.results['seconds']:.0f} s\n"
+        f"total time      {seconds:.0f} s\n"
         f"files           {outcome.folder}"
     )
 

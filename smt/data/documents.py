@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 # About one document in twenty is held out where a source has no split of its own; of a single document its last twentieth.
 HELD_OUT_EVERY = 20
@@ -83,7 +84,25 @@ def hash_texts(*texts: str) -> str:
 
 def hash_documents(documents: Iterable[Document]) -> str:
     """A hexadecimal SHA-256 of all names, texts and targets."""
-    return _hash_encoded(part.encode("utf-8") for document in documents for part in _parts(document))
+    digest = DocumentsHash()
+    for document in documents:
+        digest.add(document)
+    return digest.hexdigest()
+
+
+class DocumentsHash:
+    """``hash_documents``, one document after the other."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, document: Document) -> None:
+        """The next one."""
+        _update(self._digest, (part.encode("utf-8") for part in _parts(document)))
+
+    def hexdigest(self) -> str:
+        """Of those so far."""
+        return self._digest.hexdigest()
 
 
 def in_memory(documents: list[Document]) -> Documents:
@@ -164,7 +183,11 @@ def _parts(document: Document) -> tuple[str, str, str]:
 
 def _hash_encoded(pieces: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
+    _update(digest, pieces)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, pieces: Iterable[bytes]) -> None:
     for piece in pieces:
         digest.update(len(piece).to_bytes(8, "big"))
         digest.update(piece)
-    return digest.hexdigest()

@@ -11,22 +11,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from smt.data.documents import Documents, hash_texts
+from smt.data.documents import Documents, DocumentsHash, hash_texts
 from smt.data.tokenizer import Tokenizer
 from smt.runtime.extras import needs_extra
+from smt.runtime.files import errors_of, read_json, sync
 
 if TYPE_CHECKING:
     import numpy as np
 
+Made = TypeVar("Made")
 # Of the layout of the files; another one does not read what an earlier one wrote.
-LAYOUT = 2
-TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
+LAYOUT = 3
+FILES = TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
+FIELDS = ("hash", "text_hash", "vocab_size", "dtype", "names", "n_bytes", "offsets", "names_targets", "n_targets", "skipped")
 
 
 class TokenStore(Sequence["np.ndarray"]):
@@ -55,10 +59,13 @@ class TokenStore(Sequence["np.ndarray"]):
         self.folder = Path(folder)
         if not (self.folder / DOCUMENTS_FILE).is_file():
             raise FileNotFoundError(f"no tokens in {folder}: there is no {DOCUMENTS_FILE}")
-        self._info: dict[str, Any] = json.loads((self.folder / DOCUMENTS_FILE).read_text(encoding="utf-8"))
+        self._info: dict[str, Any] = read_json(self.folder / DOCUMENTS_FILE)
         layout = self._info.get("layout")
         if layout != LAYOUT:
-            raise ValueError(f"{folder} must have layout {LAYOUT}, got {layout!r}; delete it to tokenise again")
+            raise ValueError(f"{self.folder / DOCUMENTS_FILE} must have layout {LAYOUT}, got {layout!r}; delete {folder}")
+        for name in FIELDS:
+            if name not in self._info:
+                raise ValueError(f"{self.folder / DOCUMENTS_FILE} is damaged: it lacks {name!r}; delete {self.folder}")
         self.names: list[str] = self._info["names"]
         self.n_bytes: list[int] = self._info["n_bytes"]
         self.skipped = Counter(self._info["skipped"])
@@ -73,6 +80,8 @@ class TokenStore(Sequence["np.ndarray"]):
     def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
         import numpy as np
 
+        if not (self.folder / name).is_file():
+            raise ValueError(f"there is no {self.folder / name}; delete {self.folder}")
         there, expected = (self.folder / name).stat().st_size, dtype.itemsize * self._offsets[-1]
         if there != expected:
             raise ValueError(f"{self.folder / name} must have {expected} bytes, it has {there}; delete {self.folder}")
@@ -95,6 +104,11 @@ class TokenStore(Sequence["np.ndarray"]):
         return self._info["hash"]
 
     @property
+    def text_hash(self) -> str:
+        """Of names and texts alone, whatever they were read from (``smt.data.documents.hash_documents``)."""
+        return self._info["text_hash"]
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each document, its two ends included."""
         return [stop - start for start, stop in pairwise(self._offsets)]
@@ -109,28 +123,58 @@ def tokenise(documents: Documents, tokenizer: Tokenizer, cache: str | Path) -> T
     """The store of ``documents`` in a folder of stores; made now unless it is there. Of several processes one makes it.
 
     Raises:
-        ValueError: there is nothing to tokenise, or the store that is there is damaged.
+        ValueError: there is nothing to tokenise.
+        OSError: the store cannot be written; the message has its path.
     """
     key = hash_texts(str(LAYOUT), documents.hash, tokenizer.hash)
-    made_once(Path(cache) / key[:32], lambda folder: _write(folder, documents, tokenizer, key))
-    return TokenStore(Path(cache) / key[:32])
+    return made_once(Path(cache) / key[:32], lambda folder: _write(folder, documents, tokenizer, key), TokenStore)
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Call ``make`` with an empty folder that is then renamed to ``folder``, unless that exists; other processes wait."""
+def made_once(folder: Path, make: Callable[[Path], None], read: Callable[[Path], Made] = lambda folder: folder) -> Made:
+    """What ``read`` finds in ``folder``, which ``make`` has filled, now if it is not there; other processes wait.
+
+    A folder that ``read`` refuses is a cache that was damaged, and made again.
+
+    Args:
+        make: is given an empty folder, which is then renamed; if it fails nothing is left of it.
+        read: raises ValueError or FileNotFoundError where what is there is not whole.
+    """
     from filelock import FileLock
 
-    if folder.is_dir():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    found = _read_if_whole(folder, read)
+    if found is not None:
+        return found
+    with errors_of(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if folder.is_dir():
-            return
+        found = _read_if_whole(folder, read)  # another process may have made it
+        if found is not None:
+            return found
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted process left
         unfinished.mkdir()
-        make(unfinished)
-        os.replace(unfinished, folder)
+        try:
+            with errors_of(folder):
+                make(unfinished)
+                for path in unfinished.iterdir():
+                    sync(path)
+            shutil.rmtree(folder, ignore_errors=True)  # the damaged one
+            os.replace(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        sync(folder.parent)
+        return read(folder)
+
+
+def _read_if_whole(folder: Path, read: Callable[[Path], Made]) -> Made | None:
+    if not folder.is_dir():
+        return None
+    try:
+        return read(folder)
+    except (ValueError, FileNotFoundError) as error:
+        warnings.warn(f"{error}: it is made again", stacklevel=2)
+        return None
 
 
 def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -> None:
@@ -138,7 +182,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     names, n_bytes, offsets, skipped = [], [], [0], Counter[str]()
-    names_targets, n_targets = False, 0
+    names_targets, n_targets, text_hash = False, 0, DocumentsHash()
     with (folder / TOKENS_FILE).open("wb") as file, (folder / COUNTED_FILE).open("wb") as counted_file:
         for document, tokens, counted in tokenizer.encode_documents(documents.read(skipped)):
             file.write(np.array(tokens, dtype=dtype).tobytes())
@@ -146,6 +190,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
             flags = np.arange(len(tokens)) > 0 if counted is None else np.array(counted)
             counted_file.write(flags.tobytes())
             n_targets += int(flags.sum())
+            text_hash.add(document)
             names.append(document.name)
             n_bytes.append(document.n_target_bytes)
             offsets.append(offsets[-1] + len(tokens))
@@ -158,6 +203,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
         "layout": LAYOUT,
         "hash": key,
         "documents_hash": documents.hash,
+        "text_hash": text_hash.hexdigest(),
         "tokenizer_hash": tokenizer.hash,
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,

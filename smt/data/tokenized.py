@@ -84,5 +84,4 @@ def _tokenizer(name: str, corpus: Corpus, vocab_size: int, cache: Path) -> Token
         return tokenizer
     # Kept, because training a unigram model twice need not give the same pieces to the last bit.
     folder = cache / hash_texts(corpus.train.hash, name, str(vocab_size))[:32]
-    made_once(folder, lambda empty: Tokenizer.train(corpus.train, vocab_size, name).save(empty))
-    return Tokenizer.load(folder)
+    return made_once(folder, lambda empty: Tokenizer.train(corpus.train, vocab_size, name).save(empty), Tokenizer.load)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smt.data.documents import Document
 from smt.runtime.extras import needs_extra
+from smt.runtime.files import read_json, text_writer, write_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,7 +50,10 @@ class Tokenizer:
             from tokenizers import Tokenizer as Backend
         # Always made from its text, which ``save`` writes and ``hash`` reads: a second text of the same unigram model would
         # differ in the last digits of its scores.
-        tokenizer = Backend.from_str(serialised)
+        try:
+            tokenizer = Backend.from_str(serialised)
+        except Exception as error:  # the library has no type of its own
+            raise ValueError(f"the tokenizer is damaged, or of a kind that cannot be read: {error}") from error
         end = tokenizer.token_to_id(end_name)
         if end is None:
             raise ValueError(f"the tokenizer must have the token {end_name!r}")
@@ -108,12 +112,15 @@ class Tokenizer:
         with needs_extra("train"):
             from tokenizers import models
         if (folder / TOKENIZER_FILE).is_file():
-            settings = {}
-            if (folder / SETTINGS_FILE).is_file():
-                settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+            settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
             ends = [settings.get(name) for name in ("eos_token", "sep_token")]
+            read_json(folder / TOKENIZER_FILE)  # names the file where it is damaged
             serialised = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
-            return cls(serialised, _end([end["content"] if isinstance(end, dict) else end for end in ends], serialised, source))
+            end = _end([end["content"] if isinstance(end, dict) else end for end in ends], serialised, source)
+            try:
+                return cls(serialised, end)
+            except ValueError as error:
+                raise ValueError(f"{folder / TOKENIZER_FILE}: {error}") from error
         for vocabulary, merges in GPT2_FILES:
             if (folder / vocabulary).is_file() and (folder / merges).is_file():
                 backend = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
@@ -135,9 +142,9 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write two files into a folder, from which ``transformers.AutoTokenizer`` reads the tokenizer too."""
-        (Path(folder) / TOKENIZER_FILE).write_text(self._serialised, encoding="utf-8")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.end_name, "eos_token": self.end_name}
-        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        texts = {TOKENIZER_FILE: self._serialised, SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}
+        write_files({Path(folder) / name: text_writer(text) for name, text in texts.items()})
 
     @property
     def hash(self) -> str:
@@ -226,7 +233,7 @@ def _end(names: list[str | None], serialised: str, source: str | Path) -> str:
     for name in names:
         if name:
             return name
-    if any(token["content"] == GPT2_END for token in json.loads(serialised)["added_tokens"]):
+    if any(token["content"] == GPT2_END for token in json.loads(serialised).get("added_tokens") or ()):
         return GPT2_END
     raise ValueError(
         f"tokenizer {str(source)!r} needs an eos_token, a sep_token or {GPT2_END} to end documents with, it has none of them"

@@ -15,6 +15,7 @@ from smt.evaluation.pooling import PoolingAnalysis
 from smt.evaluation.position import LossByPosition
 from smt.evaluation.recall import Recall
 from smt.runtime.extras import needs_extra
+from smt.runtime.names import in_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,8 +54,9 @@ def plot_position_differences(results: Mapping[str, LossByPosition], control: st
     axes.axhline(0.0, color="0.3", linewidth=1)
     axes.set_yscale("symlog", linthresh=0.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
-    axes.set_ylabel(f"loss minus that of {control}\n(nats per token; below 0 is better)", fontsize=12)
-    axes.set_title(f"what each model gains or loses against {control}\n(with 95 % intervals over documents)", fontsize=13)
+    name = in_plot(control)
+    axes.set_ylabel(f"loss minus that of {name}\n(nats per token; below 0 is better)", fontsize=12)
+    axes.set_title(f"what each model gains or loses against {name}\n(with 95 % intervals over documents)", fontsize=13)
     _legend_below(figure, axes)
     _save(figure, path)
 
@@ -70,7 +72,7 @@ def _draw_positions(axes: Axes, results: Mapping[str, LossByPosition], marks: Ma
         x, y = [middle for middle, _ in bins], [mean.nats for _, mean in bins]
         colour = COLOURS[index % len(COLOURS)]
         marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
+        axes.plot(x, y, color=colour, marker=marker, markersize=4, label=in_plot(name))
         known = [(middle, mean) for middle, mean in bins if mean.margin is not None]
         low, high = ([mean.nats + sign * mean.margin for _, mean in known] for sign in (-1, 1))
         axes.fill_between([middle for middle, _ in known], low, high, color=colour, alpha=0.18, linewidth=0)
@@ -109,7 +111,7 @@ def plot_needles(results: Mapping[str, NeedleGrid], path: str | Path) -> None:
         axes.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths])
         axes.set_yticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
         axes.set_xlabel("length of the haystack (tokens)")
-        axes.set_title(f"{name}\nmean {_mean(grid):.0%}, chance {grid.chance:.0%}", fontsize=10)
+        axes.set_title(f"{in_plot(name)}\nmean {_mean(grid):.0%}, chance {grid.chance:.0%}", fontsize=10)
         for row, values in enumerate(grid.accuracy):
             for column, value in enumerate(values):
                 colour = "black" if value > 0.6 else "white"
@@ -127,7 +129,7 @@ def plot_recall(results: Mapping[str, Recall], marks: Mapping[str, int], path: s
     for index, (name, result) in enumerate(results.items()):
         x = [there.distance for there in result.distances]
         y = [100 * there.accuracy for there in result.distances]
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": name}
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": in_plot(name)}
         axes.plot(x, y, **style, markersize=5)
     chance = next(iter(results.values())).chance
     axes.axhline(100 * chance, color="0.5", linestyle=":", label=f"chance, {chance:.1%}")
@@ -153,7 +155,7 @@ def plot_ablations(results: Mapping[str, Ablation], spans: Mapping[str, str], pa
     for index, (name, result) in enumerate(hindered.items()):
         x = [place + (index - (len(hindered) - 1) / 2) * width for place in range(len(there))]
         y = [getattr(result, span).nats - getattr(whole, span).nats for span in there]
-        bars = axes.bar(x, y, width, color=COLOURS[index % len(COLOURS)], label=name)
+        bars = axes.bar(x, y, width, color=COLOURS[index % len(COLOURS)], label=in_plot(name))
         axes.bar_label(bars, [f"{value:+.3f}" for value in y], padding=2, fontsize=8)
     axes.margins(y=0.15)
     axes.axhline(0, color="0.3", linewidth=0.8)

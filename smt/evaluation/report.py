@@ -1,33 +1,43 @@
-"""What an evaluation has found: results by task and model, and their table."""
+"""What an evaluation has found: results by task and model, their table, and the files that it is left in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smt.runtime.extras import optional
+from smt.runtime.files import check_folder, text_writer, write_files
+from smt.runtime.names import in_one_line
+
+RESULTS_FILE = "evaluation.json"
+
 
 @dataclass
 class Report:
-    """What an evaluation ends with.
+    """What an evaluation has found so far.
 
     Attributes:
-        results: by task and model, as ``evaluation.json`` has them.
+        settings: of the evaluation, as ``evaluation.json`` has them: ``models``, ``data`` and ``evaluation``.
+        results: by task and model.
         rows: of the table: task, model, what was measured, and its value.
         notes: what was left out, and why.
-        files: written so far.
+        plots: what draws each to a path, by the name of its file.
     """
 
+    settings: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
+    plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
     def add(self, task: str, model: str, result: Any, figures: Mapping[str, str]) -> None:
         """Keep ``result`` and the lines that the table has of it."""
         self.results.setdefault(task, {})[model] = result
-        self.rows += [(task, model, name, value) for name, value in figures.items()]
+        self.rows += [(task, in_one_line(model), name, value) for name, value in figures.items()]
 
     def table(self) -> str:
         """The figures of all tasks and models in columns."""
@@ -35,3 +45,30 @@ class Report:
         widths = [max(len(row[column]) for row in [header, *self.rows]) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *self.rows]]
         return "\n".join([lines[0].rstrip(), "-" * sum(widths, 6), *(line.rstrip() for line in lines[1:])])
+
+    def save(self, out: str | Path) -> list[Path]:
+        """Leave ``evaluation.json`` in the folder ``out``, then the plots; the paths of what could be written.
+
+        Raises:
+            ValueError: ``out`` cannot be written.
+        """
+        out = check_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
+        values = _finite({**self.settings, "notes": self.notes, "results": self.results})
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        files = [out / RESULTS_FILE]
+        write_files({files[0]: text_writer(text)})
+        for name, draw in self.plots.items():
+            with optional(name):
+                write_files({out / name: draw})
+                files.append(out / name)
+        return files
+
+
+def _finite(values: Any) -> Any:
+    """Without infinities, which are no JSON."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values

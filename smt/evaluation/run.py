@@ -1,12 +1,12 @@
-"""One evaluation from models and text to a table, ``evaluation.json`` and plots."""
+"""One evaluation from models and text to a report: a table, results, and what draws their plots."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,9 @@ from smt.evaluation.recall import encode_words, recall, usual_distances
 from smt.evaluation.report import Report
 from smt.evaluation.scorer import SMTScorer, TokenScores
 from smt.evaluation.subjects import Subject
-from smt.evaluation.text import HeldOutText, held_out_text
+from smt.evaluation.text import HeldOutText, held_out_text, other_text
 from smt.runtime.fields import check_at_least, check_names, check_seed
-from smt.runtime.files import write_files
 
-RESULTS_FILE = "evaluation.json"
 # Where loss by position names the window and the reach of the slots of a model that is none of ours.
 USUAL_WINDOW, USUAL_REACH, USUAL_SIZE = 50, 290, 65
 
@@ -62,9 +60,8 @@ class EvaluationConfig:
 class EvaluationRun:
     """The subjects, their text and scores, made when a task first needs them."""
 
-    def __init__(self, subjects: Sequence[Subject], data: DataConfig, config: EvaluationConfig, out: Path) -> None:
-        self.subjects, self.data, self.config, self.out = subjects, data, config, out
-        self.report = Report()
+    def __init__(self, subjects: Sequence[Subject], data: DataConfig, config: EvaluationConfig, report: Report) -> None:
+        self.subjects, self.data, self.config, self.report = subjects, data, config, report
         self._corpus: Corpus | None = None
         self._texts: dict[str, HeldOutText] = {}
         self._scores: dict[str, list[TokenScores]] = {}
@@ -123,14 +120,23 @@ class EvaluationRun:
         return chosen
 
     def draw(self, name: str, plot: Callable[..., None], *arguments: Any) -> None:
-        """Leave a plot in the folder."""
-        path = self.out / name
-        write_files({path: lambda partial: plot(*arguments, partial)})
-        self.report.files.append(path)
+        """Have a plot drawn when everything has been measured."""
+        self.report.plots[name] = partial(plot, *arguments)
 
 
-def evaluate_subjects(subjects: Sequence[Subject], data: DataConfig, config: EvaluationConfig, out: str | Path) -> Report:
-    """Run the tasks of ``config`` on every subject, and leave ``evaluation.json`` and plots in the folder ``out``.
+def evaluate_subjects(
+    subjects: Sequence[Subject],
+    data: DataConfig,
+    config: EvaluationConfig,
+    report: Report | None = None,
+    *,
+    run_folder: str | Path | None = None,
+) -> Report:
+    """Run the tasks of ``config`` on every subject.
+
+    Args:
+        report: filled task by task, so that what was measured before an error is not lost; None: a new one.
+        run_folder: of a run whose own ``data`` these are; that its held-out text has changed since is noted.
 
     Raises:
         ValueError: two subjects of one name, a text that cannot be read, or none that is long enough for a task.
@@ -138,24 +144,17 @@ def evaluate_subjects(subjects: Sequence[Subject], data: DataConfig, config: Eva
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"subjects must be one or more of different names, got {', '.join(names) or 'none'}")
-    run = EvaluationRun(subjects, data, config, Path(out))
-    run.out.mkdir(parents=True, exist_ok=True)
+    report = Report() if report is None else report
+    models = {subject.name: asdict(subject.model.config) if subject.model else {} for subject in subjects}
+    report.settings |= {"models": models, "data": asdict(data), "evaluation": asdict(config)}
+    run = EvaluationRun(subjects, data, config, report)
+    changed = None if run_folder is None else other_text(run.corpus, run_folder)
+    if changed:
+        report.notes.append(changed)
     for task in [name for name in TASKS if name in config.tasks]:
         TASKS[task](run)
-    report = run.report
     if data.source == "recall" and set(config.tasks) & {"perplexity", "position", "ablation"}:
         report.notes.append("perplexity, position and ablation count every word; a model trained on recall has learned answers")
-    values = {
-        "models": {subject.name: asdict(subject.model.config) if subject.model else {} for subject in subjects},
-        "data": asdict(data),
-        "evaluation": asdict(config),
-        "notes": report.notes,
-        "results": report.results,
-    }
-    text = json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
-    path = run.out / RESULTS_FILE
-    write_files({path: lambda partial: partial.write_text(text, encoding="utf-8")})
-    report.files.insert(0, path)
     return report
 
 
@@ -277,12 +276,3 @@ def _with_memory(run: EvaluationRun, task: str) -> list[Subject]:
 def _losses(result: Ablation) -> str:
     there = {name: mean for name, mean in vars(result).items() if mean is not None}
     return ", ".join(f"{name} {mean.nats:.4f}" for name, mean in there.items())
-
-
-def _finite(values: Any) -> Any:
-    """Without infinities, which are no JSON."""
-    if isinstance(values, dict):
-        return {name: _finite(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from smt.baselines import FullAttentionGPT2
 from smt.data.settings import DataConfig
@@ -18,6 +17,7 @@ from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.extras import needs_extra
 from smt.runtime.fields import parse
+from smt.runtime.files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,4 @@ def data_of_run(folder: str | Path) -> DataConfig | None:
 def _values(folder: Path) -> dict[str, Any]:
     """What the configuration in a folder says, unchecked; nothing where there is none."""
     path = folder / CONFIG_FILE
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return values if isinstance(values, dict) else {}
+    return read_yaml(path) if path.is_file() else {}

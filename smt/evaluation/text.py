@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from smt.data.documents import Corpus
+from smt.data.documents import Corpus, hash_documents
 from smt.data.tokenizer import Tokenizer
+from smt.runtime.files import read_json
+
+# Which text a run reads.
+TEXT_FILE = "text.json"
 
 
 @dataclass(frozen=True)
@@ -52,3 +58,20 @@ def held_out_text(corpus: Corpus, tokenizer: Tokenizer, count: int | None = None
         sum(document.n_bytes for document in read),
         sum(len(document.text) for document in read),
     )
+
+
+def text_of_run(folder: str | Path) -> dict[str, Any]:
+    """Which text a run reads: its ``source`` in words, and hashes of its splits, ``training`` and ``held_out``.
+
+    Nothing for a checkpoint that names no text.
+    """
+    path = Path(folder) / TEXT_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def other_text(corpus: Corpus, run: str | Path) -> str | None:
+    """What to say if the held-out documents of ``corpus`` are not those on which the run in that folder was evaluated."""
+    there = text_of_run(run).get("held_out")
+    if there is None or there == hash_documents(corpus.validation):
+        return None
+    return f"the held-out text of {corpus.source} is not that with which the run in {run} began"

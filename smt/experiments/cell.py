@@ -1,4 +1,4 @@
-"""One cell of a study: ``python -m smt.experiments.cell FOLDER`` trains what ``cell.yaml`` in the folder says, in that folder.
+"""One cell of a study: ``attempt`` trains what ``cell.yaml`` in a folder says, in that folder; ``main`` does in a process.
 
 ``cell.yaml`` is the configuration that was asked for. What the run itself records in ``config.yaml`` may differ from it: a
 trained tokenizer can end with fewer tokens, and weights to start from bring their own.
@@ -6,7 +6,10 @@ trained tokenizer can end with fewer tokens, and weights to start from bring the
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -28,5 +31,12 @@ def attempt(folder: Path) -> str | None:
     return None
 
 
-if __name__ == "__main__":
-    sys.exit(0 if attempt(Path(sys.argv[1])) is None else 1)
+def main(folder: str) -> int:
+    """Attempt a cell in a process that ends with the one that began it, however that ends; returns the exit code."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return 0 if attempt(Path(folder)) is None else 1
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # nothing is written to it; it ends when the parent does
+    os.kill(os.getpid(), signal.SIGTERM)

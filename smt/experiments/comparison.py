@@ -8,10 +8,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from smt.experiments.record import RunRecord
+from smt.runtime.extras import optional
+from smt.runtime.files import check_folder, text_writer, write_files
+from smt.runtime.names import in_markdown, in_one_line
 from smt.training import plots
 
 # Keys of a row: the column's title, and how its values are shown.
@@ -106,10 +110,10 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table and its notes."""
-        header, *rows = self._cells()
+        header, *rows = ([in_markdown(cell) for cell in row] for row in self._cells())
         rule = ["---:" if key in NUMBERS else "---" for key in self.rows()[0]]
         table = "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
-        return table + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in self.notes)
+        return table + "".join(f"\n{in_markdown(note[0].upper() + note[1:])}.\n" for note in self.notes)
 
     def csv(self) -> str:
         """The rows, unrounded."""
@@ -126,21 +130,27 @@ class Comparison:
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def save(self, folder: str | Path, stem: str, **more: Any) -> list[Path]:
-        """Write the table as ``stem``.md, .csv and .json and the plot as .png; ``more`` goes into the JSON."""
-        folder = Path(folder)
+        """Write the table as ``stem``.md, .csv and .json, then the plot as .png; ``more`` goes into the JSON.
+
+        Returns:
+            the paths of what could be written: there may be no plot, and a warning in its place.
+        """
+        folder = check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         contents = {".md": self.markdown(), ".csv": self.csv(), ".json": self.json(**more)}
-        paths = {suffix: folder / f"{stem}{suffix}" for suffix in (*contents, ".png")}
-        for suffix, content in contents.items():
-            paths[suffix].write_text(content, encoding="utf-8")
+        files = {folder / f"{stem}{suffix}": text_writer(content) for suffix, content in contents.items()}
+        write_files(files)
         figures = {record.name: getattr(record, self.by) for record in self.records}
         histories = {record.name: record.history for record in self.records}
-        plots.comparison(figures, histories, paths[".png"], label=COLUMNS[self.by][0])
-        return list(paths.values())
+        plot = folder / f"{stem}.png"
+        with optional(plot.name):
+            write_files({plot: partial(plots.comparison, figures, histories, label=COLUMNS[self.by][0])})
+            return [*files, plot]
+        return list(files)
 
     def _cells(self) -> list[list[str]]:
         rows = self.rows()
-        shown = [["-" if row[key] is None else COLUMNS[key][1](row[key]) for key in row] for row in rows]
+        shown = [["-" if row[key] is None else in_one_line(COLUMNS[key][1](row[key])) for key in row] for row in rows]
         return [[COLUMNS[key][0] for key in rows[0]], *shown]
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-RESULTS_FILE, HISTORY_FILE, TOKENIZER_FILE = "results.json", "metrics_history.json", "tokenizer.json"
+from smt.runtime.files import read_json
+from smt.training.run_files import HISTORY_FILE, RESULTS_FILE, STOPPED
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class UnfinishedRunError(ValueError):
@@ -84,13 +85,15 @@ class RunRecord:
         """The run in ``folder``.
 
         Raises:
-            UnfinishedRunError: it has no ``results.json``.
+            UnfinishedRunError: it has no ``results.json``, or one that says that the run diverged.
             ValueError: a file that is damaged or not of a run.
         """
         folder = Path(folder)
         if not (folder / RESULTS_FILE).is_file():
             raise UnfinishedRunError(f"{folder} has no {RESULTS_FILE}: the run is not finished, or it is the folder of none")
         values = read_json(folder / RESULTS_FILE)
+        if STOPPED in values:
+            raise UnfinishedRunError(f"{folder} stopped before its end: {values[STOPPED]}")
         try:
             model, results = values["model"], values["results"]
             architecture = values.get("architecture", "smt")
@@ -144,21 +147,6 @@ def read_records(folders: Sequence[str | Path]) -> tuple[list[RunRecord], list[s
         except UnfinishedRunError as error:
             unfinished.append(str(error))
     return records, unfinished
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
-
-    Raises:
-        ValueError: it is damaged, or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(values).__name__}")
-    return values
 
 
 def _tokenizer(folder: Path) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,51 @@ from smt.evaluation.plots import plot_position_differences, plot_positions
 from smt.evaluation.position import loss_by_position
 from smt.evaluation.scorer import TokenScores
 from smt.evaluation.subjects import open_run
-from smt.evaluation.text import held_out_text
+from smt.evaluation.text import held_out_text, other_text
 from smt.experiments.comparison import Comparison
 from smt.experiments.paired import PairedDifference, paired_difference
 from smt.experiments.record import RunRecord
 from smt.experiments.run import CellOutcome
 from smt.experiments.settings import Study
 from smt.runtime.device import find_device
+from smt.runtime.extras import optional
 from smt.runtime.files import write_files
 
 STEM, POSITION_FILE = "ablation_results", "loss_by_position.png"
 
 
+# What draws a plot to a path.
+Draw = Callable[[Path], None]
+
+
 @dataclass(frozen=True)
 class StudyReport:
-    """What was found, and where it was left.
+    """What was found.
 
     Attributes:
         comparison: of the cells that finished; None: none did.
         failures: messages by label.
-        files: written.
+        more: what the JSON of the comparison has beside the table.
+        plots: what draws each, by the name of its file.
     """
 
     comparison: Comparison | None
     failures: dict[str, str]
-    files: tuple[Path, ...]
+    more: dict[str, Any]
+    plots: dict[str, Draw]
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Leave ``ablation_results`` in ``folder``, then the plots; the paths of what could be written."""
+        files = [] if self.comparison is None else self.comparison.save(folder, STEM, **self.more)
+        for name, draw in self.plots.items():
+            with optional(name):
+                write_files({Path(folder) / name: draw})
+                files.append(Path(folder) / name)
+        return files
 
 
-def report_study(study: Study, outcomes: Sequence[CellOutcome], folder: str | Path, control: str | None = None) -> StudyReport:
-    """Compare the cells that finished, and leave ``ablation_results`` and ``loss_by_position.png`` in ``folder``.
+def report_study(study: Study, outcomes: Sequence[CellOutcome], control: str | None = None) -> StudyReport:
+    """Compare the cells that finished.
 
     Args:
         control: a label, or a variant, which stands for its cell of the same budget; None: no differences.
@@ -55,23 +72,23 @@ def report_study(study: Study, outcomes: Sequence[CellOutcome], folder: str | Pa
     failures = {outcome.cell.label: outcome.error for outcome in outcomes if outcome.error is not None}
     finished = [outcome for outcome in outcomes if outcome.error is None]
     if not finished:
-        return StudyReport(None, failures, ())
-    folder = Path(folder)
+        return StudyReport(None, failures, {}, {})
     notes = [f"{label} failed: {error}" for label, error in failures.items()]
     scores, why_not = score_cells(finished)
     differences: dict[str, PairedDifference] = {}
-    files: list[Path] = []
+    plots: dict[str, Draw] = {}
     if why_not is not None:
         notes.append(f"no loss by position{' and no differences to a control' if controls else ''}: {why_not}")
     else:
-        files.append(_plot_positions(scores, finished, folder / POSITION_FILE))
+        plots[POSITION_FILE] = partial(_plot_positions, scores, finished)
         differences = {
             label: paired_difference(score, scores[controls[label]])
             for label, score in scores.items()
             if controls.get(label) in scores and controls[label] != label
         }
         for name in dict.fromkeys(controls[label] for label in differences):
-            files.append(_plot_differences(scores, name, [label for label in differences if controls[label] == name], folder))
+            of_name = [label for label in differences if controls[label] == name]
+            plots[f"loss_more_than_{name}.png"] = partial(_plot_differences, scores, name, of_name)
         if differences:
             first, named = next(iter(differences.values())), {controls[label] for label in differences}
             notes.append(
@@ -82,14 +99,13 @@ def report_study(study: Study, outcomes: Sequence[CellOutcome], folder: str | Pa
     notes += [f"no differences to {label}, which has not finished" for label in missing]
     records = [RunRecord.read(outcome.folder, outcome.cell.label) for outcome in finished]
     rows = {label: _row(found, controls[label], len({*controls.values()}) > 1) for label, found in differences.items()}
-    comparison = Comparison.of(records, notes, rows)
     more = {
         "study": study.name,
         "failures": failures,
         "loss_by_position": {label: asdict(loss_by_position(score)) for label, score in scores.items()},
         "differences": {label: {**asdict(found), "control": controls[label]} for label, found in differences.items()},
     }
-    return StudyReport(comparison, failures, (*comparison.save(folder, STEM, **more), *files))
+    return StudyReport(Comparison.of(records, notes, rows), failures, more, plots)
 
 
 def score_cells(finished: Sequence[CellOutcome]) -> tuple[dict[str, list[TokenScores]], str | None]:
@@ -105,7 +121,10 @@ def score_cells(finished: Sequence[CellOutcome]) -> tuple[dict[str, list[TokenSc
             subject = open_run(outcome.folder, find_device(config.training.device))
         except ValueError as error:
             return {}, f"{label} cannot be scored: {error}"
-        documents = held_out_text(read_corpus(config.data), subject.tokenizer, config.data.eval_documents).documents
+        corpus = read_corpus(config.data)
+        if changed := other_text(corpus, outcome.folder):
+            return {}, f"{label} cannot be scored: {changed}"
+        documents = held_out_text(corpus, subject.tokenizer, config.data.eval_documents).documents
         first = first or (label, documents)
         if len(documents) != len(first[1]) or not all(map(torch.equal, documents, first[1])):
             return {}, f"the held-out tokens of {label} are not those of {first[0]}"
@@ -113,7 +132,7 @@ def score_cells(finished: Sequence[CellOutcome]) -> tuple[dict[str, list[TokenSc
     return scores, None
 
 
-def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Sequence[CellOutcome], path: Path) -> Path:
+def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Sequence[CellOutcome], path: Path) -> None:
     curves = {label: loss_by_position(score) for label, score in scores.items()}
     models = [outcome.cell.config.model for outcome in finished]
     marks = {}
@@ -123,13 +142,11 @@ def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Seque
     }.items():
         if len(positions) == 1:  # else it is another one in every cell
             marks[name] = positions.pop()
-    write_files({path: lambda partial: plot_positions(curves, marks, partial)})
-    return path
+    plot_positions(curves, marks, path)
 
 
-def _plot_differences(scores: Mapping[str, Sequence[TokenScores]], control: str, labels: Sequence[str], folder: Path) -> Path:
+def _plot_differences(scores: Mapping[str, Sequence[TokenScores]], control: str, labels: Sequence[str], path: Path) -> None:
     """How much more the cells ``labels`` lose than ``control``, by position."""
-    path = folder / f"loss_more_than_{control}.png"
     # Cells of a study are "budget,variant", and those of one budget differ in the variant; those of a grid name their fields.
     budget, comma, variant = ("", "", control) if "=" in control else control.rpartition(",")
     curves = {
@@ -143,8 +160,7 @@ def _plot_differences(scores: Mapping[str, Sequence[TokenScores]], control: str,
         for label in labels
     }
     name = _words(variant) + (f" ({_words(budget)})" if budget else "")
-    write_files({path: lambda partial: plot_position_differences(curves, name, partial)})
-    return path
+    plot_position_differences(curves, name, path)
 
 
 def _words(label: str) -> str:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from smt.experiments.cell import CELL_FILE, FAILURE_FILE, attempt
-from smt.experiments.record import RESULTS_FILE
 from smt.experiments.settings import Cell, Study
-from smt.runtime.files import write_files
+from smt.runtime.files import check_folder, write_files
+from smt.training.run_files import LOCK_FILE, has_finished
 from smt.training.settings import RunConfig
 
 OUTPUT_FILE = "output.txt"
+# The process of a cell imports what this one imports: neither -m nor -c, which look into the current folder first, would.
+START = "import sys; sys.path[:] = sys.argv[2:]; from smt.experiments.cell import main; sys.exit(main(sys.argv[1]))"
+# For a process that has been told to end, until it is killed.
+SECONDS_TO_END = 10.0
 
 
 @dataclass(frozen=True)
@@ -52,22 +59,24 @@ def run_study(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
+    check_folder(Path(out) / study.name)
     folders = {cell.label: Path(out) / study.name / cell.label for cell in study.cells}
     for cell in study.cells:
         _check_same(cell, folders[cell.label])
+    apart = Processes()
     place = {cell.label: f"[{index}/{len(study.cells)}] {cell.label}" for index, cell in enumerate(study.cells, 1)}
 
     def finish(cell: Cell) -> CellOutcome:
         folder = folders[cell.label]
-        if (folder / RESULTS_FILE).is_file():
+        if has_finished(folder):
             tell(f"{place[cell.label]}: finished before, not run again")
             return CellOutcome(cell, folder, reused=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILURE_FILE).unlink(missing_ok=True)
-        write_files({folder / CELL_FILE: cell.config.to_yaml})
+        write_files({folder / CELL_FILE: cell.config.anchored().to_yaml})
         tell(f"{place[cell.label]}: begins" + (f", output in {folder / OUTPUT_FILE}" if jobs > 1 else ""))
         started = time.perf_counter()
-        error = attempt(folder) if jobs == 1 else _attempt_apart(folder, jobs)
+        error = attempt(folder) if jobs == 1 else _attempt_apart(folder, jobs, apart)
         seconds = f"{time.perf_counter() - started:.0f} s"
         ended = "finished in" if error is None else f"failed, see {folder / FAILURE_FILE}, after"
         tell(f"{place[cell.label]}: {ended} {seconds}")
@@ -78,35 +87,73 @@ def run_study(
     with ThreadPoolExecutor(jobs) as pool:
         try:
             return list(pool.map(finish, study.cells))
-        except BaseException:  # Ctrl-C reaches the cells that run; the others must not begin
+        except BaseException:  # such as Ctrl-C: no process stays behind, and no other begins
             pool.shutdown(wait=False, cancel_futures=True)
+            apart.end()
             raise
 
 
 def _check_same(cell: Cell, folder: Path) -> None:
     """Raise ValueError if the folder holds anything of a run of another configuration."""
     left = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not left - {CELL_FILE, FAILURE_FILE, OUTPUT_FILE}:
+    if not left - {CELL_FILE, FAILURE_FILE, OUTPUT_FILE, LOCK_FILE}:
         return
     if CELL_FILE not in left:
         raise ValueError(f"{folder} holds something else than a cell of a study; give the study another --name or --out")
-    there = RunConfig.from_yaml(folder / CELL_FILE)
-    if there == cell.config:
+    there, config = RunConfig.from_yaml(folder / CELL_FILE).anchored(), cell.config.anchored()
+    if there == config:
         return
-    theirs, ours = there.flat(), cell.config.flat()
+    theirs, ours = there.flat(), config.flat()
     differing = [f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
     raise ValueError(
         f"{folder} was run with {', '.join(differing)}; give the study another --name or --out, or remove that folder"
     )
 
 
-def _attempt_apart(folder: Path, jobs: int) -> str | None:
+class Processes:
+    """Processes that run now, which end together."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen] = set()
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def run(self, command: list[str], **options: Any) -> int:
+        """The exit code of a process; its standard input is closed when this process ends, even by a signal."""
+        with self._lock:
+            if self._ended:
+                return -signal.SIGTERM
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
+            self._running.add(process)
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._running.discard(process)
+            process.stdin.close()
+
+    def end(self) -> None:
+        """End all that run, by force where one takes too long; none begins any more."""
+        with self._lock:
+            self._ended, running = True, list(self._running)
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + SECONDS_TO_END
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _attempt_apart(folder: Path, jobs: int, processes: Processes) -> str | None:
     """As ``attempt``, in a process of its own, whose end is no end of this one."""
     threads = str(max(1, _cores() // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     with (folder / OUTPUT_FILE).open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-m", "smt.experiments.cell", str(folder)]
-        code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+        command = [sys.executable, "-c", START, str(folder), *sys.path]
+        code = processes.run(command, env=environment, stdout=output, stderr=output)
     if code == 0:
         return None
     if code == 1 and (folder / FAILURE_FILE).is_file():

@@ -19,6 +19,7 @@ from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.sources import HF_CONFIG_FILE
 from smt.runtime.extras import needs_extra
+from smt.runtime.files import follow_umask
 
 with needs_extra("hf"):
     from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -80,12 +81,18 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, report) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
-        """As in ``transformers``; also writes a model card, ``README.md``, where there is none."""
+        """As in ``transformers``; also writes a model card, ``README.md``, where there is none.
+
+        Weights can be read by whom the umask says, where safetensors would let nobody else.
+        """
         card = Path(save_directory) / CARD_FILE
         card.parent.mkdir(parents=True, exist_ok=True)
         if options.get("is_main_process", True) and not card.exists():
             card.write_text(model_card(self.model), encoding="utf-8")
         super().save_pretrained(save_directory, *arguments, **options)
+        if options.get("is_main_process", True):
+            for path in [path for path in card.parent.iterdir() if path.suffix == ".safetensors"]:
+                follow_umask(path)
 
     def forward(
         self,

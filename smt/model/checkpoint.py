@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
-from smt.runtime.files import read_safetensors, tensors_writer, write_files
+from smt.runtime.files import read_safetensors, tensors_writer, text_writer, write_files
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 NAMES_SHOWN = 3
@@ -33,7 +33,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     write_files(
         {
             folder / WEIGHTS_FILE: tensors_writer(model.state_dict()),
-            folder / CONFIG_FILE: lambda path: path.write_text(fields, encoding="utf-8"),
+            folder / CONFIG_FILE: text_writer(fields),
         }
     )
 

@@ -1,7 +1,7 @@
 """The process and the machine that everything runs in; nothing here knows of models.
 
-``process`` (threads and memory, set before torch is imported), ``device`` (where a command computes), ``precision`` (in which
-number format), ``environment`` (what a measurement was made on), ``extras`` (optional packages), ``files`` (whole or not
-there), ``fields`` (dataclasses of settings: read from text, checked), ``meanings`` (what their docstrings say of each field),
-``progress_bar`` (on a terminal, or lines in a file).
+``process`` (threads and memory, set before torch is imported; signals), ``files`` (whole or not there), ``device`` (where a
+command computes), ``precision`` (in which number format), ``environment`` (what a measurement was made on), ``extras``
+(optional packages), ``fields`` (dataclasses of settings: read from text, checked), ``meanings`` (what their docstrings say of
+each field), ``progress_bar`` (on a terminal, or lines in a file), ``names`` (shown as they are).
 """

@@ -1,7 +1,8 @@
-"""Optional packages: imported where they are used, with an error that says how to install them."""
+"""What may be missing: optional packages, with an error that says how to install them, and results beside the main ones."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,3 +18,12 @@ def needs_extra(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'{error.name} is not installed: pip install -e ".[{extra}]"') from error
+
+
+@contextmanager
+def optional(name: str) -> Iterator[None]:
+    """Warn, and go on, where the block cannot make a plot or a sample: what it would show has been computed and is kept."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"there is no {name}: {type(error).__name__}: {error}", stacklevel=3)

@@ -1,11 +1,15 @@
-"""Settings of the process, most of which count only before torch is first imported; it is not imported here."""
+"""Settings of the process, most of which count only before torch is first imported; it is not imported here. Signals."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -57,6 +61,46 @@ def no_bars_unless_watched() -> None:
 def is_watched(stream: Any) -> bool:
     """Whether an output is a terminal, and not a file, a pipe or none."""
     return stream is not None and not stream.closed and stream.isatty()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or another signal that ends this process, such as a batch system's SIGTERM or a terminal's SIGHUP.
+
+    Attributes:
+        signal: which.
+        advice: how what was going on can be taken up again; empty: there is nothing to say.
+    """
+
+    def __init__(self, number: int = signal.SIGINT, advice: str = "") -> None:
+        super().__init__(advice)
+        self.signal, self.advice = signal.Signals(number), advice
+
+
+@contextmanager
+def signals_as_interrupts() -> Iterator[None]:
+    """Raise ``Interrupted`` for SIGINT, SIGTERM and SIGHUP inside the block, so that it is left in good order.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays so. One of several processes of a run is ended by what launched
+    it, and ends at once: it may be waiting for another one, where no exception would reach it.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted(number)
+
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def restart_with_threads(count: int) -> None:

@@ -48,6 +48,12 @@ class CarriedStates:
         if batch.reading.any():
             self._of[batch.lane] = state, batch.reading.nonzero()[:, 0]
 
+    def copy(self) -> CarriedStates:
+        """As it is now, whatever is kept in it later."""
+        copied = CarriedStates()
+        copied._of = dict(self._of)
+        return copied
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name: ``<lane>.rows``, ``<lane>.steps`` and the tensors of the lane's state."""
         named = {}

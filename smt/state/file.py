@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smt.config import SMTConfig
-from smt.runtime.files import write_files
+from smt.runtime.files import tensors_writer, write_files
 from smt.state.layout import state_shapes
 
 FORMAT = "smt.state/1"
@@ -18,11 +18,8 @@ FORMAT = "smt.state/1"
 
 def write_state(path: str | Path, config: SMTConfig, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
     """Write a state under a temporary name and rename it, so that no half-written file is ever at ``path``."""
-    from safetensors.torch import save_file
-
     metadata = {"format": FORMAT, "config": json.dumps(config.to_dict()), "steps": json.dumps(steps)}
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_files({Path(path): lambda partial: save_file(contiguous, partial, metadata)})
+    write_files({Path(path): tensors_writer(tensors, metadata)})
 
 
 def read_state(path: str | Path, device: torch.device | str = "cpu") -> tuple[SMTConfig, list[int], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 In reading order: ``settings`` (every field of a run), ``run`` (one run from text to results), ``trainer`` (the loop),
 ``objective`` (the loss of a chunk), ``parameter_groups`` (what AdamW trains), ``clock`` (how far a run is), ``progress`` (what
-it has done), ``starting_point`` (where weights come from), ``checkpoints`` (from which a run goes on exactly), ``run_folder``
-(what is left), ``accelerate`` and ``sharding`` (several processes), ``plots`` (curves of losses).
+it has done), ``starting_point`` (where weights come from), ``checkpoints`` (from which a run goes on exactly), ``ending`` (what
+a run ends with, or how it goes on), ``run_folder`` and ``run_files`` (what is left), ``accelerate`` and ``sharding`` (several
+processes), ``plots`` (curves of losses).
 """

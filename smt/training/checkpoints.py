@@ -6,28 +6,41 @@
         rank_0.safetensors     of each process: the memory of its rows and its random numbers
         progress.json          counts, losses, the clock and the place in the documents
 
-A checkpoint is written into a folder of another name, which is renamed when all of it is there: what is called ``step_...`` is
-complete, whenever the run was killed. Names are the model's own, and weights are gathered whole, so that a run may go on with
-other numbers of processes, sharded or not, wherever its rows still fit.
+A checkpoint is written into a folder of another name, which is renamed when all of it is on the disk: what is called ``step_``
+and a number is complete, whenever the run was killed. Whatever else lies beside them, such as a copy of one under another name,
+is left alone. Names are the model's own, and weights are gathered whole: a run goes on with as many processes, sharded or not.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from smt.data.tokenizer import TOKENIZER_FILES
 from smt.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from smt.runtime.files import read_safetensors, tensors_writer
+from smt.runtime.files import (
+    PARTIAL,
+    errors_of,
+    read_json,
+    read_safetensors,
+    sync,
+    tensors_writer,
+    text_writer,
+    write_files,
+)
 
-FOLDER, PREFIX, PARTIAL = "checkpoints", "step_", ".partial"
+FOLDER, PREFIX, OLD = "checkpoints", "step_", ".old"
+COMPLETE = re.compile(rf"{PREFIX}(\d{{8,}})")
+INCOMPLETE = re.compile(rf"{PREFIX}\d{{8,}}({re.escape(OLD)})?{re.escape(PARTIAL)}")
 OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "progress.json"
-TOKENIZER_FILES = "tokenizer*.json"
 
 
 @dataclass(frozen=True)
@@ -60,33 +73,57 @@ class Checkpoints:
         self._run, self.folder, self._limit, self._rank, self._wait = run, run / FOLDER, limit, rank, wait
 
     def save(self, step: int, snapshot: Snapshot) -> None:
-        """Write the checkpoint of ``step``, then remove those that are too many."""
+        """Write the checkpoint of ``step``, then remove those that are too many.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; nothing of it is left.
+        """
         final = self.folder / f"{PREFIX}{step:08d}"
-        partial = final.with_name(final.name + PARTIAL)
+        unfinished = final.with_name(final.name + PARTIAL)
         if self._rank == 0:
-            self._remove(partial)  # of a run that was killed here
-            partial.mkdir(parents=True)
+            self._remove(unfinished)  # of a run that was killed here
+            with errors_of(unfinished):
+                unfinished.mkdir(parents=True)
         self._wait()
-        tensors_writer(snapshot.of_rank)(partial / _rank_file(self._rank))
-        if self._rank == 0:
-            tensors_writer(snapshot.weights)(partial / WEIGHTS_FILE)
-            tensors_writer(snapshot.optimizer)(partial / OPTIMIZER_FILE)
-            for path in [self._run / CONFIG_FILE, *self._run.glob(TOKENIZER_FILES)]:
-                shutil.copy(path, partial)
-            (partial / PROGRESS_FILE).write_text(json.dumps(snapshot.progress), encoding="utf-8")
+        try:
+            write_files({unfinished / _rank_file(self._rank): tensors_writer(snapshot.of_rank)})
+            if self._rank == 0:
+                self._write_shared(unfinished, snapshot)
+        except BaseException:
+            self._remove(unfinished)
+            raise
         self._wait()
         if self._rank == 0:
             self._remove(final)  # of a run that went on from an earlier one
-            os.replace(partial, final)
+            with errors_of(final):
+                os.replace(unfinished, final)
+            sync(self.folder)
             for old in self._complete()[: -self._limit]:
                 self._remove(old)
         self._wait()
+
+    def _write_shared(self, folder: Path, snapshot: Snapshot) -> None:
+        copied = [path for name in (CONFIG_FILE, *TOKENIZER_FILES) if (path := self._run / name).is_file()]
+        write_files(
+            {
+                folder / WEIGHTS_FILE: tensors_writer(snapshot.weights),
+                folder / OPTIMIZER_FILE: tensors_writer(snapshot.optimizer),
+                folder / PROGRESS_FILE: text_writer(json.dumps(snapshot.progress)),
+                **{folder / path.name: partial(shutil.copyfile, path) for path in copied},
+            }
+        )
+
+    @property
+    def newest_step(self) -> int | None:
+        """Of the checkpoint to go on from; None: there is none."""
+        complete = self._complete()
+        return int(complete[-1].name.removeprefix(PREFIX)) if complete else None
 
     def newest(self) -> Snapshot | None:
         """The checkpoint to go on from, as this process needs it; None: there is none.
 
         Raises:
-            ValueError: it was written by fewer processes.
+            ValueError: it was written by fewer processes, or a file is damaged.
         """
         complete = self._complete()
         if not complete:
@@ -96,15 +133,16 @@ class Checkpoints:
         if not of_rank.is_file():
             count = len(list(folder.glob(_rank_file("*"))))
             raise ValueError(f"{folder} is of {count} processes, this is process {self._rank + 1}: resume with as many")
-        progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+        progress = read_json(folder / PROGRESS_FILE)
         return Snapshot(*(read_safetensors(folder / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE, of_rank.name)), progress)
 
     def finish(self) -> None:
         """Of a run that is over, keep the models; what only resuming needs is larger."""
         if self._rank != 0 or not self.folder.is_dir():
             return
-        for folder in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
-            self._remove(folder)
+        for path in list(self.folder.iterdir()):
+            if INCOMPLETE.fullmatch(path.name):
+                self._remove(path)
         for folder in self._complete():
             for path in folder.iterdir():
                 if path.name in (OPTIMIZER_FILE, PROGRESS_FILE) or path.match(_rank_file("*")):
@@ -112,13 +150,16 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
-        found = [path for path in self.folder.glob(f"{PREFIX}*") if path.suffix != PARTIAL]
-        return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+        there = self.folder.iterdir() if self.folder.is_dir() else ()
+        found = [(int(match[1]), path) for path in there if (match := COMPLETE.fullmatch(path.name)) and path.is_dir()]
+        return [path for _, path in sorted(found)]
 
     def _remove(self, folder: Path) -> None:
         """Delete a folder, under the name of an incomplete one, so that no half of it is taken for a checkpoint."""
         if folder.suffix != PARTIAL and folder.is_dir():
-            folder = folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}"))
+            old = folder.with_name(f"{folder.name}{OLD}{PARTIAL}")
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it did this
+            folder = folder.rename(old)
         shutil.rmtree(folder, ignore_errors=True)
 
 

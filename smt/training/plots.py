@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from smt.runtime.extras import needs_extra
+from smt.runtime.names import in_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +69,7 @@ def comparison(figures: Mapping[str, float], histories: Mapping[str, Losses], pa
     finite = {name: value if math.isfinite(value) else 0.0 for name, value in figures.items()}
     drawn = bars.barh(places, list(finite.values()), color=[_style(place)["color"] for place in places])
     bars.bar_label(drawn, [f"{value:,.4g}" for value in figures.values()], padding=3, fontsize=8)
-    bars.set_yticks(places, list(figures), fontsize=8)
+    bars.set_yticks(places, [in_plot(name) for name in figures], fontsize=8)
     bars.invert_yaxis()
     bars.margins(x=0.12)
     bars.set(xlabel=label, title=f"{label} on held-out documents, best first")
@@ -82,7 +83,7 @@ def _curves(axes: Axes, histories: Mapping[str, Losses]) -> None:
     for place, (name, history) in enumerate(histories.items()):
         style = _style(place)
         axes.plot(history.train_steps, history.train_loss, **style, linewidth=0.6, alpha=0.25)
-        axes.plot(history.eval_steps, history.val_loss, **style, marker="o", markersize=3, label=name)
+        axes.plot(history.eval_steps, history.val_loss, **style, marker="o", markersize=3, label=in_plot(name))
 
 
 def _style(place: int) -> dict[str, str]:
@@ -91,7 +92,7 @@ def _style(place: int) -> dict[str, str]:
 
 
 def _losses(axes: Axes, title: str) -> None:
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title=in_plot(title))
     axes.grid(alpha=0.3)
 
 

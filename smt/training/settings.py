@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import yaml
 
 from smt.config import SMTConfig
 from smt.data.settings import DataConfig
+from smt.data.tokenizer import TRAINED
 from smt.model.transformer import PARTS as MODEL_PARTS
 from smt.runtime.fields import (
     check_at_least,
@@ -212,9 +213,29 @@ class RunConfig:
         parts = self.to_dict()
         return {**{name: parts[name] for name in OF_RUN}, **{name: v for part in PARTS for name, v in parts[part].items()}}
 
+    def anchored(self) -> RunConfig:
+        """The same run, whatever folder it goes on from: what names a file or a folder here has its absolute path."""
+        data, training = self.data, self.training
+        sources = {name: _if_there(source) for name, source in training.init_from.items() if name != "checkpoint"}
+        if "checkpoint" in training.init_from:
+            sources["checkpoint"] = _absolute(training.init_from["checkpoint"])
+        paths = {"text": _absolute(data.text), "cache": _absolute(data.cache), "dataset": _if_there(data.dataset)}
+        if data.tokenizer not in TRAINED:
+            paths["tokenizer"] = _if_there(data.tokenizer)
+        return replace(self, data=replace(data, **paths), training=replace(training, init_from=sources))
+
     def to_yaml(self, path: str | Path) -> None:
         """Write all fields as YAML."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
+
+
+def _if_there(source: str | None) -> str | None:
+    """A path if it is one, else a name of the Hub as it is."""
+    return _absolute(source) if source is not None and Path(source).exists() else source
 
 
 OF_RUN = ("experiment", "architecture")

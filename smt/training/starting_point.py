@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from smt.baselines import FullAttentionGPT2
 from smt.data.tokenizer import TOKENIZER_FILE
 from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.model.transformer import StrideMemoryTransformer
@@ -20,6 +23,18 @@ from smt.pretrained.transfer import LoadReport
 from smt.training.settings import RunConfig
 
 NO_TOKENIZER = "without a tokenizer.json its tokens are not those of this run"
+
+
+def fresh_model(config: RunConfig) -> StrideMemoryTransformer | FullAttentionGPT2:
+    """A fresh model, the same on every process."""
+    torch.manual_seed(config.training.seed)
+    if config.architecture == "gpt2":
+        model = FullAttentionGPT2(config.model, config.data.chunk_length)
+    else:
+        model = StrideMemoryTransformer(config.model)
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 class StartingPoint:

@@ -1,20 +1,27 @@
 """The training loop: rows walk along whole documents, memory is carried and cut from its graph, AdamW follows the clock.
 
 Accelerate does what depends on the machine: one process or many (DDP, or FSDP 2), autocast, accumulation. Every process walks
-its own rows of the same documents, so two processes of B rows train what one of 2 B rows trains.
+its own rows of the same documents, so two processes of B rows train what one of 2 B rows trains. An optimiser step descends,
+over the rows of all processes and all batches that it accumulates,
+
+    (sum of nats / targets that the loss counts) * (steps that are read / steps of full batches)
+
+so that all its targets weigh the same, wherever they are, and a step in which rows wait weighs less than a full one.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from smt.data.parts import Parts
-from smt.data.walk import DocumentWalk
+from smt.data.walk import Batch, DocumentWalk
 from smt.evaluation.perplexity import Evaluation
 from smt.state.carried import CarriedStates
 from smt.training.checkpoints import Snapshot
@@ -28,8 +35,17 @@ from smt.training.sharding import placed_like, whole
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Where gradients do not fit into fp16 even at this scale, no smaller one will help.
+LEAST_LOSS_SCALE = 1.0
 CPU_GENERATOR, CUDA_GENERATOR = "generator.cpu", "generator.cuda"
 CARRIED = "carried."
+
+
+class DivergedError(ValueError):
+    """A loss or a gradient is not finite; the message says in which step and at which learning rate."""
+
+    def __init__(self, what: str, step: int, learning_rate: float) -> None:
+        super().__init__(f"{what} in step {step:,} at a learning rate of {learning_rate:.3g}")
 
 
 class Trainer:
@@ -39,6 +55,7 @@ class Trainer:
         model: the model itself, whatever wraps it.
         objective: what gives its loss (``ChunkLoss``), as Accelerate has prepared it.
         progress: what has been done.
+        evaluation: the latest one in this process; None: there was none.
         learning_rate: of the first parameter group, in the latest step.
 
     Args:
@@ -80,6 +97,7 @@ class Trainer:
         self._full_batch = data.batch_size * data.chunk_length
         self._states = CarriedStates()
         self.progress = Progress()
+        self.evaluation: Evaluation | None = None
         self.learning_rate = 0.0
 
     def train(
@@ -101,10 +119,18 @@ class Trainer:
 
         Returns:
             the last evaluation.
+
+        Raises:
+            DivergedError: a loss or a gradient that is not finite. The model then is what it was before that step; its
+                evaluation and its checkpoint have been made, unless the held-out loss is not finite either.
         """
 
         def evaluated() -> Evaluation:
             evaluation = evaluate()
+            if not math.isfinite(evaluation.loss):
+                step, rate = self.progress.step, self.learning_rate
+                raise DivergedError(f"the held-out loss is {evaluation.loss}", step, rate)
+            self.evaluation = evaluation
             if self._record(evaluation):
                 on_best()
             on_checkpoint()
@@ -112,53 +138,83 @@ class Trainer:
 
         self.objective.train()
         batches = iter(self._walk)
-        is_first, latest, progress = True, None, self._agreed_progress()
+        is_first, progress = True, self._agreed_progress()
         while progress < 1 and not self._has_stopped_improving():
-            self._step(batches, progress, is_first=is_first)
+            try:
+                self._step(batches, progress, is_first=is_first)
+            except DivergedError:
+                with suppress(DivergedError):  # of the same weights on other text: the first one says enough
+                    if self.progress.step not in self.progress.history.eval_steps:
+                        evaluated()
+                    elif self.evaluation is None:
+                        self.evaluation = evaluate()
+                raise
             is_first = False
             on_step()
             progress = self._agreed_progress()
             if progress < 1 and self._evaluation_is_due(progress):
-                latest = evaluated()
+                evaluated()
                 progress = self._agreed_progress()
             elif self.progress.step % self.training.save_steps == 0:
                 on_checkpoint()
         if self.progress.step not in self.progress.history.eval_steps:
             return evaluated()
-        return latest or evaluate()  # a run that is resumed behind its last evaluation has it on record, and no more
+        return self.evaluation or evaluate()  # a run that is resumed behind its last evaluation has it on record, and no more
 
-    def _step(self, batches: Any, progress: float, *, is_first: bool) -> None:
-        """One optimiser step, of ``gradient_accumulation_steps`` batches."""
-        started = time.perf_counter()
+    def _step(self, batches: Iterator[Batch], progress: float, *, is_first: bool) -> None:
+        """One optimiser step, of ``gradient_accumulation_steps`` batches.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite. Nothing has been trained then, and the walk and the states
+                are those before the step.
+        """
+        started, device = time.perf_counter(), self.accelerator.device
+        place, states = self._walk.state_dict(), self._states.copy()
         share = schedule(self.training, progress)
         for group in self._optimiser.param_groups:
             group["lr"] = group["peak"] * share
         self.learning_rate = self._optimiser.param_groups[0]["lr"]
-        device, sums = self.accelerator.device, torch.zeros(4, dtype=torch.float64)
-        for _ in range(self.training.gradient_accumulation_steps):
-            batch = next(batches)
+
+        accumulated = [next(batches) for _ in range(self.training.gradient_accumulation_steps)]
+        counts = self.total(torch.tensor([_counts(batch) for batch in accumulated], dtype=torch.int64, device="cpu").sum(0))
+        n_targets, n_steps, n_positions = counts.tolist()
+        # Per nat; Accelerate takes the mean over batches and over processes, so that neither stands in it.
+        weight = n_steps / self._full_batch / max(1, n_targets)
+        nats = 0.0
+        for batch in accumulated:
             with self.accelerator.accumulate(self.objective):
                 reading, state = self._states.continued(batch)
                 loss, state = self.objective(reading.input_ids.to(device), reading.targets.to(device), state)
                 self._states.keep(batch, state)
-                # Every step weighs the same, in a full batch or in one in which rows wait.
-                self.accelerator.backward(loss * (reading.n_steps / self._full_batch))
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip)
-                self._optimiser.step()
-                self._optimiser.zero_grad()
-            n_positions = reading.targets.numel() if batch.reading.any() else 0
-            nats = float(loss.detach()) * reading.n_targets
-            sums += torch.tensor([nats, reading.n_targets, reading.n_steps, n_positions], dtype=torch.float64)
-        nats, *counts = self.total(sums).tolist()
-        self.progress.add(nats, *map(int, counts), time.perf_counter() - started, is_first=is_first)
+                self.accelerator.backward(loss * (reading.n_targets * weight))
+            nats += float(loss.detach()) * reading.n_targets
+        nats = self.total(torch.tensor(nats, dtype=torch.float64, device="cpu")).item()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        if not math.isfinite(nats) or self._has_lost_gradient(norm):
+            self._optimiser.zero_grad()
+            self._walk.load_state_dict(place)
+            self._states = states
+            what = f"the gradient's norm is {float(whole(norm))}" if math.isfinite(nats) else f"the training loss is {nats}"
+            raise DivergedError(what, self.progress.step + 1, self.learning_rate)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self.progress.add(nats, n_targets, n_steps, n_positions, time.perf_counter() - started, is_first=is_first)
         self.clock.steps, self.clock.targets = self.progress.step, self.progress.n_targets
         if self.progress.step % LOSS_STEPS == 0:
             rates = {"learning_rate": self.learning_rate, "tokens_per_second": self.progress.tokens_per_second}
             self.accelerator.log({"train_loss": self.progress.loss, **rates}, step=self.progress.step)
 
+    def _has_lost_gradient(self, norm: Tensor) -> bool:
+        """Whether the gradient is not finite, and no smaller loss scale of fp16, which skips such a step, could mend it."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() > LEAST_LOSS_SCALE:
+            return False
+        return not math.isfinite(float(whole(norm)))
+
     def total(self, sums: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
+        if self.accelerator.num_processes == 1:
+            return sums  # without a wait for the device
         return self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").to(sums.device)
 
     def weights(self) -> dict[str, Tensor]:
@@ -231,8 +287,6 @@ class Trainer:
 
     def _agreed_progress(self) -> float:
         """How far the run is; processes do not read the time alike."""
-        if self.accelerator.num_processes == 1:
-            return self.clock.progress
         mine = self.clock.progress if self.accelerator.is_main_process else 0.0
         return float(self.total(torch.tensor(mine, dtype=torch.float64)))
 
@@ -245,3 +299,8 @@ class Trainer:
     def _has_stopped_improving(self) -> bool:
         patience = self.training.early_stopping_patience
         return patience is not None and self.progress.unimproved >= patience
+
+
+def _counts(batch: Batch) -> list[int]:
+    """Targets that the loss counts, steps, and positions of the rows that read."""
+    return [batch.n_targets, batch.n_steps, batch.targets[batch.reading].numel()]

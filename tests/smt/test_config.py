@@ -85,8 +85,11 @@ def test_yaml_round_trip(tmp_path):
     config.to_yaml(tmp_path / "config.yaml")
     assert SMTConfig.from_yaml(tmp_path / "config.yaml") == config
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ValueError, match="must hold a mapping"):
+    with pytest.raises(ValueError, match="must hold a mapping of SMTConfig fields, got list"):
         SMTConfig.from_yaml(tmp_path / "list.yaml")
+    (tmp_path / "half.yaml").write_text("stride: [")
+    with pytest.raises(ValueError, match=r"half\.yaml is not YAML"):
+        SMTConfig.from_yaml(tmp_path / "half.yaml")
 
 
 def test_summary_names_what_matters():

@@ -109,7 +109,10 @@ def test_a_folder_of_another_configuration_is_an_error_before_anything_runs(stud
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(jobs, texts, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text("variants: {broken: {text: missing.txt}, whole: {}}")
+    for name in ("tokenizers", "json", "smt"):  # what is in the current folder is not imported
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
         arguments = ["ablate", "--study", str(tmp_path / "study.yaml"), "--config", str(config_of(texts, tmp_path))]
         assert main([*arguments, "--out", str(tmp_path), "--jobs", str(jobs)]) == 1
@@ -117,10 +120,39 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(jobs, texts, tmp_pat
     assert captured.err.splitlines()[-1] == "smt: error: 1 of 2 cells failed" and "Traceback" not in captured.err
     values = json.loads((tmp_path / "study" / "ablation_results.json").read_text())
     assert [row["run"] for row in values["runs"]] == ["whole"]
-    message = "ValueError: text must be a file or a folder, missing.txt does not exist"
+    message = f"ValueError: text must be a file or a folder, {tmp_path / 'missing.txt'} does not exist"
     assert values["failures"] == {"broken": message} and captured.out.count(message) == 1
     assert "Traceback" in (tmp_path / "study" / "broken" / "failure.txt").read_text()
     assert (tmp_path / "study" / "whole" / "output.txt").exists() == (jobs > 1)
+
+
+def test_the_table_is_printed_and_kept_whatever_becomes_of_the_plots(study, texts, tmp_path, capsys, monkeypatch):
+    shutil.copytree(study, tmp_path / "grid")
+    for path in (tmp_path / "grid").glob("*.*"):
+        path.unlink()
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("smt.training.plots.comparison", fails)
+    monkeypatch.setattr("smt.experiments.report.plot_positions", fails)
+    assert ablate(texts, tmp_path, *GRID, "--name", "grid") == 0
+    captured = capsys.readouterr()
+    assert all(label in captured.out for label in LABELS)
+    assert {path.name for path in (tmp_path / "grid").glob("*.*") if path.is_file()} == {
+        "ablation_results.md", "ablation_results.csv", "ablation_results.json",
+    }  # fmt: skip
+    for name in ("ablation_results.png", "loss_by_position.png"):
+        assert f"smt: warning: there is no {name}: RuntimeError: no font" in captured.err
+
+
+def test_cells_whose_text_has_changed_since_are_not_scored_on_another(study, texts, tmp_path, capsys):
+    shutil.copytree(study, tmp_path / "grid")
+    for label in LABELS:
+        path = tmp_path / "grid" / label / "text.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "held_out": "of another text"}))
+    assert ablate(texts, tmp_path, *GRID, "--name", "grid") == 0
+    assert f"no loss by position: {LABELS[0]} cannot be scored: the held-out text of" in capsys.readouterr().out
 
 
 def config_of(texts, folder):

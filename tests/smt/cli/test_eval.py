@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+import yaml
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.baselines.gpt2 import build_gpt2
 from smt.cli import main
-from smt.data.documents import Document
+from smt.data.documents import Document, hash_documents
+from smt.data.local import read_text
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.run import TASKS
 
@@ -71,6 +74,45 @@ def test_the_ablation_without_writes_is_a_checkpoint_that_never_writes(folders, 
     perplexity = json.loads((tmp_path / "b" / "evaluation.json").read_text())["results"]["perplexity"]["SMT"]
     assert ablation["no writes"]["all"]["nats"] == pytest.approx(perplexity["loss"], rel=1e-6)
     assert ablation["whole"]["all"]["nats"] != pytest.approx(perplexity["loss"], rel=1e-6)
+
+
+def test_what_was_measured_is_printed_and_kept_whatever_becomes_of_plots_and_later_tasks(
+    folders, tmp_path, capsys, monkeypatch
+):
+    def fails(*arguments):
+        raise ValueError("no font")
+
+    monkeypatch.setattr("smt.evaluation.plots.plot_positions", fails)
+    assert evaluate(folders, tmp_path, str(folders / "ours"), "--tasks", "perplexity,position") == 0
+    captured = capsys.readouterr()
+    assert "bits per byte" in captured.out and "there is no loss_by_position.png: ValueError: no font" in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    monkeypatch.setitem(TASKS, "position", fails)
+    assert evaluate(folders, tmp_path, str(folders / "ours"), "--tasks", "perplexity,position") == 1
+    captured = capsys.readouterr()
+    assert "bits per byte" in captured.out and captured.err.splitlines()[-1] == "smt: error: no font"
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(folders, tmp_path, capsys, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("it was evaluated")
+
+    monkeypatch.setattr("smt.evaluation.run.evaluate_subjects", refuse)
+    (tmp_path / "file").touch()
+    assert evaluate(folders, tmp_path / "file" / "out", str(folders / "ours")) == 1
+    assert "out must be a folder that can be written, " in capsys.readouterr().err
+
+
+def test_it_is_said_when_the_held_out_text_of_the_run_has_changed(folders, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(folders / "ours", run)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**values, "data": {"text": str(folders / "text")}}))
+    said = f"note: the held-out text of {folders / 'text'} is not that with which the run in {run} began"
+    for there, changed in ((hash_documents(read_text(folders / "text").validation), False), ("another", True)):
+        (run / "text.json").write_text(json.dumps({"source": "text", "training": "", "held_out": there}))
+        assert main(["eval", str(run), "--tasks", "perplexity", "--device", "cpu"]) == 0
+        assert (said in capsys.readouterr().out) == changed
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,21 @@ def test_the_second_time_nothing_is_trained_or_tokenised(kind, texts, tmp_path, 
     assert again.tokenizer.hash == first.tokenizer.hash and again.train.folder == first.train.folder
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", ""), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{")]
+)
+def test_a_damaged_tokenizer_is_named_and_one_of_the_cache_is_trained_again(name, content, texts, tmp_path):
+    settings = DataConfig(text=str(texts), cache=str(tmp_path / "cache"))
+    first = tokenize_corpus(settings, 280)
+    (folder,) = (path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir())
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        Tokenizer.load(folder)
+    with pytest.warns(UserWarning, match=rf"{name}.*: it is made again"):
+        again = tokenize_corpus(settings, 280)
+    assert again.tokenizer.hash == first.tokenizer.hash
+
+
 def test_a_changed_file_is_tokenised_again(texts, tmp_path):
     settings = DataConfig(text=str(texts), cache=str(tmp_path / "cache"))
     before = tokenize_corpus(settings, 280)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smt.data import store as store_module
-from smt.data.documents import Document, Documents, in_memory
+from smt.data.documents import Document, Documents, hash_documents, in_memory
 from smt.data.store import TokenStore, made_once, tokenise
 from smt.data.tokenizer import END_OF_DOCUMENT, GPT2_END, GPT2_FILES, Tokenizer
 
@@ -265,10 +265,37 @@ class TestStore:
         with pytest.raises(ValueError, match=r"tokens.bin must have \d+ bytes, it has \d+; delete"):
             TokenStore(store.folder)
         info.write_text(json.dumps({**json.loads(info.read_text()), "layout": 99}))
-        with pytest.raises(ValueError, match="must have layout 2, got 99"):
+        with pytest.raises(ValueError, match="must have layout 3, got 99"):
             TokenStore(store.folder)
         with pytest.raises(FileNotFoundError, match="no tokens in"):
             TokenStore(tmp_path)
+
+    @pytest.mark.parametrize("name", store_module.FILES)
+    @pytest.mark.parametrize("content", [None, b"", b"{}"], ids=["missing", "empty", "other"])
+    def test_a_damaged_one_is_named_and_made_again(self, name, content, tokenizer, tmp_path):
+        some = [Document("0", "one two", targets=((0, 3),)), Document("1", "two one", targets=((0, 3),))]
+        store = tokenise(in_memory(some), tokenizer, tmp_path)
+        expected = [tokens.tolist() for tokens in store]
+        (store.folder / name).unlink()
+        if content is not None:
+            (store.folder / name).write_bytes(content)
+        with pytest.warns(UserWarning, match=rf"{name}.*: it is made again"):
+            again = tokenise(in_memory(some), tokenizer, tmp_path)
+        assert [tokens.tolist() for tokens in again] == expected and again.folder == store.folder
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {store.folder.name}
+
+    def test_a_full_disk_is_said_with_the_path_and_leaves_nothing_unfinished(self, tmp_path):
+        def full(folder):
+            (folder / "half").touch()
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(OSError, match=r"No space left on device: '.*/store'"):
+            made_once(tmp_path / "store", full)
+        assert {path.name for path in tmp_path.iterdir()} <= {"store.lock"}
+
+    def test_its_text_hash_is_of_names_and_texts_whatever_the_tokenizer(self, tokenizer, tmp_path):
+        store = tokenise(in_memory(documents()), tokenizer, tmp_path)
+        assert store.text_hash == hash_documents(documents()) != hash_documents(documents([*TEXTS, "more"]))
 
     def test_a_split_without_documents_is_refused_with_what_was_left_out(self, tokenizer, tmp_path):
         def read(skipped):

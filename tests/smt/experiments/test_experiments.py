@@ -1,15 +1,20 @@
 """Studies: what their cells are, how a cell may end, and what their comparison computes."""
 
 import math
+import os
+import signal
+import threading
 
 import pytest
 import torch
 
 from smt.evaluation.scorer import TokenScores
+from smt.experiments import cell as cell_module
 from smt.experiments.paired import BLOCK, FEW_DOCUMENTS, paired_difference
-from smt.experiments.record import named
+from smt.experiments.record import named, read_records
 from smt.experiments.run import FAILURE_FILE, run_study
 from smt.experiments.settings import STUDY_FOLDER, Study
+from smt.runtime.process import Interrupted, signals_as_interrupts
 from smt.training.settings import RunConfig
 
 STUDY = """
@@ -120,6 +125,49 @@ class TestRunning:
         outcomes = run_study(study, tmp_path, jobs=2, tell=told.append)
         assert len(outcomes) == 2 and all(error in outcome.error for outcome in outcomes)
         assert sum("begins" in line for line in told) == sum("failed" in line for line in told) == 2
+
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+    def test_a_signal_ends_the_processes_of_all_cells_and_none_begins_after_it(self, name, tmp_path, monkeypatch):
+        program = tmp_path / "python"
+        number = getattr(signal, name).value
+        # The second of two tells the process that began them.
+        program.write_text(
+            f'#!/bin/sh\ncd {tmp_path}\necho $$ > "pid.$$"\n'
+            f"if mkdir first 2> /dev/null; then :; else kill -{number} $PPID; fi\nexec sleep 600\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(program))
+        study = Study.of_grid("tiny", {"seed": ["1", "2", "3"]}, name="interrupted")
+        with pytest.raises(Interrupted) as interrupt, signals_as_interrupts():
+            run_study(study, tmp_path, jobs=2, tell=lambda line: None)
+        assert interrupt.value.signal == number
+        processes = [int(path.read_text()) for path in tmp_path.glob("pid.*")]
+        assert len(processes) == 2
+        for process in processes:
+            with pytest.raises(ProcessLookupError):
+                os.kill(process, 0)
+
+    def test_the_process_of_a_cell_ends_when_the_one_that_began_it_is_killed(self, monkeypatch):
+        # Standard input ends when its other end is closed, as the system does for whoever is killed.
+        reading, writing = os.pipe()
+        ended, stopped = [], threading.Event()
+        monkeypatch.setattr("sys.stdin", os.fdopen(reading))
+        monkeypatch.setattr(cell_module.os, "kill", lambda process, number: (ended.append((process, number)), stopped.set()))
+        monkeypatch.setattr(cell_module, "attempt", lambda folder: (os.close(writing), stopped.wait(60))[0])
+        assert cell_module.main("folder") == 0
+        assert ended == [(os.getpid(), signal.SIGTERM)]
+
+    def test_a_run_that_diverged_is_not_finished(self, tmp_path, monkeypatch):
+        study = Study.of_grid("tiny", {"seed": ["1"]}, name="diverged")
+        folder = tmp_path / "diverged" / "seed=1"
+        folder.mkdir(parents=True)
+        study.cells[0].config.to_yaml(folder / "cell.yaml")
+        (folder / "results.json").write_text('{"stopped": "the training loss is nan in step 3"}')
+        monkeypatch.setattr("smt.experiments.run.attempt", lambda folder: "again")
+        (outcome,) = run_study(study, tmp_path, tell=lambda line: None)
+        assert outcome.error == "again" and not outcome.reused
+        records, unfinished = read_records([folder])
+        assert not records and "stopped before its end: the training loss is nan in step 3" in unfinished[0]
 
     def test_a_folder_with_something_else_is_left_alone(self, tmp_path):
         study = Study.of_grid("tiny", {"seed": ["1", "2"]}, name="mine")

@@ -1,6 +1,7 @@
 """``SMTForCausalLM`` in the hands of ``transformers``: Auto classes, folders, losses, checkpointing, number formats."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -91,6 +92,15 @@ def test_weights_that_are_not_the_models_are_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks model\.memory\.pooling\.w_q\.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        build(torch.float32).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
 
 
 def test_a_model_card_is_written_once(tmp_path):

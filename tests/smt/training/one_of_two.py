@@ -4,9 +4,13 @@ Usage: torchrun --nproc-per-node 2 one_of_two.py FOLDER SETTINGS.json {ddp | fsd
 """
 
 import json
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+import torch
+from same_training import TASKS, trained
 
 from smt.training.run import run_in
 from smt.training.settings import RunConfig
@@ -44,10 +48,19 @@ def stop_at(last: int) -> None:
     Trainer._step = step
 
 
+def train_the_same(file: Path) -> None:
+    """What ``same_training`` gives on this process and the other, by task and number of accumulated batches."""
+    results = {task: {count: trained(task, count, processes=2) for count in (1, 2, 4)} for task in TASKS}
+    if os.environ["RANK"] == "0":
+        torch.save(results, file)
+
+
 if __name__ == "__main__":
     folder, settings, how, last = sys.argv[1:]
     if how == "fsdp":
         shard_on_cpu()
+    else:
+        train_the_same(Path(settings).with_suffix(".pt"))
     stop_at(int(last))
     with suppress(Stopped):
         run_in(Path(folder), RunConfig.from_dict(json.loads(Path(settings).read_text())))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_training import TASKS, assert_same_training, trained
 
 from smt.training.checkpoints import Checkpoints, Snapshot
 from smt.training.run import run_in
@@ -83,8 +84,13 @@ def assert_same_losses(folder: Path, expected: Path) -> None:
         torch.testing.assert_close(tensor, weights[name], rtol=1e-2, atol=1e-4)
 
 
-def test_two_processes_train_what_one_does(texts, alone, tmp_path):
+def test_two_processes_train_what_one_does_and_in_accumulated_batches_to_the_last_digits(texts, alone, tmp_path):
     assert_same_losses(run_two(tmp_path / "run", texts, "ddp"), alone)
+    of_two = torch.load(tmp_path / "run.pt")
+    for task in TASKS:
+        expected = trained(task, 1)
+        for result in of_two[task].values():
+            assert_same_training(result, expected)
 
 
 def test_sharded_over_two_processes_interrupted_and_resumed_a_model_trains_as_on_one(texts, alone, tmp_path):

@@ -46,7 +46,7 @@ class TestRun:
         names = {path.name for path in outcome.folder.iterdir()}
         assert names == {
             "config.yaml", "results.json", "metrics_history.json", "model.safetensors", "tokenizer.json",
-            "tokenizer_config.json", "training_curves.png", "checkpoints",
+            "tokenizer_config.json", "training_curves.png", "checkpoints", "text.json",
         }  # fmt: skip
         assert outcome.folder.parent.name == "tiny"
 

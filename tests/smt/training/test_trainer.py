@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from same_training import TASKS, assert_same_training, trained
 from tiny_training import DATA, MODEL, random_documents, recorded_batches, train_tiny, trainer_of
 
 from smt import SMTConfig, StrideMemoryTransformer
@@ -42,7 +43,8 @@ class TestLoop:
         gradients = []
 
         def keep(self, parameters, norm):
-            return gradients.append([parameter.grad for parameter in parameters])
+            gradients.append([parameter.grad for parameter in parameters])
+            return torch.tensor(1.0)
 
         monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", keep)
         batches = recorded_batches(monkeypatch)
@@ -104,13 +106,10 @@ class TestLoop:
             losses.append(run_losses)
         assert losses[0] == losses[1] and len(losses[0]) == 3
 
-    def test_two_accumulated_batches_train_what_one_of_both_trains(self):
-        texts = [torch.arange(9) + 10 * index for index in range(4)]  # four rows, or two and then two
-        rates = {"steps": 3, "learning_rate": 0.05, "documents": texts}
-        together, _, _ = train_tiny(data={"batch_size": 4, "lanes": 1}, **rates)
-        apart, _, _ = train_tiny(data={"batch_size": 2, "lanes": 2}, gradient_accumulation_steps=2, **rates)
-        for (name, one), two in zip(together.named_parameters(), apart.parameters(), strict=True):
-            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    @pytest.mark.parametrize("task", TASKS)
+    @pytest.mark.parametrize("accumulated", [2, 4])
+    def test_accumulated_batches_train_what_one_of_all_rows_trains(self, accumulated, task):
+        assert_same_training(trained(task, accumulated), trained(task, 1))
 
     def test_evaluations_may_be_every_so_many_steps(self):
         assert train_tiny(steps=7, eval_steps=3, evaluations=1)[2] == [3, 6, 7]

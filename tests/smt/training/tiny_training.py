@@ -36,7 +36,7 @@ def random_documents():
     return [torch.randint(0, MODEL["vocab_size"], (length,), generator=generator) for length in (9, 30, 31, 50)]
 
 
-def trainer_of(documents=None, clock=None, model=None, data=None, **training):
+def trainer_of(documents=None, clock=None, model=None, data=None, counted=None, **training):
     """A trainer of a tiny model of a fixed seed."""
     torch.manual_seed(0)
     model = StrideMemoryTransformer(SMTConfig(**{**MODEL, **(model or {})}))
@@ -44,7 +44,7 @@ def trainer_of(documents=None, clock=None, model=None, data=None, **training):
     data = DataConfig(**{**DATA, **(data or {})})
     documents = random_documents() if documents is None else documents
     clock = clock or Clock(training, 0.0, epoch_targets=sum(len(document) - 1 for document in documents))
-    return Trainer(model, documents, data, training, clock, make_accelerator(training))
+    return Trainer(model, documents, data, training, clock, make_accelerator(training), counted=counted)
 
 
 def train_tiny(on_step=lambda done: None, losses=(), **options):
