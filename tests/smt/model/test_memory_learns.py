@@ -1,5 +1,6 @@
 """The memory learns: a key shown once is named 140 to 255 tokens later, where only slots can tell."""
 
+import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
@@ -38,15 +39,17 @@ def accuracy(model):
 
 
 def build(**switches):
-    """Everything but the sizes is a default: encoding, dropout, groups of writes, pooling."""
+    """Everything but the sizes and the encoding is a default: fresh weights, dropout, groups of writes, pooling, gates."""
     sizes = {"d_model": 64, "d_k": 64, "transformer_n_layers": 2, "transformer_n_heads": 4, "ssm_n_layers": 2}
     return StrideMemoryTransformer(SMTConfig(vocab_size=QUESTION + 1, **sizes, **switches))
 
 
-def test_memory_recalls_what_the_window_has_lost_and_nothing_else_does(fresh_gates):
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    model = build()
+# Each encoding learned with each of ten seeds within 140 steps; docs/results.md has the table.
+@pytest.mark.parametrize(("encoding", "seed"), [("stream", 0), ("stride", 1)])
+def test_memory_recalls_what_the_window_has_lost_and_nothing_else_does(encoding, seed, fresh_gates):
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = build(encoding=encoding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
     for step in range(1, STEPS + 1):
@@ -56,12 +59,12 @@ def test_memory_recalls_what_the_window_has_lost_and_nothing_else_does(fresh_gat
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         warmup.step()
-        if step >= 100 and step % 10 == 0 and (recalled := accuracy(model)) >= 0.95:
+        if step >= 80 and step % 20 == 0 and (recalled := accuracy(model)) >= 0.95:
             break
     assert recalled >= 0.95, f"{recalled:.1%} after {step} steps"
 
     # Without writes no weights can do better than guess: the answer does not depend on the key at all.
-    control = build(writes=False)
+    control = build(encoding=encoding, writes=False)
     control.load_state_dict(model.state_dict())
     ids, targets = recall_batch(32, generator)
     is_key = (ids >= N_FILLERS) & (ids < MARKER)
