@@ -34,6 +34,8 @@ def query_backward_kernel(
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dw, delta and du of the windows of a strip, and the share of an entry in each mean, 1 / (number of entries)."""
+    # One for each warp, but for chunks of 256, which the compilers of triton 3.6 to 3.8 would then squeeze into 128 registers.
+    SLICES: tl.constexpr = 8 if CHUNK > 256 else min(4, CHUNK // 16)
     i_chunk = tl.program_id(1)
     i_row, o_window, m_window, o_place = strip(n_windows, P)
     o_token, o_slot = starts(o_window, token_start, stride, slot_start, phase, group)
@@ -54,7 +56,7 @@ def query_backward_kernel(
         )  # [P, E]
         m_x = tl.max(m_seen.to(tl.int32), axis=0) > 0
         b_x = load(p_x, m_x, i_chunk, WIDTH, CHUNK)  # [E, CHUNK]
-        b_dw, b_inverse = normalised_products(b_grad, p_grad, m_window, b_x, p_x, m_x, i_chunk, WIDTH, CHUNK, NORMALISE)
+        b_dw, b_inverse = normalised_products(b_grad, p_grad, m_window, b_x, p_x, m_x, i_chunk, WIDTH, CHUNK, NORMALISE, SLICES)
         if dropout is not None:
             b_dw *= tl.load(dropout + o_weights + o_position, mask=m_seen, other=0.0).to(tl.float32)
         if grad_weights is not None:

@@ -39,10 +39,8 @@ def normalised(b_x, b_inverse, NORMALISE: tl.constexpr):
 
 
 @triton.jit
-def _long_dot(b_y, b_x, CHUNK: tl.constexpr):
+def _long_dot(b_y, b_x, CHUNK: tl.constexpr, SLICES: tl.constexpr):
     """y x^T, small and long: cut into slices, or else several warps would compute the same of it."""
-    # From 512 on one slice for each of the 8 warps: fewer would hold the same in two warps, and spill registers.
-    SLICES: tl.constexpr = 8 if CHUNK >= 512 else min(4, CHUNK // 16)
     b_y = tl.permute(tl.reshape(b_y, [b_y.shape[0], SLICES, CHUNK // SLICES]), [1, 0, 2])
     b_x = tl.permute(tl.reshape(b_x, [b_x.shape[0], SLICES, CHUNK // SLICES]), [1, 2, 0])
     return tl.sum(dot(b_y, b_x), axis=0)
@@ -50,10 +48,11 @@ def _long_dot(b_y, b_x, CHUNK: tl.constexpr):
 
 @triton.jit
 def normalised_products(
-    b_y, p_y, m_y, b_x, p_x, m_x, i_chunk, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NORMALISE: tl.constexpr
-):
+    b_y, p_y, m_y, b_x, p_x, m_x, i_chunk,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, NORMALISE: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
     """y x^^T and 1 / rms(x) over the whole width: the chunks at hand, then the others."""
-    b_products = _long_dot(b_y, b_x, CHUNK)  # [rows of y, rows of x]
+    b_products = _long_dot(b_y, b_x, CHUNK, SLICES)  # [rows of y, rows of x]
     b_squares = square_sums(b_x)
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     for i in range(1, CHUNKS):
@@ -61,7 +60,7 @@ def normalised_products(
         b_other = load(p_x, m_x, i_other, WIDTH, CHUNK)  # [rows of x, CHUNK]
         b_other_y = load(p_y, m_y, i_other, WIDTH, CHUNK)  # [rows of y, CHUNK]
         b_squares += square_sums(b_other)  # before the product, which can then release it from registers
-        b_products += _long_dot(b_other_y, b_other, CHUNK)
+        b_products += _long_dot(b_other_y, b_other, CHUNK, SLICES)
     b_inverse = inverse_rms(b_squares, WIDTH, NORMALISE)
     return b_products * b_inverse[None, :], b_inverse
 
@@ -104,6 +103,7 @@ def pool_kernel(
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """weights = softmax(scale u . x^) and pooled = (weights dropout) X^ of the windows of a strip."""
+    SLICES: tl.constexpr = 8 if CHUNK > 128 else min(4, CHUNK // 16)  # one for each warp
     i_chunk = tl.program_id(1)
     i_row, o_window, m_window, o_place = strip(n_windows, P)
     o_token, o_slot = starts(o_window, token_start, stride, slot_start, phase, group)
@@ -123,7 +123,7 @@ def pool_kernel(
         )  # [P, E]
         m_x = tl.max(m_seen.to(tl.int32), axis=0) > 0
         b_x = load(p_x, m_x, i_chunk, WIDTH, CHUNK)  # [E, CHUNK]
-        b_s, b_inverse = normalised_products(b_u, p_u, m_window, b_x, p_x, m_x, i_chunk, WIDTH, CHUNK, NORMALISE)
+        b_s, b_inverse = normalised_products(b_u, p_u, m_window, b_x, p_x, m_x, i_chunk, WIDTH, CHUNK, NORMALISE, SLICES)
         b_s = tl.where(m_seen, b_s * (scale * LOG2_E), float("-inf"))  # [P, E]
         if i_chunk == 0:
             tl.store(weights + o_weights + o_position, b_s, mask=m_inside)
