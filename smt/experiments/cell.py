@@ -38,5 +38,6 @@ def main(folder: str) -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # nothing is written to it; it ends when the parent does
+    # Nothing is written to it; it ends when the parent does. Not through sys.stdin, whose lock a process cannot end without.
+    os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -39,7 +39,7 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
         ),
         (["--architecture", "gpt3"], "architecture must be one of smt, gpt2, got 'gpt3'"),
         (["--resume", "missing"], "--resume goes on with a run as it was begun; it takes no other setting"),
-        (["--text", "missing.txt"], "text must be a file or a folder, missing.txt does not exist"),
+        (["--text", "missing.txt"], "/missing.txt does not exist"),
         (["--source", "wikitext"], "got 'wikitext'; did you mean 'wikitext2'?"),
         (["--source", "wikitext2"], "neither the Hugging Face Hub nor the cache of earlier downloads"),
         (["--tokenizer", "no/such"], "neither the Hub nor the cache of earlier downloads gave it"),
