@@ -81,7 +81,12 @@ def assert_same_losses(folder: Path, expected: Path) -> None:
         assert results[name] == others[name], name
     weights = load_file(expected / "model.safetensors")
     for name, tensor in load_file(folder / "model.safetensors").items():
-        torch.testing.assert_close(tensor, weights[name], rtol=1e-2, atol=1e-4)
+        expected = weights[name]
+        if name.endswith("qkv.bias"):
+            # A bias of all keys changes no attention: its gradient is rounding, of which AdamW makes whole steps.
+            (query, _, value), (others_query, _, others_value) = tensor.chunk(3), expected.chunk(3)
+            tensor, expected = torch.cat([query, value]), torch.cat([others_query, others_value])
+        torch.testing.assert_close(tensor, expected, rtol=1e-2, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_two_processes_train_what_one_does_and_in_accumulated_batches_to_the_last_digits(texts, alone, tmp_path):
