@@ -22,7 +22,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     source.add_argument("--file", metavar="PATH", help="a file to continue, as it is; - is standard input")
-    parser.add_argument("--batch", action="store_true", help="each line of the file is a prompt; JSON lines are written")
+    parser.add_argument(
+        "--batch", action="store_true", help="each line of the file is a prompt, up to its line feed; JSON lines are written"
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts that run together (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to draw at most (default: 200)")
     parser.add_argument("--temperature", type=float, metavar="T", help="divides the logits; 0 is greedy (default: 0.8)")
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace, started: float) -> int:
             print(printable(piece), end="", flush=True)
         print()
         return 0
-    prompts = text.splitlines()
+    prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     for start in range(0, len(prompts), options.batch_size):
         together = prompts[start : start + options.batch_size]
         for prompt, continuation in zip(together, continuer.batch(together), strict=True):
@@ -67,11 +69,11 @@ def run(options: argparse.Namespace, started: float) -> int:
 
 
 def _read(path: str) -> str:
-    if path == "-":
-        return sys.stdin.read()
+    """The text as it is: a carriage return is a character, a mark of byte order is none, whatever the system's encoding."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"there is no {path}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        raise ValueError(f"{'standard input' if path == '-' else path} is not UTF-8 text: {error}") from None

@@ -1,8 +1,8 @@
 """Tokens of a split in one file, made once, mapped into memory, and shared by every process that reads it.
 
 A folder holds ``tokens.bin``, all documents one after another in the narrowest unsigned integers that the vocabulary fits,
-``documents.json``, which says what they are, and, where documents name their targets, ``counted.bin``, a byte per token that
-says whether the loss counts it. Its name is the hash of texts and tokenizer, so that a store that is there is the right one; it
+``documents.json``, which says what they are, where documents name their targets ``counted.bin``, a byte per token that says
+whether the loss counts it, and where texts were left out ``left_out.txt``, which names them with the reason. Its name is the hash of texts and tokenizer, so that a store that is there is the right one; it
 appears under its name only when it is complete.
 """
 
@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smt.data.documents import Documents, hash_texts
+from smt.data.documents import Documents, LeftOut, hash_texts
 from smt.data.tokenizer import Tokenizer
 from smt.runtime.extras import needs_extra
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Of the layout of the files; another one does not read what an earlier one wrote.
-LAYOUT = 2
-TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
+LAYOUT = 3
+TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE, LEFT_OUT_FILE = "tokens.bin", "counted.bin", "documents.json", "left_out.txt"
+
+ELSEWHERE = "name another folder with --cache, or in the environment variable SMT_CACHE"
 
 
 class TokenStore(Sequence["np.ndarray"]):
@@ -39,7 +42,7 @@ class TokenStore(Sequence["np.ndarray"]):
         names: of the documents.
         n_bytes: of UTF-8 text that the targets of each document spell: all of it, unless it names its targets.
         counted: of each document, (L,) bool, which tokens the loss counts; None: every document's all but the first.
-        skipped: how many documents were left out, by reason.
+        skipped: how many documents were left out, by reason; ``left_out_file`` names them.
         vocab_size: of the tokenizer.
     """
 
@@ -100,6 +103,11 @@ class TokenStore(Sequence["np.ndarray"]):
         return [stop - start for start, stop in pairwise(self._offsets)]
 
     @property
+    def left_out_file(self) -> Path:
+        """What was left out, a reason and a name on each line; not there where nothing was."""
+        return self.folder / LEFT_OUT_FILE
+
+    @property
     def n_targets(self) -> int:
         """Tokens that the loss counts."""
         return self._info["n_targets"]
@@ -117,27 +125,42 @@ def tokenise(documents: Documents, tokenizer: Tokenizer, cache: str | Path) -> T
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Call ``make`` with an empty folder that is then renamed to ``folder``, unless that exists; other processes wait."""
+    """Call ``make`` with an empty folder that is then renamed to ``folder``, unless that exists; other processes wait.
+
+    Raises:
+        ValueError: the cache that ``folder`` is in cannot be written.
+    """
     from filelock import FileLock
 
     if folder.is_dir():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if folder.is_dir():
-            return
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted process left
-        unfinished.mkdir()
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with ExitStack() as held:
+        with writes_cache(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(folder.with_name(f"{folder.name}.lock")))
+            if folder.is_dir():
+                return
+            shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted process left
+            unfinished.mkdir()
         make(unfinished)
         os.replace(unfinished, folder)
+
+
+@contextmanager
+def writes_cache(folder: Path) -> Iterator[None]:
+    """Turn what the system refuses inside the block into an error that says how to keep the cache elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write to the cache {folder} ({error.strerror or error}): {ELSEWHERE}") from error
 
 
 def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -> None:
     import numpy as np
 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    names, n_bytes, offsets, skipped = [], [], [0], Counter[str]()
+    names, n_bytes, offsets, skipped = [], [], [0], LeftOut()
     names_targets, n_targets = False, 0
     with (folder / TOKENS_FILE).open("wb") as file, (folder / COUNTED_FILE).open("wb") as counted_file:
         for document, tokens, counted in tokenizer.encode_documents(documents.read(skipped)):
@@ -152,8 +175,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
     if not names_targets:  # which is known only when all documents have been read
         (folder / COUNTED_FILE).unlink()
     if not names:
-        left_out = "".join(f", {count} {reason}" for reason, count in sorted(skipped.items()))
-        raise ValueError(f"a split must have a document, this one has none{left_out}")
+        raise ValueError(f"a split must have a document, this one has none{skipped and f', {skipped}'}")
     info = {
         "layout": LAYOUT,
         "hash": key,
@@ -168,4 +190,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
         "n_targets": n_targets,
         "skipped": dict(skipped),
     }
+    if skipped:
+        lines = [f"{reason}\t{name!r}\n" for reason, names in sorted(skipped.names.items()) for name in names]
+        (folder / LEFT_OUT_FILE).write_text("".join(lines), encoding="utf-8")
     (folder / DOCUMENTS_FILE).write_text(json.dumps(info), encoding="utf-8")

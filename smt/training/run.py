@@ -133,9 +133,10 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
     with accelerator.main_process_first():
         text = tokenize_corpus(data, config.model.vocab_size)
     say(text.describe(), flush=True)
-    warning = text.warning(config.model.window_size)
-    if warning and accelerator.is_main_process:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    rows = config.data.batch_size * accelerator.num_processes
+    for warning in (text.warning(config.model.window_size), text.idle_rows(rows, config.data.part_length)):
+        if warning and accelerator.is_main_process:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     if config.data.tokenizer in TRAINED:
         config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
     model = _model(config)
@@ -273,4 +274,5 @@ def _sample(model: torch.nn.Module, document: np.ndarray, config: RunConfig, tok
     (tokens,) = model.generate(
         prompt[None], config.training.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, generator=generator
     )
-    return tokenizer.decode(prompt[1:].cpu()), tokenizer.decode(tokens[len(prompt) :].cpu())
+    read, drawn = prompt[1:].cpu(), tokens[len(prompt) :].cpu()
+    return tokenizer.decode(read), tokenizer.decode(drawn, after=read)
