@@ -1,9 +1,10 @@
 """Tokens of a split in one file, made once, mapped into memory, and shared by every process that reads it.
 
-A folder holds ``tokens.bin``, all documents one after another in the narrowest unsigned integers that the vocabulary fits,
-``documents.json``, which says what they are, where documents name their targets ``counted.bin``, a byte per token that says
-whether the loss counts it, and where texts were left out ``left_out.txt``, which names them with the reason. Its name is the hash of texts and tokenizer, so that a store that is there is the right one; it
-appears under its name only when it is complete.
+A folder holds ``tokens.bin``, all documents one after another in the narrowest unsigned integers that the vocabulary fits, and
+``documents.json``, which says what they are; where documents name their targets ``counted.bin``, a byte per token that says
+whether the loss counts it; where texts were left out ``left_out.txt``, which names them with the reason. The folder's name is
+the hash of texts and tokenizer, so that a store that is there is the right one; it appears under its name only when it is
+complete.
 """
 
 from __future__ import annotations

@@ -154,6 +154,10 @@ class Tokenizer:
         """The largest token plus one; of a trained one at most what was asked for, less where the text has no more pairs."""
         return self._vocab_size
 
+    def token(self, name: str) -> int | None:
+        """The token that is spelled ``name``; None: there is none."""
+        return self._tokenizer.token_to_id(name)
+
     def encode(self, text: str) -> Tensor:
         """Text -> (L,) int64, without special tokens."""
         return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)

@@ -84,7 +84,8 @@ def _stream(
     piece, state = input_ids, None
     for _ in range(max_new_tokens):
         was_training = model.training
-        model.eval()
+        if was_training:  # a walk through all modules, which takes as long as a part of a step
+            model.eval()
         try:
             logits, aux = model(piece, state, attention_mask=attention_mask, last_only=True, overwrite_state=True)
         finally:
@@ -108,7 +109,13 @@ def _stream(
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """One token per row, (B, 1) int64, from logits (B, V)."""
+    """One token per row, (B, 1) int64, from logits (B, V); what is no number is refused on a CPU, where looking costs no wait.
+
+    Of independent exponential waiting times with rates p, the one of token i is the shortest with probability p_i: nothing is
+    read back from the device, as ``torch.multinomial`` does to check its input.
+    """
+    if logits.device.type == "cpu" and logits.isnan().any():
+        raise ValueError("logits must be numbers, the model gives nan")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
@@ -121,7 +128,8 @@ def sample(
         before = probability.cumsum(dim=-1) - probability  # mass of the more likely tokens
         dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(dropped, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    waiting = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=torch.finfo(logits.dtype).tiny)
+    return (logits.softmax(dim=-1) / waiting).argmax(dim=-1, keepdim=True)
 
 
 def _check(

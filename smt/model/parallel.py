@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from smt.model.readout import read_out
 from smt.model.windows import Span
 from smt.state.rings import from_ring, to_ring
 from smt.state.state import SMTState, existing
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from smt.model.transformer import StrideMemoryTransformer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """What encoding tokens gives.
 
@@ -73,7 +74,7 @@ def encode_chunk(
     if config.reads_out and config.writes:
         steps = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
         newest = config.window.writes_before(steps) - 1 - slots.first
-        hidden = model.decoder.slot_readout(hidden, slots.values, newest[None])
+        hidden = read_out(model.decoder.slot_readout, hidden, slots.values, newest[None])
     next_state = SMTState(
         config=config,
         steps=tuple(stops),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from smt.model.parallel import Encoded
+from smt.model.readout import read_out
 from smt.model.step_layers import decode_stream, decode_stride, decode_token, keep_slots
 from smt.state.rings import last_entries
 from smt.state.state import SMTState
@@ -37,7 +38,7 @@ def decode_step(model: StrideMemoryTransformer, input_ids: Tensor, state: SMTSta
         newest = [((count - 1) % config.n_state_slots, min(count, 1) - 1) for count in written]
         index, exists = torch.tensor(list(zip(*newest, strict=True)), device=embedded.device)
         slots = state.slots[rows, index].to(hidden.dtype)
-        hidden = model.decoder.slot_readout(hidden[:, None], slots[:, None], exists[:, None])[:, 0]
+        hidden = read_out(model.decoder.slot_readout, hidden[:, None], slots[:, None], exists[:, None])[:, 0]
     made = config.window.writes_made
     writers = [row for row, step in enumerate(steps) if config.writes and made(step + 1) > made(step)]
     weights = None
@@ -69,8 +70,7 @@ def _write(model: StrideMemoryTransformer, state: SMTState, writers: Sequence[in
         valid_tokens = (step + 1).clamp(max=config.m_input_tokens).int()
     pooled, weights = attention_pool(
         windows,
-        memory.pooling.w_q.weight,
-        memory.pooling.w_k.weight,
+        *memory.pooling.projections(),
         n_memory=n_slots,
         valid_memory=valid_memory,
         valid_tokens=valid_tokens,

@@ -14,7 +14,7 @@ from smt.state.rings import take
 from smt.state.state import KeyValues
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
     """Consecutive entries: values (B, L, d), and the step (of a token) or index (of a slot) of the first."""
 

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import subprocess
-import os
 import zipfile
 from pathlib import Path
 
@@ -267,5 +266,5 @@ class TestSettings:
             raise RuntimeError("Could not determine home directory.")
 
         monkeypatch.setattr(Path, "home", homeless)
-        with pytest.raises(ValueError, match="there is no home folder .*--cache, or in the environment variable SMT_CACHE"):
+        with pytest.raises(ValueError, match=r"there is no home folder .*--cache, or in the environment variable SMT_CACHE"):
             cache_folder(DataConfig())

@@ -52,7 +52,8 @@ def test_it_says_what_there_is_and_what_was_left_out(texts, tmp_path):
     assert len(train) + len(validation) == 6
     assert corpus.describe() == (
         f"{texts}: training {len(train)} documents, 0.00 MB, {train.n_targets:,} tokens; "
-        f"held out {len(validation)} documents, 0.00 MB, {validation.n_targets:,} tokens; left out: 1 empty ({train.left_out_file})"
+        f"held out {len(validation)} documents, 0.00 MB, {validation.n_targets:,} tokens; "
+        f"left out: 1 empty ({train.left_out_file})"
     )
 
 
