@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-from smt.cli.output import printable
 from smt.cli.parser import add_device
 
 EXAMPLES = """\
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace, started: float) -> int:
     continuer = Continuer.from_folder(options.model, sampling, find_device(options.device))
     if not options.batch:
         for piece in continuer.stream(text):
-            print(printable(piece), end="", flush=True)
+            print(piece, end="", flush=True)
         print()
         return 0
     prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

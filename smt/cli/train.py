@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from smt.cli.output import printable
 from smt.cli.run_fields import add_run_fields, overrides
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def _report(outcome: Outcome) -> None:
     prompt, continuation = outcome.sample
     if continuation:
         print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")
-        print(printable(_indented(f"{prompt}>>>{continuation}")))
+        print(_indented(f"{prompt}>>>{continuation}"))
     evaluation, progress = outcome.evaluation, outcome.progress
     bound = outcome.config.data.eval_documents
     documents = "documents whole" if bound is None else f"the first {bound} documents at most, whole"
@@ -76,4 +75,4 @@ def _report(outcome: Outcome) -> None:
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"  {line}".rstrip() for line in text.splitlines())
+    return "\n".join(f"  {line}".rstrip() for line in text.split("\n"))

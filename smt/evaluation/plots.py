@@ -69,7 +69,7 @@ def _draw_positions(axes: Axes, results: Mapping[str, LossByPosition], marks: Ma
         x, y = [middle for middle, _ in bins], [mean.nats for _, mean in bins]
         colour = COLOURS[index % len(COLOURS)]
         marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
+        axes.plot(x, y, color=colour, marker=marker, markersize=4, label=_label(name))
         known = [(middle, mean) for middle, mean in bins if mean.margin is not None]
         low, high = ([mean.nats + sign * mean.margin for _, mean in known] for sign in (-1, 1))
         axes.fill_between([middle for middle, _ in known], low, high, color=colour, alpha=0.18, linewidth=0)
@@ -124,7 +124,7 @@ def plot_recall(results: Mapping[str, Recall], marks: Mapping[str, int], path: s
     for index, (name, result) in enumerate(results.items()):
         x = [there.distance for there in result.distances]
         y = [100 * there.accuracy for there in result.distances]
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": name}
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": _label(name)}
         axes.plot(x, y, **style, markersize=5)
     chance = next(iter(results.values())).chance
     axes.axhline(100 * chance, color="0.5", linestyle=":", label=f"chance, {chance:.1%}")
@@ -150,7 +150,7 @@ def plot_ablations(results: Mapping[str, Ablation], spans: Mapping[str, str], pa
     for index, (name, result) in enumerate(hindered.items()):
         x = [place + (index - (len(hindered) - 1) / 2) * width for place in range(len(there))]
         y = [getattr(result, span).nats - getattr(whole, span).nats for span in there]
-        bars = axes.bar(x, y, width, color=COLOURS[index % len(COLOURS)], label=name)
+        bars = axes.bar(x, y, width, color=COLOURS[index % len(COLOURS)], label=_label(name))
         axes.bar_label(bars, [f"{value:+.3f}" for value in y], padding=2, fontsize=8)
     axes.margins(y=0.15)
     axes.axhline(0, color="0.3", linewidth=0.8)
@@ -218,7 +218,16 @@ def _legend_below(figure: Figure, axes: Axes, handles: list[Any] | None = None) 
     axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=8, frameon=False)
 
 
+def _label(name: str) -> str:
+    """A name as a label: one that begins with an underscore would not be shown."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _save(figure: Figure, path: str | Path) -> None:
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *(legend.get_texts() if legend else ())):
+            text.set_parse_math(False)  # names are data: two dollar signs in one are no mathematics
     figure.savefig(path, dpi=120, bbox_inches="tight")  # a long legend would be cut
 
 

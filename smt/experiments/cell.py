@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from smt.runtime.streams import standard_streams
 from smt.training.run import run_in
 from smt.training.settings import RunConfig
 
@@ -29,4 +30,6 @@ def attempt(folder: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if attempt(Path(sys.argv[1])) is None else 1)
+    with standard_streams(results_in_files=True):
+        failure = attempt(Path(sys.argv[1]))
+    sys.exit(0 if failure is None else 1)

@@ -2,5 +2,5 @@
 
 ``process`` (threads and memory, set before torch is imported), ``device`` (where a command computes), ``precision`` (in which
 number format), ``environment`` (what a measurement was made on), ``extras`` (optional packages), ``fields`` (dataclasses of
-settings: read from text, checked).
+settings: read from text, checked), ``streams`` (standard input and output, whatever they are).
 """
