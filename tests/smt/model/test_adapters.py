@@ -129,7 +129,7 @@ def test_dropout_before_an_adapter_that_is_never_called_is_refused_in_training(n
     model = build()
     replace(model, name, dropout=0.5)
     ids = torch.randint(37, (1, 14))
-    model(ids)
+    model.eval()(ids)
     with pytest.raises(ValueError, match=f"^{name} is never called.*dropout has no effect"):
         model.train()(ids)
 
