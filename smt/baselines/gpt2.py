@@ -115,11 +115,13 @@ class FullAttentionGPT2(nn.Module):
         """Prompts (B, T) and their continuations, (B, T + new), each token with the last ``context`` before it."""
         was_training = self.training
         self.eval()
-        for _ in range(max_new_tokens):
-            hidden = self.transformer(input_ids[:, -self.context :], use_cache=False).last_hidden_state
-            logits = hidden[:, -1] @ self.embedding.weight.mT
-            input_ids = torch.cat([input_ids, sample(logits, temperature, top_k, top_p, generator)], dim=1)
-        self.train(was_training)
+        try:
+            for _ in range(max_new_tokens):
+                hidden = self.transformer(input_ids[:, -self.context :], use_cache=False).last_hidden_state
+                logits = hidden[:, -1] @ self.embedding.weight.mT
+                input_ids = torch.cat([input_ids, sample(logits, temperature, top_k, top_p, generator)], dim=1)
+        finally:
+            self.train(was_training)
         return input_ids
 
     def gradient_checkpointing_enable(self) -> None:

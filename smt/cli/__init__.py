@@ -3,15 +3,13 @@
 A command's module has EXAMPLES, ``add_options(parser)`` and ``run(options, started) -> exit code``. Errors are one line on
 standard error, with a traceback only under ``--debug``.
 
-Beside the commands: ``parser`` and ``run_fields`` (their options), ``output`` (what a terminal can show), and what two of them
-do: ``continuation`` (text continued, for ``generate``) and ``conversion`` (pretrained weights into a checkpoint, for
-``convert``).
+Beside the commands: ``parser`` and ``run_fields`` (their options), and what two of them do: ``continuation`` (text continued,
+for ``generate``) and ``conversion`` (pretrained weights into a checkpoint, for ``convert``).
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 import time
@@ -29,6 +27,7 @@ from smt.runtime.process import (
     sleep_while_waiting,
     use_huge_pages,
 )
+from smt.runtime.streams import standard_streams
 
 COMMANDS = {
     "train": "train a model on text, evaluate it on held-out documents, and leave the run in a folder",
@@ -40,6 +39,8 @@ COMMANDS = {
     "ablate": "train the variants of a configuration, then compare them in one table and one plot",
     "info": "say what is installed here, and which backend runs each kernel operation and why",
 }
+# What these say can be lost, what they compute is in a folder.
+RESULTS_IN_FILES = ("train", "eval", "ablate", "convert", "plot")
 EXAMPLES = """\
   smt train                                    the standard library's source, in less than 5 minutes on 2 cores
   smt train --text my_novels/ --minutes 30     your own text, for longer
@@ -62,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     no_bars_unless_watched()
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or [""]
+    with standard_streams(results_in_files=name in RESULTS_IN_FILES):
+        return _reported(name, rest, started)
+
+
+def _reported(name: str, rest: list[str], started: float) -> int:
+    """Run a command; what goes wrong is said in a line."""
     try:
         with warnings.catch_warnings(), signals_as_interrupts():
             warnings.showwarning = _show_warning
@@ -75,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("smt: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader, such as head, has seen enough. Python would complain once more when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, such as head, has seen enough
         return 1
     except Exception as error:
         if "--debug" in rest:

@@ -60,23 +60,32 @@ class Continuer:
 
     def stream(self, prompt: str) -> Iterator[str]:
         """The continuation, piece by piece, as it is drawn."""
-        return text_of(self._tokenizer, (tokens[0] for tokens in self._drawn([prompt])))
+        encoded = self._encoded(prompt)
+        return text_of(self._tokenizer, (tokens[0] for tokens in self._drawn([encoded])), encoded)
 
     def batch(self, prompts: Sequence[str]) -> list[str]:
         """The continuations of prompts that run together."""
-        columns = list(self._drawn(prompts))
+        encoded = [self._encoded(prompt) for prompt in prompts]
+        columns = list(self._drawn(encoded))
         rows = [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in prompts]
-        return ["".join(text_of(self._tokenizer, row)) for row in rows]
+        return ["".join(text_of(self._tokenizer, *both)) for both in zip(rows, encoded, strict=True)]
 
-    def _drawn(self, prompts: Sequence[str]) -> Iterator[list[int]]:
+    def _encoded(self, prompt: str) -> list[int]:
+        return self._tokenizer.encode(prompt).tolist()
+
+    def _drawn(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """The next token of every row, again and again."""
-        encoded = [[self._end, *self._tokenizer.encode(prompt).tolist()] for prompt in prompts]
+        encoded = [[self._end, *prompt] for prompt in prompts]
         longest = max(map(len, encoded))
         ids = torch.tensor([[self._end] * (longest - len(row)) + row for row in encoded], device=self._device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=self._device)
-        with precision(self._device):
-            for tokens in self._model.stream(ids, attention_mask=mask, **self._options):
-                yield tokens.tolist()
+        drawn = self._model.stream(ids, attention_mask=mask, **self._options)
+        while True:
+            with precision(self._device):  # and not around the yield: between two tokens the caller computes as it likes
+                tokens = next(drawn, None)
+            if tokens is None:
+                return
+            yield tokens.tolist()
 
     @classmethod
     def from_folder(cls, folder: str | Path, sampling: Sampling, device: torch.device) -> Continuer:
@@ -99,21 +108,21 @@ class Continuer:
         return cls(model, Tokenizer.pretrained(folder), sampling)
 
 
-def text_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens up to an end of the document, as soon as its characters are whole: one may take several tokens."""
-    before: list[int] = []  # some tokenizers write a token differently at the start of a text
+def text_of(tokenizer: Tokenizer, tokens: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
+    """The text of tokens up to an end of the document, as soon as its characters are whole: one may take several tokens.
+
+    Args:
+        prompt: the tokens that they follow. Many tokenizers write a token with a space before it, except where a text begins.
+    """
+    before = list(prompt[-_MOST_HELD:])
     held: list[int] = []
     for token in tokens:
         if token == tokenizer.end_of_document:
             break
         held.append(token)
-        text = _behind(tokenizer, before, held)
+        text = tokenizer.decode(torch.tensor(held), after=torch.tensor(before))
         if text and (not text.endswith(REPLACEMENT) or len(held) == _MOST_HELD):
             yield text
             before, held = held, []
     if held:
-        yield _behind(tokenizer, before, held)
-
-
-def _behind(tokenizer: Tokenizer, before: list[int], tokens: list[int]) -> str:
-    return tokenizer.decode(torch.tensor(before + tokens))[len(tokenizer.decode(torch.tensor(before))) :]
+        yield tokenizer.decode(torch.tensor(held), after=torch.tensor(before))

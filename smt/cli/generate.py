@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-from smt.cli.output import printable
 from smt.cli.parser import add_device, text
 
 EXAMPLES = """\
@@ -22,7 +21,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
     source.add_argument("--file", metavar="PATH", help="a file to continue, as it is; - is standard input")
-    parser.add_argument("--batch", action="store_true", help="each line of the file is a prompt; JSON lines are written")
+    parser.add_argument(
+        "--batch", action="store_true", help="each line of the file is a prompt, up to its line feed; JSON lines are written"
+    )
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="prompts that run together (default: 8)")
     parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="tokens to draw at most (default: 200)")
     parser.add_argument("--temperature", type=float, metavar="T", help="divides the logits; 0 is greedy (default: 0.8)")
@@ -55,10 +56,10 @@ def run(options: argparse.Namespace, started: float) -> int:
     continuer = Continuer.from_folder(options.model, sampling, find_device(options.device))
     if not options.batch:
         for piece in continuer.stream(given):
-            print(printable(piece), end="", flush=True)
+            print(piece, end="", flush=True)
         print()
         return 0
-    prompts = given.splitlines()
+    prompts = [line.removesuffix("\r") for line in given.removesuffix("\n").split("\n")] if given else []
     for start in range(0, len(prompts), options.batch_size):
         together = prompts[start : start + options.batch_size]
         for prompt, continuation in zip(together, continuer.batch(together), strict=True):

@@ -6,7 +6,6 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from smt.cli.output import printable
 from smt.cli.run_fields import USUAL_CONFIG, add_run_fields, overrides
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def _report(outcome: Outcome, seconds: float) -> None:
     prompt, continuation = outcome.sample
     if continuation:
         print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")
-        print(printable(_indented(f"{prompt}>>>{continuation}")))
+        print(_indented(f"{prompt}>>>{continuation}"))
     evaluation, progress = outcome.evaluation, outcome.progress
     bound = outcome.config.data.eval_documents
     documents = "documents whole" if bound is None else f"the first {bound} documents at most, whole"
@@ -77,4 +76,4 @@ def _report(outcome: Outcome, seconds: float) -> None:
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"  {line}".rstrip() for line in text.splitlines())
+    return "\n".join(f"  {line}".rstrip() for line in text.split("\n"))

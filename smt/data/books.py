@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING
 
-from smt.data.documents import Document
+from smt.data.documents import Document, LeftOut
 from smt.data.hub import HubDataset, column
 
 if TYPE_CHECKING:
@@ -29,11 +28,11 @@ def dataset_of_documents(name: str, text_field: str, config: str | None = None) 
     return HubDataset(name, partial(rows_as_documents, text_field), f"rows of {text_field}", config)
 
 
-def rows_as_documents(text_field: str, rows: datasets.Dataset, skipped: Counter[str]) -> Iterator[Document]:
+def rows_as_documents(text_field: str, rows: datasets.Dataset, skipped: LeftOut) -> Iterator[Document]:
     """A document per row, named by its title where there is one, else by its number."""
     titles = column(rows, TITLE_FIELD) if TITLE_FIELD in rows.column_names else repeat(None)
     for index, (title, text) in enumerate(zip(titles, column(rows, text_field), strict=False)):
         if text and text.strip():
             yield Document(f"{index}" if title is None else f"{index} {title}", text)
         else:
-            skipped["empty"] += 1
+            skipped.note("empty", f"row {index}")

@@ -41,8 +41,34 @@ class Document:
         return sum(len(self.text[start:stop].encode("utf-8")) for start, stop in self.targets)
 
 
+class LeftOut(Counter[str]):
+    """How many texts were left out, by reason, and which.
+
+    Attributes:
+        names: by reason, what was left out: a file, a line of one, or a row.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, list[str]] = {}
+
+    def note(self, reason: str, name: str) -> None:
+        """Count one more."""
+        self[reason] += 1
+        self.names.setdefault(reason, []).append(name)
+
+    def include(self, other: LeftOut) -> None:
+        """Count what ``other`` counts too."""
+        self.update(other)
+        for reason, names in other.names.items():
+            self.names.setdefault(reason, []).extend(names)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.items()))
+
+
 # Yields the documents in their order and counts what it leaves out, by reason.
-Read = Callable[[Counter[str]], Iterator[Document]]
+Read = Callable[[LeftOut], Iterator[Document]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,7 @@ class Documents:
     """The documents of one split, read anew each time they are iterated.
 
     Attributes:
-        read: given a counter, yields the documents in order and counts what it leaves out, by reason.
+        read: given what to count in, yields the documents in order and counts what it leaves out, by reason.
         hash: another one for other names, texts or order.
     """
 
@@ -58,7 +84,7 @@ class Documents:
     hash: str
 
     def __iter__(self) -> Iterator[Document]:
-        return self.read(Counter())
+        return self.read(LeftOut())
 
 
 @dataclass(frozen=True)
@@ -121,9 +147,9 @@ def split(source: str, read: Read, split_of: Callable[[str], str], content: str,
         test: whether there is a test split.
     """
 
-    def chosen(name: str, skipped: Counter[str]) -> Iterator[Document]:
+    def chosen(name: str, skipped: LeftOut) -> Iterator[Document]:
         # What is left out belongs to no split; it is counted once, with the training documents.
-        counted = skipped if name == "train" else Counter()
+        counted = skipped if name == "train" else LeftOut()
         return (document for document in read(counted) if split_of(document.name) == name)
 
     names = ("train", "validation", "test")[: 2 + test]
@@ -139,14 +165,13 @@ def hold_out(source: str, read: Read) -> Corpus:
         ValueError: no document, or a single one that is too short to cut or names its targets.
     """
     lowest, highest, n_documents = _RANKS, -1, 0
-    content, skipped = hashlib.sha256(), Counter[str]()
+    content, skipped = hashlib.sha256(), LeftOut()
     for document in read(skipped):
         content.update(hash_texts(*_parts(document)).encode())
         rank = _rank(document.name)
         lowest, highest, n_documents = min(lowest, rank), max(highest, rank), n_documents + 1
     if n_documents == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "nothing there"
-        raise ValueError(f"text must hold UTF-8 text, {source} holds none: {reasons}")
+        raise ValueError(f"text must hold UTF-8 text, {source} holds none: {skipped or 'nothing there'}")
     if n_documents == 1:
         return _hold_out_end(source, read)
     limit = min(max(_RANKS // HELD_OUT_EVERY, lowest + 1), highest)
@@ -154,7 +179,7 @@ def hold_out(source: str, read: Read) -> Corpus:
 
 
 def _hold_out_end(source: str, read: Read) -> Corpus:
-    skipped: Counter[str] = Counter()
+    skipped = LeftOut()
     (document,) = read(skipped)
     if document.targets is not None:
         raise ValueError(f"text must be more than one document where they name their targets, {source} is one")
@@ -163,8 +188,8 @@ def _hold_out_end(source: str, read: Read) -> Corpus:
         raise ValueError(f"text must have at least {HELD_OUT_EVERY} characters, {source} has {len(document.text)}")
     parts = {"train": document.text[:cut], "validation": document.text[cut:]}
 
-    def both(counted: Counter[str]) -> Iterator[Document]:
-        counted.update(skipped)
+    def both(counted: LeftOut) -> Iterator[Document]:
+        counted.include(skipped)
         return (Document(document.name if name == "train" else f"{document.name} (end)", part) for name, part in parts.items())
 
     content = hash_texts(document.name, document.text)

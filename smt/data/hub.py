@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import glob
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smt.data.documents import Corpus, Document, Documents, hash_texts, hold_out
+from smt.data.documents import Corpus, Document, Documents, LeftOut, hash_texts, hold_out
 from smt.runtime.extras import needs_extra
 
 if TYPE_CHECKING:
     import datasets
 
 # The rows of a split -> its documents; counts what it leaves out.
-ToDocuments = Callable[["datasets.Dataset", Counter[str]], Iterator[Document]]
+ToDocuments = Callable[["datasets.Dataset", LeftOut], Iterator[Document]]
 SPLITS = ("train", "validation", "test")
 
 
@@ -73,10 +73,15 @@ class HubDataset:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(str(folder))
             return loaded if isinstance(loaded, dict) else {"train": loaded}
-        files = {name: sorted(map(str, folder.glob(pattern))) for name, pattern in self.files.items()}
+        folder = folder.resolve()
+        files = {name: sorted(glob.escape(str(path)) for path in folder.glob(pattern)) for name, pattern in self.files.items()}
         files = {name: found for name, found in files.items() if found}
         if "train" in files:
-            return datasets.load_dataset("text", data_files=files, **self.options)
+            return datasets.load_dataset("text", data_files=files, encoding="utf-8-sig", **self.options)
+        if glob.has_magic(str(folder)):
+            return _load_literally(
+                folder if self.config is None or not (folder / self.config).is_dir() else folder / self.config
+            )
         configs = datasets.get_dataset_config_names(str(folder))
         if self.config is not None and self.config not in configs and (folder / self.config).is_dir():
             return datasets.load_dataset(str(folder / self.config))
@@ -96,6 +101,16 @@ class HubDataset:
                 "a network it is downloaded once; without, name a local copy with --dataset PATH, or train on text that is "
                 "here: --source stdlib, or --text PATH"
             ) from error
+
+
+def _load_literally(folder: Path) -> dict[str, datasets.Dataset]:
+    """The data files of a folder, which ``datasets`` would take for a pattern."""
+    import datasets
+    from datasets.data_files import get_data_patterns
+
+    literal = glob.escape(folder.as_posix())
+    files = {str(split): [f"{literal}/{name}" for name in names] for split, names in get_data_patterns(literal).items()}
+    return datasets.load_dataset(str(folder), data_files=files)
 
 
 def column(rows: datasets.Dataset, name: str) -> Iterator[str]:

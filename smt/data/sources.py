@@ -13,6 +13,7 @@ from smt.data.local import read_text
 from smt.data.recall import RecallTask, read_recall
 from smt.data.shakespeare import read_plays
 from smt.data.stdlib import read_stdlib
+from smt.data.store import ELSEWHERE
 from smt.data.wikitext import wikitext
 from smt.runtime.fields import expand_home
 
@@ -40,12 +41,21 @@ def read_corpus(settings: Wanted) -> Corpus:
 
 
 def cache_folder(settings: Wanted) -> Path:
-    """``settings.cache``, else the folder in the environment variable SMT_CACHE, else ``smt`` in the user's cache folder."""
+    """``settings.cache``, else the folder in the environment variable SMT_CACHE, else ``smt`` in the user's cache folder.
+
+    Raises:
+        ValueError: nothing names a folder, and the user has no home.
+    """
     if settings.cache is not None:
         return Path(settings.cache)
     if os.environ.get("SMT_CACHE"):  # an empty one is none, as with XDG_CACHE_HOME
         return Path(expand_home(os.environ["SMT_CACHE"]))
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smt"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "smt"
+    try:
+        return Path.home() / ".cache" / "smt"
+    except RuntimeError:
+        raise ValueError(f"there is no home folder for the cache: {ELSEWHERE}") from None
 
 
 def _shakespeare(settings: Wanted) -> Corpus:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sysconfig
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from smt.data.documents import Corpus, Document, hash_documents, split
+from smt.data.documents import Corpus, Document, LeftOut, hash_documents, split
 from smt.data.local import read_document
 
 # Tests repeat themselves and what they test; installed packages are not the standard library.
@@ -37,11 +36,11 @@ def read_stdlib(root: str | Path | None = None) -> Corpus:
             "hold out. Install the full Python, or name a text of your own with --text PATH"
         )
 
-    def read(skipped: Counter[str]) -> Iterator[Document]:
+    def read(skipped: LeftOut) -> Iterator[Document]:
         for name, path in paths.items():
             yield from read_document(path, name.as_posix(), skipped)
 
     def split_of(name: str) -> str:
         return "validation" if name.split("/")[0] in HELD_OUT_PACKAGES else "train"
 
-    return split("Python's standard library", read, split_of, hash_documents(read(Counter())))
+    return split("Python's standard library", read, split_of, hash_documents(read(LeftOut())))

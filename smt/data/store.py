@@ -1,9 +1,10 @@
 """Tokens of a split in one file, made once, mapped into memory, and shared by every process that reads it.
 
-A folder holds ``tokens.bin``, all documents one after another in the narrowest unsigned integers that the vocabulary fits,
-``documents.json``, which says what they are, and, where documents name their targets, ``counted.bin``, a byte per token that
-says whether the loss counts it. Its name is the hash of texts and tokenizer, so that a store that is there is the right one; it
-appears under its name only when it is complete.
+A folder holds ``tokens.bin``, all documents one after another in the narrowest unsigned integers that the vocabulary fits, and
+``documents.json``, which says what they are; where documents name their targets ``counted.bin``, a byte per token that says
+whether the loss counts it; where texts were left out ``left_out.txt``, which names them with the reason. The folder's name is
+the hash of texts and tokenizer, so that a store that is there is the right one; it appears under its name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from smt.data.documents import Documents, DocumentsHash, hash_texts
+from smt.data.documents import Documents, DocumentsHash, LeftOut, hash_texts
 from smt.data.tokenizer import Tokenizer
 from smt.runtime.extras import needs_extra
 from smt.runtime.files import errors_of, read_json, sync
@@ -28,9 +30,12 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 # Of the layout of the files; another one does not read what an earlier one wrote.
-LAYOUT = 3
+LAYOUT = 4
 FILES = TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
 FIELDS = ("hash", "text_hash", "vocab_size", "dtype", "names", "n_bytes", "offsets", "names_targets", "n_targets", "skipped")
+LEFT_OUT_FILE = "left_out.txt"
+
+ELSEWHERE = "name another folder with --cache, or in the environment variable SMT_CACHE"
 
 
 class TokenStore(Sequence["np.ndarray"]):
@@ -43,7 +48,7 @@ class TokenStore(Sequence["np.ndarray"]):
         names: of the documents.
         n_bytes: of UTF-8 text that the targets of each document spell: all of it, unless it names its targets.
         counted: of each document, (L,) bool, which tokens the loss counts; None: every document's all but the first.
-        skipped: how many documents were left out, by reason.
+        skipped: how many documents were left out, by reason; ``left_out_file`` names them.
         vocab_size: of the tokenizer.
     """
 
@@ -114,6 +119,11 @@ class TokenStore(Sequence["np.ndarray"]):
         return [stop - start for start, stop in pairwise(self._offsets)]
 
     @property
+    def left_out_file(self) -> Path:
+        """What was left out, a reason and a name on each line; not there where nothing was."""
+        return self.folder / LEFT_OUT_FILE
+
+    @property
     def n_targets(self) -> int:
         """Tokens that the loss counts."""
         return self._info["n_targets"]
@@ -123,7 +133,7 @@ def tokenise(documents: Documents, tokenizer: Tokenizer, cache: str | Path) -> T
     """The store of ``documents`` in a folder of stores; made now unless it is there. Of several processes one makes it.
 
     Raises:
-        ValueError: there is nothing to tokenise.
+        ValueError: there is nothing to tokenise, or the cache cannot be written.
         OSError: the store cannot be written; the message has its path.
     """
     key = hash_texts(str(LAYOUT), documents.hash, tokenizer.hash)
@@ -138,21 +148,25 @@ def made_once(folder: Path, make: Callable[[Path], None], read: Callable[[Path],
     Args:
         make: is given an empty folder, which is then renamed; if it fails nothing is left of it.
         read: raises ValueError or FileNotFoundError where what is there is not whole.
+
+    Raises:
+        ValueError: the cache that ``folder`` is in cannot be written.
     """
     from filelock import FileLock
 
     found = _read_if_whole(folder, read)
     if found is not None:
         return found
-    with errors_of(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        found = _read_if_whole(folder, read)  # another process may have made it
-        if found is not None:
-            return found
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted process left
-        unfinished.mkdir()
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with ExitStack() as held:
+        with writes_cache(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(folder.with_name(f"{folder.name}.lock")))
+            found = _read_if_whole(folder, read)  # another process may have made it
+            if found is not None:
+                return found
+            shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted process left
+            unfinished.mkdir()
         try:
             with errors_of(folder):
                 make(unfinished)
@@ -177,11 +191,20 @@ def _read_if_whole(folder: Path, read: Callable[[Path], Made]) -> Made | None:
         return None
 
 
+@contextmanager
+def writes_cache(folder: Path) -> Iterator[None]:
+    """Turn what the system refuses inside the block into an error that says how to keep the cache elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write to the cache {folder} ({error.strerror or error}): {ELSEWHERE}") from error
+
+
 def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -> None:
     import numpy as np
 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    names, n_bytes, offsets, skipped = [], [], [0], Counter[str]()
+    names, n_bytes, offsets, skipped = [], [], [0], LeftOut()
     names_targets, n_targets, text_hash = False, 0, DocumentsHash()
     with (folder / TOKENS_FILE).open("wb") as file, (folder / COUNTED_FILE).open("wb") as counted_file:
         for document, tokens, counted in tokenizer.encode_documents(documents.read(skipped)):
@@ -197,8 +220,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
     if not names_targets:  # which is known only when all documents have been read
         (folder / COUNTED_FILE).unlink()
     if not names:
-        left_out = "".join(f", {count} {reason}" for reason, count in sorted(skipped.items()))
-        raise ValueError(f"a split must have a document, this one has none{left_out}")
+        raise ValueError(f"a split must have a document, this one has none{skipped and f', {skipped}'}")
     info = {
         "layout": LAYOUT,
         "hash": key,
@@ -214,4 +236,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
         "n_targets": n_targets,
         "skipped": dict(skipped),
     }
+    if skipped:
+        lines = [f"{reason}\t{name!r}\n" for reason, names in sorted(skipped.names.items()) for name in names]
+        (folder / LEFT_OUT_FILE).write_text("".join(lines), encoding="utf-8")
     (folder / DOCUMENTS_FILE).write_text(json.dumps(info), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,12 @@ class TokenizedCorpus:
         """One line of counts and sizes, and of what was left out."""
         parts = {"training": self.train, "held out": self.validation, "for a test": self.test}
         sizes = [f"{name} {_sizes(store)}" for name, store in parts.items() if store is not None]
-        skipped: Counter[str] = Counter()
-        for store in parts.values():
-            skipped.update({} if store is None else store.skipped)
-        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        return f"{self.source}: {'; '.join(sizes)}" + (f"; left out: {left_out}" if left_out else "")
+        left_out = [
+            f"{', '.join(f'{count} {reason}' for reason, count in sorted(store.skipped.items()))} ({store.left_out_file})"
+            for store in parts.values()
+            if store is not None and store.skipped
+        ]
+        return f"{self.source}: {'; '.join(sizes)}" + (f"; left out: {'; '.join(left_out)}" if left_out else "")
 
     def warning(self, window: int) -> str | None:
         """How many training documents never fill a window of ``window`` tokens: no memory is needed to read them."""
@@ -46,6 +47,20 @@ class TokenizedCorpus:
         if not short:
             return None
         return f"{short:,} of {len(self.train):,} training documents are shorter than one window of {window} tokens"
+
+    def idle_rows(self, rows: int, part_length: int | None) -> str | None:
+        """How many of ``rows`` rows that begin together have no training document, and which ``part_length`` gives them one."""
+        steps = [length - 1 for length in self.train.lengths]
+
+        def n_parts(length: int) -> int:
+            return sum(-(-count // length) for count in steps)
+
+        n_documents = n_parts(part_length or max(steps))
+        if n_documents >= rows:
+            return None
+        longest = bisect_right(range(1, max(steps) + 1), -rows, key=lambda length: -n_parts(length))
+        advice = f"; --part_length {longest} or less gives each row one" if longest else ""
+        return f"{rows - n_documents} of {rows} rows are idle: there are {n_documents} documents to train on{advice}"
 
 
 def _sizes(store: TokenStore) -> str:

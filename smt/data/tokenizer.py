@@ -27,6 +27,9 @@ TOKENIZER_FILES = TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_c
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 # Characters encoded side by side: enough for every core, few enough for their encodings to fit into memory.
 _ENCODED_TOGETHER = 2**22
+# Training goes through a piece between two spaces once for each merge in it: text without spaces would take quadratic time.
+# No word, and no line of equals signs, is as long.
+LONGEST_PIECE = 256
 
 
 class TokenizedDocument(NamedTuple):
@@ -84,7 +87,7 @@ class Tokenizer:
         if vocab_size <= N_BYTES:
             raise ValueError(f"vocab_size must be at least {N_BYTES + 1} for byte-level tokens, got {vocab_size}")
         with needs_extra("train"):
-            from tokenizers import models, pre_tokenizers, trainers
+            from tokenizers import Regex, models, pre_tokenizers, trainers
 
         options = {
             "vocab_size": vocab_size,
@@ -94,6 +97,8 @@ class Tokenizer:
         }
         trainer = trainers.BpeTrainer(**options) if kind == "bpe" else trainers.UnigramTrainer(**options)
         backend = _byte_level(models.BPE() if kind == "bpe" else models.Unigram())
+        bounded = pre_tokenizers.Split(Regex(f".{{1,{LONGEST_PIECE}}}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, bounded])
         backend.train_from_iterator((document.text for document in documents), trainer)
         return cls(backend.to_str())
 
@@ -156,6 +161,10 @@ class Tokenizer:
         """The largest token plus one; of a trained one at most what was asked for, less where the text has no more pairs."""
         return self._vocab_size
 
+    def token(self, name: str) -> int | None:
+        """The token that is spelled ``name``; None: there is none."""
+        return self._tokenizer.token_to_id(name)
+
     def encode(self, text: str) -> Tensor:
         """Text -> (L,) int64, without special tokens."""
         return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
@@ -172,9 +181,15 @@ class Tokenizer:
                 counted = None if document.targets is None else [False, *_within(encoding.offsets, document.targets), False]
                 yield TokenizedDocument(document, [end, *encoding.ids, end], counted)
 
-    def decode(self, tokens: Tensor) -> str:
-        """(L,) tokens -> text; ends of documents are spelled out, bytes that are not UTF-8 become replacement characters."""
-        return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+    def decode(self, tokens: Tensor, after: Tensor | None = None) -> str:
+        """(L,) tokens -> text; ends of documents are spelled out, bytes that are not UTF-8 become replacement characters.
+
+        Args:
+            after: the tokens before them. Many tokenizers put a space before a token, except where a text begins.
+        """
+        before = [] if after is None else after.tolist()
+        text, known = (self._tokenizer.decode(ids, skip_special_tokens=False) for ids in ([*before, *tokens.tolist()], before))
+        return text[len(known) :]
 
 
 def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

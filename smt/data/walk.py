@@ -23,7 +23,7 @@ WAITING = -1
 IGNORE_INDEX = -100  # a target that the loss does not count, as in PyTorch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The next steps of the rows of one lane.
 
@@ -183,7 +183,7 @@ class DocumentWalk(IterableDataset):
 
     def _begin_epoch(self, epoch: int, taken: int = 0) -> None:
         self._epoch, self._taken = epoch, taken
-        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch)) if self.shuffle else None
+        generator = torch.Generator("cpu").manual_seed(_mixed(self.seed, epoch)) if self.shuffle else None
         self._order = epoch_order(self._n_steps, self._n_rows, generator)
 
     def _next_lane(self) -> int | None:
@@ -215,7 +215,7 @@ class DocumentWalk(IterableDataset):
     def _batch(self, lane: int, rows: list[tuple[int, int]], width: int) -> Batch:
         import numpy as np
 
-        input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         valid = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, (document, position) in enumerate(rows):
@@ -227,7 +227,7 @@ class DocumentWalk(IterableDataset):
                 if self.counted is not None:
                     counted = np.asarray(self.counted[document][position + 1 : position + width + 1])
                     targets[row, :n_steps][torch.from_numpy(~counted)] = IGNORE_INDEX
-        documents, positions = torch.tensor(rows, dtype=torch.int64).unbind(1)
+        documents, positions = torch.tensor(rows, dtype=torch.int64, device="cpu").unbind(1)
         reset = (documents != WAITING) & (positions == 0)
         return Batch(lane, input_ids, targets, valid, reset, documents, positions)
 
@@ -246,10 +246,10 @@ def epoch_order(n_steps: Sequence[int], n_rows: int, generator: torch.Generator 
     mixed: list[int] = []
     for start in range(0, len(by_length), BUCKET * n_rows):
         bucket = by_length[start : start + BUCKET * n_rows]
-        mixed += [bucket[index] for index in torch.randperm(len(bucket), generator=generator).tolist()]
+        mixed += [bucket[index] for index in torch.randperm(len(bucket), generator=generator, device="cpu").tolist()]
     groups = [mixed[start : start + n_rows] for start in range(0, len(mixed), n_rows)]
     # The group that is not full stays last: before it, groups begin where rows that read together begin.
-    order = [*torch.randperm(len(mixed) // n_rows, generator=generator).tolist(), len(groups) - 1]
+    order = [*torch.randperm(len(mixed) // n_rows, generator=generator, device="cpu").tolist(), len(groups) - 1]
     return [index for drawn in dict.fromkeys(order) for index in groups[drawn]]
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from smt.data.documents import Document
+from smt.data.documents import Document, LeftOut
 from smt.data.hub import HubDataset, column
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def wikitext(config: str) -> HubDataset:
     return HubDataset(HUB_NAME, rows_as_articles, "articles", config, files)
 
 
-def rows_as_articles(rows: datasets.Dataset, skipped: Counter[str]) -> Iterator[Document]:
+def rows_as_articles(rows: datasets.Dataset, skipped: LeftOut) -> Iterator[Document]:
     """A document per article of the column ``text``."""
     return articles(column(rows, "text"))
 

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 # Logits held at once, beside the weights small.
 CHUNK_ELEMENTS = 2**24
+# What configurations call the longest context, and what a model without one, such as a Mamba, reads at once.
+CONTEXT_NAMES, UNNAMED_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"), 4096
 # How a model of ours is run: input_ids (B, T) and the state before them -> hidden (B, T, d) and the state after them.
 Encode = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenScores:
     """What a model makes of a document of L tokens.
 
@@ -46,7 +48,8 @@ class TokenScores:
     @classmethod
     def of_length(cls, length: int) -> TokenScores:
         """Room for a document of ``length`` tokens; NaN where nothing has been scored."""
-        return cls(torch.full((length - 1,), torch.nan, dtype=torch.float64), torch.zeros(length - 1, dtype=torch.bool))
+        values = torch.full((length - 1,), torch.nan, dtype=torch.float64, device="cpu")
+        return cls(values, torch.zeros_like(values, dtype=torch.bool))
 
     def fill(self, start: int, log_probs: Tensor, greedy: Tensor) -> None:
         """Put the scores of the tokens ``start + 1``, ``start + 2``, ... in their places."""
@@ -86,6 +89,8 @@ class SMTScorer:
     def score(self, documents: Sequence[Any]) -> list[TokenScores]:
         """As ``Scorer.score``."""
         weight = self.model.embedding.weight
+        # Logits in bfloat16 have steps of 0.06: ties would decide what is likeliest.
+        head = weight.to(torch.promote_types(weight.dtype, torch.float32))
         scores = [TokenScores.of_length(len(document)) for document in documents]
         sizes = {"batch_size": self._batch_size, "length": self._length}
         states = CarriedStates()
@@ -97,7 +102,7 @@ class SMTScorer:
                 reading = reading.to(weight.device)
                 with precision(weight.device):
                     hidden, state = self._encode(reading.input_ids, state)
-                    log_probs, greedy = _through_head(hidden, weight, reading.targets)
+                log_probs, greedy = _through_head(hidden.to(head.dtype), head, reading.targets)
                 states.keep(batch, state)
                 places = zip(reading.documents.tolist(), reading.positions.tolist(), reading.valid.sum(1).tolist(), strict=True)
                 for row, (document, position, count) in enumerate(places):
@@ -112,18 +117,20 @@ class CausalLMScorer:
 
     Args:
         model: takes (B, T) tokens and gives ``logits`` (B, T, V).
-        context: tokens that it sees at most; None: as many as its configuration allows, without a bound if it names none.
+        context: tokens that it sees at most; None: as many as its configuration allows, ``UNNAMED_CONTEXT`` if it names no
+            bound: a whole book at once would not fit into memory.
 
     Raises:
         ValueError: a context below 2, or beyond what the model allows.
     """
 
     def __init__(self, model: PreTrainedModel, context: int | None = None) -> None:
-        most = getattr(model.config, "max_position_embeddings", None)
+        named = (getattr(model.config, name, None) for name in CONTEXT_NAMES)
+        most = next((length for length in named if isinstance(length, int) and length > 0), None)
         if context is not None and (context < 2 or (most is not None and context > most)):
             raise ValueError(f"context must lie in 2..{most or 'any length'} for this model, got {context}")
         self.model = model
-        self.context: int | None = context or most
+        self.context: int = context or most or UNNAMED_CONTEXT
 
     @torch.no_grad()
     def score(self, documents: Sequence[Any]) -> list[TokenScores]:
@@ -153,7 +160,7 @@ class CausalLMScorer:
     ) -> None:
         device = self.model.device
         # Padding is on the right, where no token before it sees it.
-        ids = torch.zeros(len(group), longest + 1, dtype=torch.int64)
+        ids = torch.zeros(len(group), longest + 1, dtype=torch.int64, device="cpu")
         for row, (index, start, _, stop) in enumerate(group):
             ids[row, : stop - start + 1] = _tokens(documents[index])[start : stop + 1]
         ids = ids.to(device)

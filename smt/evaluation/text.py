@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,7 +47,7 @@ def held_out_text(corpus: Corpus, tokenizer: Tokenizer, count: int | None = None
     Raises:
         ValueError: there is none.
     """
-    read = list(islice(corpus.validation.read(Counter()), count))
+    read = list(islice(corpus.validation, count))
     if not read:
         raise ValueError(f"an evaluation needs a held-out document, {corpus.source} has none")
     return HeldOutText(

@@ -12,7 +12,9 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import TextIO
 
+from smt.runtime.streams import standard_streams
 from smt.training.run import run_in
 from smt.training.settings import RunConfig
 
@@ -33,11 +35,13 @@ def attempt(folder: Path) -> str | None:
 
 def main(folder: str) -> int:
     """Attempt a cell in a process that ends with the one that began it, however that ends; returns the exit code."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    return 0 if attempt(Path(folder)) is None else 1
+    threading.Thread(target=_end_with_parent, args=(sys.stdin,), daemon=True).start()
+    with standard_streams(results_in_files=True):
+        failure = attempt(Path(folder))
+    return 0 if failure is None else 1
 
 
-def _end_with_parent() -> None:
-    # Nothing is written to it; it ends when the parent does. Not through sys.stdin, whose lock a process cannot end without.
-    os.read(sys.stdin.fileno(), 1)
+def _end_with_parent(pipe: TextIO) -> None:
+    # Nothing is written to it; it ends when the parent does. Not by its own read, whose lock a process cannot end without.
+    os.read(pipe.fileno(), 1)
     os.kill(os.getpid(), signal.SIGTERM)

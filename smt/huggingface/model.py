@@ -14,6 +14,7 @@ from smt.huggingface.cache import SMTCache
 from smt.huggingface.config import SMTPreTrainedConfig
 from smt.huggingface.model_card import CARD_FILE, model_card
 from smt.huggingface.padding import right_padding_taken
+from smt.huggingface.special_tokens import ends_of_text
 from smt.huggingface.versions import STATE_NAME, STATE_NAMES, SMTOutput, in_library_terms, pop_state
 from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
 from smt.model.transformer import StrideMemoryTransformer
@@ -31,6 +32,8 @@ _REFUSED = {
     "output_attentions": "attention is fused; StrideMemoryTransformer's return_weights gives the weights of the pooling",
     "output_hidden_states": "layers run over windows, not over the sequence; model.model.encode gives the last one's output",
 }
+# What is taken beside the arguments of ``forward``: for the loss, and from ``generate``, whose columns the cache counts itself.
+_OPTIONS = {"num_items_in_batch", "cache_position"}
 
 
 class SMTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -65,18 +68,24 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, source: str | Path, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """As in ``transformers``; also from what ``StrideMemoryTransformer.save_pretrained`` or a training run left.
 
+        The end of a document, and the padding, are those of the tokenizer beside a run's weights. With
+        ``ignore_mismatched_sizes`` weights of another shape are drawn as fresh ones are, and ``mismatched_keys`` of the loading
+        info names them.
+
         Raises:
             ValueError: weights that are not exactly the model's; the message names them.
         """
         ours = Path(source) / CONFIG_FILE
         if "config" not in options and ours.is_file() and not (Path(source) / HF_CONFIG_FILE).is_file():
-            options["config"] = SMTPreTrainedConfig(**read_config(ours).to_dict())
-            options.setdefault("generation_config", GenerationConfig())  # else sought in the folder
+            ends = ends_of_text(source)
+            options["config"] = SMTPreTrainedConfig(**read_config(ours).to_dict(), **ends)
+            options.setdefault("generation_config", GenerationConfig(**ends))  # else sought in the folder
         model, report = super().from_pretrained(source, *arguments, output_loading_info=True, **options)
         for problem, names in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
             if names:
                 more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
                 raise ValueError(f"the checkpoint {str(source)!r} {problem} {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
+        model._draw({key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]})
         model.model.memory.ssm_is_loaded = True
         return (model, report) if output_loading_info else model
 
@@ -114,7 +123,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 count. Tokens of a row stand together. Padding behind them is harmless, as nothing before it sees it, but a
                 state would take it in.
             past_key_values: what to continue, and what is advanced by the call.
-            labels: (B, T), the tokens themselves, shifted inside; -100 is left out, and so is what would follow padding.
+            labels: (B, T), the tokens themselves, shifted inside; -100 is left out, and so are padding and what follows it.
             use_cache: return the state; None: as ``config.use_cache`` says, where it can be and is likely used: not in
                 training, not beside labels, not with padding on the right.
             logits_to_keep: so many last steps, or the steps (K,) int64, have logits; 0: all.
@@ -123,7 +132,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             options: ``num_items_in_batch``, by which the sum of losses is divided instead of by their number.
 
         Raises:
-            TypeError, ValueError: as ``StrideMemoryTransformer.forward``; an input that the model cannot give a meaning.
+            TypeError, ValueError: as ``StrideMemoryTransformer.forward``; an input that the model does not know, or cannot give
+                a meaning.
         """
         past_key_values = pop_state({"past_key_values": past_key_values, "cache": cache})
         self._refuse(input_ids, past_key_values, labels, logits_to_keep, options)
@@ -132,9 +142,12 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             seen = past_key_values.n_columns if past_key_values is not None else 0
             if attention_mask.ndim == 2 and attention_mask.shape[1] == seen + input_ids.shape[1]:
                 attention_mask = attention_mask[:, seen:]
-            attention_mask, padded = right_padding_taken(attention_mask)
+            given = attention_mask
+            attention_mask, padded = right_padding_taken(given)
             if labels is not None and labels.shape == attention_mask.shape:
-                labels = labels.masked_fill(F.pad(attention_mask, (1, -1), value=1) == 0, IGNORE_INDEX)
+                # Padding is no target, on whichever side it is, and nothing predicts the token behind it.
+                behind = F.pad(attention_mask, (1, -1), value=1) == 0
+                labels = labels.masked_fill((given == 0) | behind, IGNORE_INDEX)
             if padded and (use_cache or past_key_values is not None):
                 raise ValueError("attention_mask must be padded on the left to keep a state, some rows end with padding")
         if use_cache is None:
@@ -201,6 +214,14 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Embedding) and module is not self.model.embedding:
             nn.init.normal_(module.weight, std=self.model.config.initializer_std)
 
+    @torch.no_grad()
+    def _draw(self, names: set[str]) -> None:
+        """Give the parameters ``names`` fresh weights; loading has left them uninitialised."""
+        if names:
+            fresh = dict(StrideMemoryTransformer(self.config.smt).named_parameters(prefix=self.base_model_prefix))
+            for name in names:
+                self.get_parameter(name).copy_(fresh[name])
+
     def _refuse(
         self,
         input_ids: Tensor | None,
@@ -213,6 +234,10 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             given = options.pop(name, None)
             if given is not None and given is not False:
                 raise ValueError(f"{name} cannot be used: {reason}")
+        for name in set(options) - _OPTIONS:
+            if options.pop(name) is not None:
+                raise TypeError(f"forward has no argument {name!r}")
+        options.pop("cache_position", None)
         if input_ids is None:
             raise ValueError("input_ids must be given")
         if past_key_values is not None and not isinstance(past_key_values, SMTCache):

@@ -40,8 +40,8 @@ class Attention(nn.Module):
     def __init__(self, config: SMTConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.n_kv_heads * config.head_dim]
-        self.qkv = nn.Linear(config.d_model, sum(self.sizes))
+        self.n_heads = [config.transformer_n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.qkv = nn.Linear(config.d_model, sum(self.n_heads) * config.head_dim)
         self.proj = nn.Linear(config.d_model, config.d_model)
         self.gating = config.slot_gate if config.n_ssm_outputs else "open"
         if self.gating == "learned":
@@ -53,10 +53,13 @@ class Attention(nn.Module):
             return v * (GATE_RATE * self.slot_gate).to(v.dtype)
         return v if self.gating == "open" else torch.zeros_like(v)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, d) -> q (B, T, H, D), k and v (B, T, H_kv, D)."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.sizes, dim=-1))
-        return q, k, v
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, d) -> the heads of queries, keys and values, (B, T, H + 2 H_kv, D)."""
+        return self.qkv(x).unflatten(-1, (-1, self.head_dim))
+
+    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``forward`` gives -> q (B, T, H, D), k and v (B, T, H_kv, D)."""
+        return heads.split(self.n_heads, dim=-2)
 
 
 class Block(nn.Module):
@@ -71,10 +74,21 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.d_model, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The block after its attention: x (B, T, d), attended (B, T, H, D) -> (B, T, d)."""
-        x = x + self.dropout(self.attention.proj(attended.flatten(2)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh")))
+    def forward(self, x: Tensor, attend: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Run the block, which leaves attention itself to its caller.
+
+        Args:
+            x: (B, T, d).
+            attend: takes the heads of queries, keys and values of all T entries (``Attention.split``). Returns what the last
+                L <= T of them attended to, (B, L, H, D), and what else the caller wants of the block.
+
+        Returns:
+            the last L entries after the block, (B, L, d), and the rest of what ``attend`` returned.
+        """
+        attended, *others = attend(self.attention(self.norm_1(x)))
+        x = x[:, x.shape[1] - attended.shape[1] :] + self.dropout(self.attention.proj(attended.flatten(2)))
+        x = x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh")))
+        return x, *others
 
 
 class Decoder(nn.Module):
@@ -93,7 +107,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.transformer_n_layers))
         self.norm = nn.LayerNorm(config.d_model, eps=NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
-        self.slot_readout = SlotReadout(config) if config.reads_out else None
+        self.slot_readout = SlotReadout(config.d_model, config.d_model, bias=False) if config.reads_out else None
         if config.encoding == "stream":
             self.slot_type = nn.Parameter(torch.empty(config.d_model))
         else:
@@ -173,21 +187,23 @@ class Decoder(nn.Module):
         n_queries: int,
         kept: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = block.attention.heads(block.norm_1(x))
-        if block.attention.gating != "open":
-            of_slots, of_tokens = v.tensor_split([self.config.n_ssm_outputs], dim=1)
-            v = torch.cat([block.attention.slot_values(of_slots), of_tokens], dim=1)
-        attended = window_attention(
-            q,
-            k,
-            v,
-            n_memory=self.config.n_ssm_outputs,
-            valid_memory=valid_memory,
-            valid_tokens=valid_tokens,
-            tail=n_queries,
-        )
-        x = block.finish(x[:, -n_queries:], attended)
-        k, v = k.detach(), v.detach()
+        def attend(heads: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = block.attention.split(heads)
+            if block.attention.gating != "open":
+                of_slots, of_tokens = v.tensor_split([self.config.n_ssm_outputs], dim=1)
+                v = torch.cat([block.attention.slot_values(of_slots), of_tokens], dim=1)
+            attended = window_attention(
+                q,
+                k,
+                v,
+                n_memory=self.config.n_ssm_outputs,
+                valid_memory=valid_memory,
+                valid_tokens=valid_tokens,
+                tail=n_queries,
+            )
+            return attended, k.detach(), v.detach()
+
+        x, k, v = block(x, attend)
         return (x, k, v) if kept is None else (x, k.index_select(0, kept), v.index_select(0, kept))
 
     def encode_stream(
@@ -244,35 +260,33 @@ class Decoder(nn.Module):
         *before: Tensor,
     ) -> tuple[Tensor, ...]:
         """x (B, n_slots + T, d) -> the block's output and keys and values of tokens and of slots, behind those ``before``."""
-        q, k, v = _rotated_heads(block, x, turn)
-        new = k[:, n_slots:], v[:, n_slots:], k[:, :n_slots], block.attention.slot_values(v[:, :n_slots])
-        token_k, token_v, slot_k, slot_v = (
-            torch.cat([held.to(of_layer.dtype), of_layer], dim=1) for held, of_layer in zip(before, new, strict=True)
-        )
-        attended = stream_attention(
-            q[:, n_slots:],
-            token_k,
-            token_v,
-            slot_k,
-            slot_v,
-            window=self.config.window,
-            first_step=firsts[0],
-            first_slot=firsts[1],
-        )
-        if last:
-            x = x[:, n_slots:]  # nothing reads the slots' last output
-        elif n_slots:
-            among_slots = WindowSpec(0, max(1, self.config.n_ssm_outputs), None)
-            of_slots = stream_attention(q[:, :n_slots], slot_k, slot_v, window=among_slots)
-            attended = torch.cat([of_slots, attended], dim=1)
-        return block.finish(x, attended), token_k, token_v, slot_k, slot_v
+
+        def attend(heads: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = block.attention.split(heads)
+            q, k = rotate(q, turn), rotate(k, turn)
+            new = k[:, n_slots:], v[:, n_slots:], k[:, :n_slots], block.attention.slot_values(v[:, :n_slots])
+            token_k, token_v, slot_k, slot_v = (
+                torch.cat([held.to(of_layer.dtype), of_layer], dim=1) for held, of_layer in zip(before, new, strict=True)
+            )
+            attended = stream_attention(
+                q[:, n_slots:],
+                token_k,
+                token_v,
+                slot_k,
+                slot_v,
+                window=self.config.window,
+                first_step=firsts[0],
+                first_slot=firsts[1],
+            )
+            if n_slots and not last:  # nothing reads the slots' last output
+                among_slots = WindowSpec(0, max(1, self.config.n_ssm_outputs), None)
+                of_slots = stream_attention(q[:, :n_slots], slot_k, slot_v, window=among_slots)
+                attended = torch.cat([of_slots, attended], dim=1)
+            return attended, token_k, token_v, slot_k, slot_v
+
+        return block(x, attend)
 
     def _run(self, layer: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(layer, *arguments)
         return layer(*arguments)
-
-
-def _rotated_heads(block: Block, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = block.attention.heads(block.norm_1(x))
-    return rotate(q, turn), rotate(k, turn), v

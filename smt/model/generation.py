@@ -115,7 +115,13 @@ def _stream(
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """One token per row, (B, 1) int64, from logits (B, V)."""
+    """One token per row, (B, 1) int64, from logits (B, V); what is no number is refused on a CPU, where looking costs no wait.
+
+    Of independent exponential waiting times with rates p, the one of token i is the shortest with probability p_i: nothing is
+    read back from the device, as ``torch.multinomial`` does to check its input.
+    """
+    if logits.device.type == "cpu" and logits.isnan().any():
+        raise ValueError("logits must be numbers, the model gives nan")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
@@ -128,7 +134,8 @@ def sample(
         before = probability.cumsum(dim=-1) - probability  # mass of the more likely tokens
         dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(dropped, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    waiting = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=torch.finfo(logits.dtype).tiny)
+    return (logits.softmax(dim=-1) / waiting).argmax(dim=-1, keepdim=True)
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:

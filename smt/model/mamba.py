@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smt.config import SMTConfig
 from smt.model.rms_norm import RMSNorm
 from smt.model.shared_linear import SharedLinear
+from smt.model.weights import matrix_and_bias, parameters_of
 from smt_kernels import stride_write
 
 NORM_EPS = 1e-5
@@ -21,7 +22,7 @@ NORM_EPS = 1e-5
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parameters:
     """What a mixer works with, formed once for all groups of writes of a pass: projections and ``stride_write``'s weights."""
 
@@ -36,23 +37,36 @@ class MambaMixer(nn.Module):
     def __init__(self, config: SMTConfig) -> None:
         super().__init__()
         d_inner, d_state, rank = config.ssm_d_inner, config.ssm_d_state, config.dt_rank
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.d_inner, self.rank = d_inner, rank
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.ssm_d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(rank, d_inner)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1, d_state + 1, dtype=torch.float32)).repeat(d_inner, 1))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, d_state + 1, dtype=wide)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
-    def prepare(self) -> Parameters:
-        """What ``forward`` needs of the weights."""
+    def prepare(self, name: str) -> Parameters:
+        """What ``forward`` needs of the weights.
+
+        Args:
+            name: of this mixer in the model.
+
+        Raises:
+            ValueError: a layer does more than its weight tells.
+        """
+        conv_weight, conv_bias = parameters_of(self.conv1d, nn.Conv1d, f"{name}.conv1d")
+        x_proj_weight, _ = matrix_and_bias(self.x_proj, self.d_inner, f"{name}.x_proj")
+        dt_proj_weight, dt_proj_bias = matrix_and_bias(self.dt_proj, self.rank, f"{name}.dt_proj")
+        wide = torch.promote_types(torch.promote_types(self.A_log.dtype, self.D.dtype), torch.float32)
         write = {
-            "conv_weight": self.conv1d.weight[:, 0],
-            "conv_bias": self.conv1d.bias,
-            "x_proj_weight": self.x_proj.weight,
-            "dt_proj_weight": self.dt_proj.weight,
-            "dt_proj_bias": self.dt_proj.bias,
-            "a": -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            "conv_weight": conv_weight[:, 0],
+            "conv_bias": conv_bias,
+            "x_proj_weight": x_proj_weight,
+            "dt_proj_weight": dt_proj_weight,
+            "dt_proj_bias": dt_proj_bias,
+            "a": -torch.exp(self.A_log.to(wide)),
             "d": self.D,
         }
         return Parameters(SharedLinear(self.in_proj), SharedLinear(self.out_proj), write)
@@ -92,8 +106,8 @@ class MambaStack(nn.Module):
         self.norm_f = RMSNorm(config.d_model, eps=NORM_EPS)
 
     def prepare(self) -> list[Parameters]:
-        """What ``forward`` needs of each layer."""
-        return [layer.mixer.prepare() for layer in self.layers]
+        """What ``forward`` needs of each layer; errors as ``MambaMixer.prepare``."""
+        return [layer.mixer.prepare(f"memory.ssm.layers.{index}.mixer") for index, layer in enumerate(self.layers)]
 
     def forward(
         self,

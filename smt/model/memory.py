@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.model.mamba import MambaStack
+from smt.model.weights import matrix_and_bias
 from smt_kernels import WindowSpec, attention_pool_sequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Written:
     """What a run of writes produced.
 
@@ -37,13 +38,25 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.w_q = nn.Linear(config.d_model, config.d_k, bias=False)
         self.w_k = nn.Linear(config.d_model, config.d_k, bias=False)
+        self.d_model = config.d_model
         self.dropout = config.pooling_dropout
         self.normalise = config.pooling_norm
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The matrices (d_k, d) of query and key.
+
+        Raises:
+            ValueError: one of the layers does more than a matrix.
+        """
+        w_q, _ = matrix_and_bias(self.w_q, self.d_model, "memory.pooling.w_q")
+        w_k, _ = matrix_and_bias(self.w_k, self.d_model, "memory.pooling.w_k")
+        return w_q, w_k
 
     def forward(
         self,
         tokens: Tensor,
         slots: Tensor | None,
+        projections: tuple[Tensor, Tensor],
         *,
         window: WindowSpec,
         first_step: int,
@@ -51,7 +64,10 @@ class AttentionPooling(nn.Module):
         writes: range,
         group: int,
     ) -> tuple[Tensor, Tensor]:
-        """tokens (B, T, d) from ``first_step``, slots (B, K, d) from ``first_slot`` -> pooled (B, len(writes), d), weights."""
+        """tokens (B, T, d) from ``first_step``, slots (B, K, d) from ``first_slot`` -> pooled (B, len(writes), d), weights.
+
+        ``projections`` are formed once for all groups of writes of a pass.
+        """
         dropout_mask = None
         if self.training and self.dropout > 0:
             size = window.n_tokens + (0 if slots is None else window.n_memory)
@@ -59,8 +75,7 @@ class AttentionPooling(nn.Module):
         return attention_pool_sequence(
             tokens,
             slots,
-            self.w_q.weight,
-            self.w_k.weight,
+            *projections,
             window=window,
             first_write=writes.start,
             n_writes=len(writes),
@@ -119,12 +134,13 @@ class StrideMemory(nn.Module):
         pools_slots = self.config.pool_source == "window" and self.config.n_ssm_outputs > 0
         groups = self._groups(writes) if pools_slots else [writes] if writes else []
         ranges = [self._pooled_tokens(group, first_step) for group in groups]
-        parameters = self.ssm.prepare()
+        parameters, projections = self.ssm.prepare(), self.pooling.projections()
         new_slots, all_weights = [], []
         for group, (start, _), span in zip(groups, ranges, _Spans.apply(tokens, ranges), strict=True):
             pooled, weights = self.pooling(
                 span,
                 slots if pools_slots and slots.shape[1] else None,
+                projections,
                 window=self.config.window,
                 first_step=first_step + start,
                 first_slot=first_slot,

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from smt.model.decoder import Decoder
 from smt.model.memory import StrideMemory
+from smt.model.readout import read_out
 from smt.model.windows import Span
 from smt.state.layout import existing
 from smt.state.rings import from_ring, to_ring
 from smt.state.state import SMTState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """What encoding tokens gives.
 
@@ -71,7 +72,7 @@ def encode_chunk(
     if config.reads_out and config.writes:
         steps = torch.arange(first, first + embedded.shape[1], device=embedded.device)
         newest = config.window.writes_before(steps) - 1 - slots.first
-        hidden = decoder.slot_readout(hidden, slots.values, newest[None])
+        hidden = read_out(decoder.slot_readout, hidden, slots.values, newest[None])
     next_state = SMTState(
         config=config,
         steps=tuple(stops),

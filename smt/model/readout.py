@@ -10,32 +10,30 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smt.config import SMTConfig
 from smt.state.rings import take
 
 NORM_EPS = 1e-5
 
 
 class SlotReadout(nn.Linear):
-    """One matrix from slots to hidden states, without bias."""
-
-    def __init__(self, config: SMTConfig) -> None:
-        super().__init__(config.d_model, config.d_model, bias=False)
+    """One matrix from slots to hidden states."""
 
     def reset_parameters(self) -> None:
         """Zero: a fresh memory tells nothing."""
         nn.init.zeros_(self.weight)
 
-    def forward(self, hidden: Tensor, slots: Tensor, newest: Tensor) -> Tensor:
-        """Add to each hidden state what the newest slot tells.
 
-        Args:
-            hidden: (B, T, d) after the decoder's final norm.
-            slots: (B, K, d).
-            newest: (B, T) int64, or (1, T) for all rows alike: which of the slots; outside of 0..K - 1 there is none.
+def read_out(readout: nn.Module, hidden: Tensor, slots: Tensor, newest: Tensor) -> Tensor:
+    """Add to each hidden state what the newest slot tells.
 
-        Returns:
-            (B, T, d).
-        """
-        told = super().forward(F.rms_norm(slots, slots.shape[-1:], eps=NORM_EPS))
-        return hidden + take(told, newest)
+    Args:
+        readout: W, a linear layer without bias.
+        hidden: (B, T, d) after the decoder's final norm.
+        slots: (B, K, d).
+        newest: (B, T) int64, or (1, T) for all rows alike: which of the slots; outside of 0..K - 1 there is none.
+
+    Returns:
+        (B, T, d).
+    """
+    told = readout(F.rms_norm(slots, slots.shape[-1:], eps=NORM_EPS))
+    return hidden + take(told, newest)

@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normalised, inverse, weight = ctx.saved_tensors
-        d_weight = (grad * normalised).flatten(0, -2).sum(0)
+        d_weight = (grad * normalised).view(-1, grad.shape[-1]).sum(0)
         d_normalised = grad * weight
         along = torch.linalg.vecdot(d_normalised, normalised)[..., None]
         dx = d_normalised.addcmul_(normalised, along, value=-1 / normalised.shape[-1]).mul_(inverse)

@@ -14,21 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from smt.model.weights import is_plain
+
 
 class SharedLinear:
     """The application of ``linear``, which has no bias, for the length of one forward pass."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self._weight = linear.weight
+    def __init__(self, linear: nn.Module) -> None:
+        self._linear = linear
         self._uses: list[tuple[int, Tensor, Tensor]] = []
-        # What is compiled, or runs in mixed precision, is left to autograd.
-        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(linear.weight.device.type)
-        self._token = None if plain else _Weight.apply(linear.weight, self._uses)
+        # What is compiled, runs in mixed precision, or is more than a product with its weight is called, each time.
+        called = torch.compiler.is_compiling() or not is_plain(linear, nn.Linear)
+        if called or torch.is_autocast_enabled(linear.weight.device.type):
+            self._token = None
+        else:
+            self._weight = linear.weight
+            self._token = _Weight.apply(self._weight, self._uses)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         if self._token is None:
-            return F.linear(x, self._weight)
+            return self._linear(x)
         return _Use.apply(x, self._token, self._weight.detach(), self._uses)
 
 
@@ -43,9 +49,7 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        # Rows of an earlier backward pass that did not ask for the weight's gradient are still there, and not meant.
-        here = torch._C._current_graph_task_id()
-        inputs, grads = zip(*((x, grad) for task, x, grad in ctx.uses if task == here), strict=True)
+        _, inputs, grads = zip(*ctx.uses, strict=True)
         ctx.uses.clear()
         return torch.cat(grads).T @ torch.cat(inputs), None
 
@@ -63,5 +67,8 @@ class _Use(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return grad @ weight, None, None, None
-        ctx.uses.append((torch._C._current_graph_task_id(), x.flatten(0, -2), grad.flatten(0, -2)))
+        here = torch._C._current_graph_task_id()
+        if ctx.uses and ctx.uses[-1][0] != here:  # of a pass that never came to the weight
+            ctx.uses.clear()
+        ctx.uses.append((here, x.flatten(0, -2), grad.flatten(0, -2)))
         return grad @ weight, grad.new_zeros(()), None, None

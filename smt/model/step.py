@@ -14,6 +14,7 @@ from torch import Tensor
 from smt.model.decoder import Decoder
 from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded
+from smt.model.readout import read_out
 from smt.model.step_layers import decode_stream, decode_stride, decode_token, keep_slots
 from smt.state.rings import last_entries
 from smt.state.state import SMTState
@@ -34,7 +35,7 @@ def decode_step(memory: StrideMemory, decoder: Decoder, embedded: Tensor, state:
         newest = [((count - 1) % config.n_state_slots, min(count, 1) - 1) for count in written]
         index, exists = torch.tensor(list(zip(*newest, strict=True)), device=embedded.device)
         slots = state.slots[rows, index].to(hidden.dtype)
-        hidden = decoder.slot_readout(hidden[:, None], slots[:, None], exists[:, None])[:, 0]
+        hidden = read_out(decoder.slot_readout, hidden[:, None], slots[:, None], exists[:, None])[:, 0]
     made = config.window.writes_made
     writers = [row for row, step in enumerate(steps) if config.writes and made(step + 1) > made(step)]
     weights = None
@@ -66,8 +67,7 @@ def _write(memory: StrideMemory, decoder: Decoder, state: SMTState, writers: Seq
         valid_tokens = (step + 1).clamp(max=config.m_input_tokens).int()
     pooled, weights = attention_pool(
         windows,
-        memory.pooling.w_q.weight,
-        memory.pooling.w_k.weight,
+        *memory.pooling.projections(),
         n_memory=n_slots,
         valid_memory=valid_memory,
         valid_tokens=valid_tokens,

@@ -33,8 +33,7 @@ def decode_stream(decoder: Decoder, embedded: Tensor, state: SMTState) -> Tensor
     turn = rotation(step, config.head_dim, config.rope_theta)
     x = embedded[None]
     for block, layer in zip(decoder.blocks, state.layers, strict=True):
-        q = _append(block, x, layer.token_k, layer.token_v, rows, index, turn)
-        x = _attend(block, x, q, layer, n_tokens, n_slots)
+        x = _through(block, x, layer, n_tokens, n_slots, rows, index, turn)
     return decoder.norm(x)[0]
 
 
@@ -49,10 +48,10 @@ def keep_slots(decoder: Decoder, slots: Tensor, state: SMTState, writers: Sequen
     x = (slots + decoder.slot_type)[None]
     everyone = len(writers) == state.batch_size
     for depth, (block, layer) in enumerate(zip(decoder.blocks, state.layers, strict=True), start=1):
-        q = _append(block, x, layer.slot_k, layer.slot_v, rows, index, turn, of_slots=True)
-        if depth < len(decoder.blocks):  # nothing reads the slots' last output
-            kept = layer if everyone else KeyValues(**{name: tensor[rows] for name, tensor in layer.tensors().items()})
-            x = _attend(block, x, q, kept, n_tokens, n_slots)
+        if depth == len(decoder.blocks):  # nothing reads the slots' last output
+            _append(block, block.attention(block.norm_1(x)), layer, rows, index, turn, of_slots=True)
+        else:
+            x = _through(block, x, layer, n_tokens, n_slots, rows, index, turn, of_slots=True, everyone=everyone)
 
 
 def decode_stride(decoder: Decoder, embedded: Tensor, state: SMTState) -> Tensor:
@@ -72,8 +71,7 @@ def decode_stride(decoder: Decoder, embedded: Tensor, state: SMTState) -> Tensor
     n_tokens, n_slots = (index + 1).int(), n_slots.int()
     x = (embedded + decoder.positions[position])[None]
     for block, layer in zip(decoder.blocks, state.layers, strict=True):
-        q = _append(block, x, layer.token_k, layer.token_v, rows, index)
-        x = _attend(block, x, q, layer, n_tokens, n_slots)
+        x = _through(block, x, layer, n_tokens, n_slots, rows, index)
     hidden = decoder.norm(x)[0]
     if entering:
         hidden[entering] = _enter_blocks(decoder, state, entering, config.m_input_tokens - config.stride + 1)
@@ -90,18 +88,22 @@ def decode_token(decoder: Decoder, embedded: Tensor, state: SMTState) -> Tensor:
     valid_tokens, valid_memory = _valid(embedded, config, steps, config.m_input_tokens)
     x = last_entries(state.tokens, rows, stop, config.m_input_tokens) + decoder.positions[config.n_ssm_outputs :]
     for depth, (block, layer) in enumerate(zip(decoder.blocks, state.layers, strict=True), start=1):
-        q, k, v = block.attention.heads(block.norm_1(x))
         tail = 1 if depth == len(decoder.blocks) else config.m_input_tokens
-        attended = window_attention(
-            q[:, -tail:],
-            torch.cat([layer.slot_k.to(k.dtype), k], dim=1),
-            torch.cat([layer.slot_v.to(v.dtype), v], dim=1),
-            n_memory=config.n_ssm_outputs,
-            valid_memory=valid_memory,
-            valid_tokens=valid_tokens,
-            tail=tail,
-        )
-        x = block.finish(x[:, -tail:], attended)
+
+        def attend(heads: Tensor, block: Block = block, layer: KeyValues = layer, tail: int = tail) -> tuple[Tensor]:
+            q, k, v = block.attention.split(heads)
+            attended = window_attention(
+                q[:, -tail:],
+                torch.cat([layer.slot_k.to(k.dtype), k], dim=1),
+                torch.cat([layer.slot_v.to(v.dtype), v], dim=1),
+                n_memory=config.n_ssm_outputs,
+                valid_memory=valid_memory,
+                valid_tokens=valid_tokens,
+                tail=tail,
+            )
+            return (attended,)
+
+        (x,) = block(x, attend)
     return decoder.norm(x)[:, 0]
 
 
@@ -126,34 +128,46 @@ def _enter_blocks(decoder: Decoder, state: SMTState, entering: Sequence[int], n_
     return hidden[:, 0]
 
 
-def _append(
+def _through(
     block: Block,
     x: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
+    layer: KeyValues,
+    n_tokens: Tensor,
+    n_slots: Tensor,
     rows: Tensor,
     index: Tensor,
     turn: Rotation | None = None,
     *,
     of_slots: bool = False,
+    everyone: bool = True,
 ) -> Tensor:
-    """Keep the keys and values of x (1, R, d) at ``index`` of the ``rows`` of the rings; returns the queries (R, H, D)."""
-    attention = block.attention
-    heads = attention.qkv(block.norm_1(x))[0].unflatten(-1, (-1, attention.head_dim))
+    """The block's output (1, R, d) for x (1, R, d), which is kept at ``index`` of the ``rows`` of what ``layer`` keeps.
+
+    What is x attends to the first ``n_tokens`` and ``n_slots`` (R,) entries that its rows keep, itself among them.
+    """
+
+    def attend(heads: Tensor) -> tuple[Tensor]:
+        q = _append(block, heads, layer, rows, index, turn, of_slots=of_slots)
+        kept = (layer.token_k, layer.token_v, layer.slot_k, layer.slot_v)
+        kept = (tensor.to(q.dtype) if everyone else tensor[rows].to(q.dtype) for tensor in kept)
+        return (stream_attention_decode(q, *kept, n_tokens=n_tokens, n_slots=n_slots)[None],)
+
+    (x,) = block(x, attend)
+    return x
+
+
+def _append(
+    block: Block, heads: Tensor, layer: KeyValues, rows: Tensor, index: Tensor, turn: Rotation | None, *, of_slots: bool
+) -> Tensor:
+    """Keep the keys and values of heads (1, R, H + 2 H_kv, D); returns the queries (R, H, D)."""
+    ring_k, ring_v = (layer.slot_k, layer.slot_v) if of_slots else (layer.token_k, layer.token_v)
     n_kv_heads = ring_k.shape[2]
-    q_and_k, v = heads[:, :-n_kv_heads], heads[:, -n_kv_heads:]
+    q_and_k, v = heads[0, :, :-n_kv_heads], heads[0, :, -n_kv_heads:]
     if turn is not None:
         q_and_k = rotate(q_and_k, turn)
     ring_k[rows, index] = q_and_k[:, -n_kv_heads:].to(ring_k.dtype)
-    ring_v[rows, index] = (attention.slot_values(v) if of_slots else v).to(ring_v.dtype)
+    ring_v[rows, index] = (block.attention.slot_values(v) if of_slots else v).to(ring_v.dtype)
     return q_and_k[:, :-n_kv_heads]
-
-
-def _attend(block: Block, x: Tensor, q: Tensor, kept: KeyValues, n_tokens: Tensor, n_slots: Tensor) -> Tensor:
-    """The block's output (1, R, d) for x (1, R, d) whose queries q (R, H, D) see the first entries of what the rows keep."""
-    tensors = (tensor.to(q.dtype) for tensor in (kept.token_k, kept.token_v, kept.slot_k, kept.slot_v))
-    attended = stream_attention_decode(q, *tensors, n_tokens=n_tokens, n_slots=n_slots)
-    return block.finish(x, attended[None])
 
 
 def _entering(config: SMTConfig, steps: Sequence[int]) -> list[int]:

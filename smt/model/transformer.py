@@ -19,6 +19,7 @@ from smt.model.generation import generate, stream
 from smt.model.loss import IGNORE_INDEX, linear_cross_entropy
 from smt.model.memory import StrideMemory
 from smt.model.parallel import initial_state
+from smt.model.weights import is_hooked
 from smt.pretrained.loading import load_gpt2, load_mamba
 from smt.pretrained.transfer import LoadReport
 from smt.state.state import SMTState
@@ -27,7 +28,7 @@ from smt.state.state import SMTState
 PARTS = {"embedding": "embedding", "transformer": "decoder", "attention_pooling": "memory.pooling", "ssm": "memory.ssm"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Aux:
     """What a forward pass tells besides its logits; fields and properties are also items (``aux["n_writes"]``).
 
@@ -163,6 +164,10 @@ class StrideMemoryTransformer(nn.Module):
         counts = (length,) * batch if attention_mask is None else token_counts(attention_mask, input_ids)
         if state is None:
             state = self.initial_state(batch)
+        elif state.tokens.dtype != self.embedding.weight.dtype:
+            state = state.in_dtype(self.embedding.weight.dtype)
+        elif not torch.compiler.is_compiling() and state.tokens.is_inference() and not torch.is_inference_mode_enabled():
+            state = state.clone()  # tensors of inference mode can be read alone: neither overwritten nor kept for a gradient
         encoded = encode_batch(
             self.memory,
             self.decoder,
@@ -236,7 +241,8 @@ class StrideMemoryTransformer(nn.Module):
     def _next_logits(self, input_ids: Tensor, state: SMTState | None, attention_mask: Tensor | None) -> tuple[Tensor, SMTState]:
         """Logits (B, V) of what follows each row, and the state, which may have taken the tensors of the old; no dropout."""
         was_training = self.training
-        self.eval()
+        if was_training:  # a walk through all modules, which takes as long as a part of a step
+            self.eval()
         try:
             logits, aux = self(input_ids, state, attention_mask=attention_mask, last_only=True, overwrite_state=True)
         finally:
@@ -245,6 +251,9 @@ class StrideMemoryTransformer(nn.Module):
         return logits[:, -1], aux.state
 
     def _check(self, input_ids: Tensor, state: SMTState | None) -> None:
+        for name, module in (("decoder", self.decoder), ("memory", self.memory), ("memory.pooling", self.memory.pooling)):
+            if is_hooked(module):  # they hold others, or a decoding step goes around them
+                raise ValueError(f"{name} is not called, or not at every step, and hooks on it have no effect: hook its parts")
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
             got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise TypeError(f"input_ids must be an int64 or int32 tensor, got {got}")

@@ -14,7 +14,7 @@ from smt.state.layout import KeyValues
 from smt.state.rings import take
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
     """Consecutive entries: values (B, L, d), and the step (of a token) or index (of a slot) of the first."""
 

@@ -32,7 +32,7 @@ class CarriedStates:
         """
         rows = batch.reading.nonzero()[:, 0]
         if not len(rows):
-            return batch.rows(torch.tensor([0])), None
+            return batch.rows(torch.tensor([0], device="cpu")), None
         begun = batch.reset[rows]
         if begun.any() and not begun.all():
             raise ValueError("the rows of a batch must begin their documents together; walk with together=True")
@@ -60,7 +60,7 @@ class CarriedStates:
         for lane, (state, rows) in self._of.items():
             of_lane = {"rows": rows}
             if state is not None:
-                of_lane |= {"steps": torch.tensor(state.steps), **state.detach().tensors()}
+                of_lane |= {"steps": torch.tensor(state.steps, device="cpu"), **state.detach().tensors()}
             named |= {f"{lane}.{name}": tensor for name, tensor in of_lane.items()}
         return named
 

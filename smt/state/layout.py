@@ -9,7 +9,7 @@ from torch import Tensor
 from smt.config import SMTConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeyValues:
     """Keys and values that one decoder layer keeps. What stands at entries that do not exist is never attended.
 

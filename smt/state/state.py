@@ -22,7 +22,7 @@ _BINDING = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SMTState:
     """A value: passing it to a model does not change it, unless the call is told ``overwrite_state=True``.
 
@@ -126,8 +126,18 @@ class SMTState:
         return self._map(Tensor.clone)
 
     def to(self, *args: object, **kwargs: object) -> SMTState:
-        """Every tensor moved as by ``Tensor.to``."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        """Every tensor moved as by ``Tensor.to``; SSM states stay in fp32 at least."""
+        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()}
+        for name, tensor in self.tensors().items():
+            if _kind(name) == "ssm":
+                wide = torch.promote_types(moved[name].dtype, torch.float32)
+                moved[name] = tensor.to(moved[name].device, wide)
+        return self.from_tensors(self.config, self.steps, moved)
+
+    def in_dtype(self, dtype: torch.dtype) -> SMTState:
+        """As a model of another dtype has it; keys and values that autocast has left in a dtype of their own stay in it."""
+        moved = self.to(dtype)
+        return moved if self.layers[0].slot_k.dtype == self.tokens.dtype else replace(moved, layers=self.layers)
 
     def cast_like(self, other: SMTState) -> SMTState:
         """Every tensor in the dtype that it has in ``other``."""
@@ -138,7 +148,8 @@ class SMTState:
     def rows(self, index: Tensor | Sequence[int]) -> SMTState:
         """The rows that ``index`` (int64) names, in that order; a row may come several times (beam search)."""
         index = torch.as_tensor(index)
-        chosen = self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        here = index.to(self.tokens.device)  # once: each copy to a GPU waits for it
+        chosen = self._map(lambda tensor: tensor.index_select(0, here))
         return replace(chosen, steps=tuple(self.steps[row] for row in index.tolist()))
 
     def overwrite_rows(self, index: Sequence[int], rows: SMTState) -> SMTState:

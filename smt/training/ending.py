@@ -121,4 +121,5 @@ def _sample(model: torch.nn.Module, document: np.ndarray, config: RunConfig, tok
     (tokens,) = model.generate(
         prompt[None], config.training.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, generator=generator
     )
-    return tokenizer.decode(prompt[1:].cpu()), tokenizer.decode(tokens[len(prompt) :].cpu())
+    read, drawn = prompt[1:].cpu(), tokens[len(prompt) :].cpu()
+    return tokenizer.decode(read), tokenizer.decode(drawn, after=read)

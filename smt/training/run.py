@@ -120,7 +120,9 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
             text = tokenize_corpus(data, config.model.vocab_size)
         say(text.describe(), flush=True)
         changed = None if snapshot is None else RunFolder(path).check_text(text)
-        for warning in filter(None, (text.warning(config.model.window_size), changed)):
+        rows = config.data.batch_size * accelerator.num_processes
+        idle = text.idle_rows(rows, config.data.part_length)
+        for warning in filter(None, (text.warning(config.model.window_size), idle, changed)):
             if accelerator.is_main_process:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         if config.data.tokenizer in TRAINED:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from smt import SMTConfig, SMTForCausalLM, StrideMemoryTransformer
-from smt.cli import main
-from smt.cli.continuation import text_of
+from smt.cli import continuation, main
+from smt.cli.continuation import Continuer, Sampling, text_of
 from smt.data.documents import Document
+from smt.data.tokenizer import END_OF_DOCUMENT as END
 from smt.data.tokenizer import Tokenizer
 from smt.model.generation import LEAST_TEMPERATURE
 
@@ -110,6 +111,79 @@ def test_text_streams_in_whole_characters(folder):
     assert "".join(pieces) == text and len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
     broken = list(text_of(tokenizer, tokens[:-3]))
     assert broken[-1].endswith("\ufffd"), "what never becomes a character is shown at the end"
+
+
+def spaced(kind):
+    """A tokenizer that writes no space where a text begins, as SentencePiece's and WordPiece's do."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    words = ["hello", "world", "it", "is", "."]
+    if kind == "sentencepiece":
+        pieces = [END, *(f"\u2581{word}" for word in words), *("\u2581", "s", ".")]
+        backend = Backend(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token=END))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        pieces = [END, *words, "##s"]
+        backend = Backend(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token=END))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    backend.add_special_tokens([END])
+    return Tokenizer(backend.to_str(), END)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "wordpiece"])
+def test_a_continuation_keeps_the_space_before_it(kind, tmp_path):
+    tokenizer = spaced(kind)
+    prompt, rest = tokenizer.encode("hello world").tolist(), tokenizer.encode("it is").tolist()
+    assert "".join(text_of(tokenizer, rest, prompt)) == " it is"
+    assert "".join(text_of(tokenizer, rest)) == "it is", "but none where the text begins"
+    assert tokenizer.decode(torch.tensor(rest), after=torch.tensor(prompt)) == " it is"
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "wordpiece"])
+def test_prompts_and_what_is_written_behind_them_are_one_text(kind, monkeypatch):
+    tokenizer = spaced(kind)
+    drawn = [tokenizer.encode(word).tolist()[0] for word in ("it", "is")]
+    sizes = dict(
+        vocab_size=tokenizer.vocab_size, d_model=16, d_k=8, transformer_n_layers=1, transformer_n_heads=2, ssm_n_layers=1
+    )
+    model = StrideMemoryTransformer(SMTConfig(**sizes))
+    continuer = Continuer(model, tokenizer, Sampling(2, 0.0, None, None, 0))
+    monkeypatch.setattr(model, "stream", lambda ids, **options: iter([torch.tensor([token] * len(ids)) for token in drawn]))
+    assert "".join(continuer.stream("hello world")) == " it is"
+    assert continuer.batch(["hello world", "", "hello"]) == [" it is", "it is", " it is"]
+
+
+def test_prompts_are_what_line_feeds_end(folder, tmp_path, capsys):
+    prompts = ["the\u2028cat", "the\x85cat\x0csat\x0b\x1c", "", "the\rcat"]
+    (tmp_path / "prompts.txt").write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join(prompts[:3]).encode() + b"\n" + prompts[3].encode() + b"\n"
+    )
+    assert generate(folder, "--file", str(tmp_path / "prompts.txt"), "--batch", "--max-new-tokens", "1") == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.split("\n")[:-1]] == prompts
+
+
+def test_a_file_is_continued_as_it_is(folder, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfthe\r\ncat\r")
+    prompts = []
+    monkeypatch.setattr(Continuer, "stream", lambda continuer, prompt: prompts.append(prompt) or iter(()))
+    assert generate(folder, "--file", str(tmp_path / "prompt.txt")) == 0
+    assert prompts == ["the\r\ncat\r"]
+
+
+def test_the_caller_computes_in_its_own_precision_between_two_tokens(folder, monkeypatch):
+    monkeypatch.setattr(continuation, "precision", lambda device: torch.autocast(device.type, dtype=torch.bfloat16))
+    continuer = Continuer.from_folder(folder, Sampling(3, 0.0, None, None, 0), torch.device("cpu"))
+    dtypes = []
+    encode = StrideMemoryTransformer.encode
+    monkeypatch.setattr(
+        StrideMemoryTransformer, "encode", lambda *a, **k: dtypes.append(torch.is_autocast_enabled("cpu")) or encode(*a, **k)
+    )
+    streams = [continuer.stream("the cat") for _ in range(2)]
+    for stream in (*streams, *streams):
+        next(stream, None)
+        assert not torch.is_autocast_enabled("cpu")
+    assert len(dtypes) >= 4 and all(dtypes)
 
 
 @pytest.mark.parametrize(

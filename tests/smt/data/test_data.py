@@ -5,12 +5,12 @@ import hashlib
 import json
 import subprocess
 import zipfile
-from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from smt.data import shakespeare
-from smt.data.documents import Document, hash_documents, hold_out, in_memory
+from smt.data.documents import Document, LeftOut, hash_documents, hold_out, in_memory
 from smt.data.local import read_text
 from smt.data.settings import DataConfig
 from smt.data.shakespeare import PLAYS, TEST_PLAYS, VALIDATION_PLAYS, WHEEL, read_plays
@@ -128,7 +128,7 @@ class TestLocalText:
         (tmp_path / "not.gz").write_bytes(b"plain")
         (tmp_path / "lines.jsonl").write_bytes(b'{"text": ""}\n{"text": 3}\n["text"]\n{"text": "cut\n{"text": "\xff"}\n')
         corpus = read_text(tmp_path)
-        skipped = Counter()
+        skipped = LeftOut()
         for split in (corpus.train, corpus.validation):
             list(split.read(skipped))
         assert skipped == {
@@ -262,3 +262,14 @@ class TestSettings:
         assert cache_folder(DataConfig()) == tmp_path / "smt"
         monkeypatch.delenv("SMT_CACHE")
         assert cache_folder(DataConfig()) == tmp_path / "smt"
+
+    def test_a_user_without_a_home_is_told_how_to_name_a_cache(self, monkeypatch):
+        for name in ("SMT_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+
+        def homeless():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", homeless)
+        with pytest.raises(ValueError, match=r"there is no home folder .*--cache, or in the environment variable SMT_CACHE"):
+            cache_folder(DataConfig())

@@ -1,10 +1,9 @@
 """WikiText, PG-19 and other data sets through ``datasets``, from local copies and without a network."""
 
-from collections import Counter
-
 import datasets
 import pytest
 
+from smt.data.documents import LeftOut
 from smt.data.settings import DataConfig
 from smt.data.sources import read_corpus
 from smt.data.wikitext import articles
@@ -87,6 +86,20 @@ class TestWikiText:
             assert [document.name for document in documents] == ["One", "Two"]
             assert f" {split} text of two \n" in documents[1].text
 
+    @pytest.mark.parametrize("save", [save_to_disk, save_as_parquet, save_as_published], ids=lambda save: save.__name__)
+    def test_the_name_of_a_copy_is_no_pattern(self, save, tmp_path):
+        folder = tmp_path / "a [copy] 100% 'of' *.raw: ~x?"
+        save(folder)
+        corpus = read_corpus(DataConfig(source="wikitext2", dataset=str(folder)))
+        assert [[d.name for d in getattr(corpus, split)] for split in SPLITS] == [["One", "Two"]] * 3
+
+    def test_a_mark_of_byte_order_is_no_text(self, tmp_path):
+        save_as_published(tmp_path / "copy")
+        for file in (tmp_path / "copy").iterdir():
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        corpus = read_corpus(DataConfig(source="wikitext2", dataset=str(tmp_path / "copy")))
+        assert [document.name for document in corpus.train] == ["One", "Two"]
+
     def test_equal_copies_have_equal_hashes_and_splits_have_not(self, tmp_path):
         save_to_disk(tmp_path / "copy")
         settings = DataConfig(source="wikitext2", dataset=str(tmp_path / "copy"))
@@ -101,7 +114,7 @@ class TestBooks:
         parts = {split: datasets.Dataset.from_dict(columns) for split in SPLITS}
         datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "copy"))
         corpus = read_corpus(DataConfig(source="pg19", dataset=str(tmp_path / "copy")))
-        skipped = Counter()
+        skipped = LeftOut()
         assert [(d.name, d.text) for d in corpus.train.read(skipped)] == [("0 A", "a" * 9), ("2 C", "c" * 9)]
         assert skipped == {"empty": 1}
 

@@ -4,6 +4,7 @@ import pytest
 
 from smt.data import tokenized
 from smt.data.documents import Document, in_memory
+from smt.data.parts import Parts
 from smt.data.settings import DataConfig
 from smt.data.tokenized import tokenize_corpus
 from smt.data.tokenizer import Tokenizer
@@ -66,7 +67,8 @@ def test_it_says_what_there_is_and_what_was_left_out(texts, tmp_path):
     assert len(train) + len(validation) == 6
     assert corpus.describe() == (
         f"{texts}: training {len(train)} documents, 0.00 MB, {train.n_targets:,} tokens; "
-        f"held out {len(validation)} documents, 0.00 MB, {validation.n_targets:,} tokens; left out: 1 empty"
+        f"held out {len(validation)} documents, 0.00 MB, {validation.n_targets:,} tokens; "
+        f"left out: 1 empty ({train.left_out_file})"
     )
 
 
@@ -86,6 +88,19 @@ def test_documents_shorter_than_a_window_are_counted_in_a_warning(texts, tmp_pat
     shortest, n = min(corpus.train.lengths) - 1, len(corpus.train)
     assert corpus.warning(shortest) is None
     assert corpus.warning(shortest + 1) == f"1 of {n} training documents are shorter than one window of {shortest + 1} tokens"
+
+
+@pytest.mark.parametrize("rows", [4, 8, 64])
+def test_rows_without_a_document_are_told_and_how_to_give_them_one(rows, tmp_path):
+    (tmp_path / "book.txt").write_text(" ".join(f"word{j % 7}" for j in range(300)))
+    corpus = tokenize_corpus(DataConfig(text=str(tmp_path), cache=str(tmp_path / "cache")), 280)
+    (steps,) = [length - 1 for length in corpus.train.lengths]
+    said = corpus.idle_rows(rows, None)
+    assert said.startswith(f"{rows - 1} of {rows} rows are idle: there are 1 documents to train on; --part_length ")
+    advised = int(said.split()[-7])
+    assert len(Parts(corpus.train, advised)) >= rows > len(Parts(corpus.train, advised + 1))
+    assert corpus.idle_rows(rows, advised) is None and corpus.idle_rows(1, None) is None
+    assert "--part_length" not in corpus.idle_rows(steps + 1, None)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(texts, tmp_path):

@@ -7,11 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from smt.data import store as store_module
 from smt.data.documents import Document, Documents, hash_documents, in_memory
 from smt.data.store import TokenStore, made_once, tokenise
-from smt.data.tokenizer import END_OF_DOCUMENT, GPT2_END, GPT2_FILES, Tokenizer
+from smt.data.tokenizer import END_OF_DOCUMENT, GPT2_END, GPT2_FILES, LONGEST_PIECE, Tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "Größe → ∑ 🙂", "return"]
 
@@ -51,6 +52,14 @@ class TestTokenizer:
     def test_trained_pieces_are_longer_than_bytes(self, tokenizer):
         assert 257 < tokenizer.vocab_size <= 600
         assert len(tokenizer.encode(VARIED)) < 0.7 * len(VARIED)
+
+    @pytest.mark.parametrize("kind", ["bpe", "unigram"])
+    def test_text_without_spaces_is_learnt_in_pieces_of_bounded_length(self, kind):
+        text = "ab" * 4096
+        trained = Tokenizer.train(documents([text]), 300, kind)
+        pieces = [trained.decode(torch.tensor([token])) for token in range(trained.vocab_size)]
+        assert max(len(piece) for piece in pieces if piece != END_OF_DOCUMENT) <= LONGEST_PIECE
+        assert trained.decode(trained.encode(text)) == text
 
     def test_saved_and_loaded_it_encodes_the_same(self, tokenizer, tmp_path):
         tokenizer.save(tmp_path)
@@ -265,7 +274,7 @@ class TestStore:
         with pytest.raises(ValueError, match=r"tokens.bin must have \d+ bytes, it has \d+; delete"):
             TokenStore(store.folder)
         info.write_text(json.dumps({**json.loads(info.read_text()), "layout": 99}))
-        with pytest.raises(ValueError, match="must have layout 3, got 99"):
+        with pytest.raises(ValueError, match="must have layout 4, got 99"):
             TokenStore(store.folder)
         with pytest.raises(FileNotFoundError, match="no tokens in"):
             TokenStore(tmp_path)

@@ -270,3 +270,19 @@ def test_parts_of_documents_have_every_target_once_and_in_order(length):
     starts = {text[0].item(): text for text in texts}
     for before, part in pairwise(parts):
         assert part[0] == before[-1] or part[0].item() in starts
+
+
+def test_batches_are_made_on_the_cpu_whatever_the_default_device():
+    documents = [torch.arange(length) for length in (5, 9, 7)]
+    options = dict(batch_size=2, length=4, epochs=1, seed=3)
+    expected = list(DocumentWalk(documents, **options))
+    with torch.device("meta"):
+        batches = list(DocumentWalk(documents, **options))
+    assert len(batches) == len(expected)
+    for mine, theirs in zip(batches, expected, strict=True):
+        assert torch.equal(mine.input_ids, theirs.input_ids) and torch.equal(mine.documents, theirs.documents)
+
+
+def test_batches_compare_by_identity():
+    (batch,) = DocumentWalk([torch.arange(5)], batch_size=1, length=9, epochs=1)
+    assert batch == batch and batch in [batch]

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import MambaConfig
+from transformers.modeling_outputs import CausalLMOutput
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.baselines.gpt2 import build_gpt2
@@ -65,6 +67,39 @@ def test_a_document_beyond_the_context_is_read_in_windows_that_score_each_token_
             log_probs, greedy = expected(gpt2(document[None, start:stop]).logits[0], document[start : stop + 1])
             assert torch.allclose(score.log_probs[first:stop], log_probs[first - start :], rtol=1e-9, atol=1e-9)
             assert torch.equal(score.greedy[first:stop], greedy[first - start :])
+
+
+def test_a_model_that_names_no_context_reads_no_whole_book(monkeypatch):
+    monkeypatch.setattr("smt.evaluation.scorer.UNNAMED_CONTEXT", 8)
+    read = []
+
+    class Endless(torch.nn.Module):
+        """A model without a longest context, as a Mamba is: every token equally likely."""
+
+        config, device = MambaConfig(vocab_size=SIZES["vocab_size"]), torch.device("cpu")
+
+        def forward(self, ids, use_cache):
+            read.append(ids.shape[1])
+            return CausalLMOutput(logits=torch.zeros(*ids.shape, SIZES["vocab_size"]))
+
+    for score in CausalLMScorer(Endless()).score(documents()):
+        torch.testing.assert_close(score.log_probs.exp(), torch.full_like(score.log_probs, 1 / SIZES["vocab_size"]))
+    assert max(read) == 8
+
+
+def test_the_head_is_in_full_precision_where_the_model_is_not(monkeypatch):
+    torch.manual_seed(0)
+    model = StrideMemoryTransformer(SMTConfig(**SIZES))
+    exact = SMTScorer(model).score(documents())
+
+    def in_full_precision(input_ids, state):
+        with torch.autocast("cpu", enabled=False):
+            hidden, aux = model.encode(input_ids, state)
+        return hidden, aux.state
+
+    monkeypatch.setattr("smt.evaluation.scorer.precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    for score, expected in zip(SMTScorer(model, in_full_precision).score(documents()), exact, strict=True):
+        torch.testing.assert_close(score.log_probs, expected.log_probs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 12, 13, 50], ids="T{}".format)

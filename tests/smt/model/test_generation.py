@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.model.generation import sample
 
 VOCAB = 37
 ENCODINGS = ["token", "stride", "stream"]
@@ -95,3 +96,30 @@ def test_ends_and_padding_leave_the_prompt_as_it_is():
 def test_bad_options_are_explained_before_anything_runs(options, message):
     with pytest.raises(ValueError, match=message):
         build().stream(torch.ones(2, 2, dtype=torch.long), 3, **options)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    n = 20_000
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -float("inf")])
+    probability = logits.softmax(dim=-1)
+    drawn = sample(logits.expand(n, -1), 1.0, None, None, torch.Generator().manual_seed(1))
+    share = torch.bincount(drawn[:, 0], minlength=5) / n
+    assert (abs(share - probability) <= 5 * (probability * (1 - probability) / n).sqrt()).all()  # 5 standard errors
+
+
+def test_a_waiting_time_of_zero_draws_no_impossible_token(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda tensor, generator: tensor.zero_())
+    assert sample(torch.tensor([[-float("inf"), 0.0]]), 1.0, None, None, None).tolist() == [[1]]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_refused(temperature):
+    with pytest.raises(ValueError, match="logits must be numbers, the model gives nan"):
+        sample(torch.tensor([[0.0, float("nan")]]), temperature, None, None, None)
+
+
+def test_a_model_that_is_in_evaluation_mode_is_not_put_into_it_for_every_token(monkeypatch):
+    model = build()
+    for name in ("train", "eval"):
+        monkeypatch.setattr(model, name, lambda *arguments: pytest.fail("a walk through all modules"))
+    assert model.generate(torch.ones(1, 3, dtype=torch.long), 4).shape == (1, 7)

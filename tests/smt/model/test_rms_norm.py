@@ -52,3 +52,11 @@ def test_low_precision_is_left_to_pytorch(dtype):
 def test_it_compiles_whole():
     norm, x = fresh(torch.float32)
     torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="aot_eager")(x), norm(x))
+
+
+def test_a_single_vector_has_gradients():
+    norm, x = RMSNorm(5, eps=1e-5).double(), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    got = torch.autograd.grad(norm(x).square().sum(), [x, norm.weight])
+    want = torch.autograd.grad(norm(x[None]).square().sum(), [x, norm.weight])
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)

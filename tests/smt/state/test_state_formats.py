@@ -1,0 +1,76 @@
+"""A state goes on in a model of another number format, in another mode, and in every format that PyTorch can be asked for."""
+
+import pytest
+import torch
+
+from smt import SMTConfig, StrideMemoryTransformer
+from smt.state.state import SMTState
+
+ENCODINGS = ["token", "stride", "stream"]
+
+
+def build(encoding="stream", dtype=torch.float32):
+    torch.manual_seed(3)
+    sizes = dict(
+        vocab_size=37, d_model=16, d_k=8, transformer_n_layers=1, transformer_n_heads=2, ssm_n_layers=1, ssm_d_state=4,
+        initializer_range=0.3, n_ssm_outputs=4, m_input_tokens=9, stride=3, encoding=encoding,
+    )  # fmt: skip
+    return StrideMemoryTransformer(SMTConfig(**sizes)).to(dtype).eval()
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["value", "overwrite"])
+@pytest.mark.parametrize("n_new", [1, 5])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_state_of_another_dtype_goes_on_in_that_of_the_model(encoding, n_new, overwrite):
+    model, ids = build(encoding), torch.randint(37, (2, 30))
+    with torch.no_grad():
+        state = build(encoding, torch.float64)(ids[:, :23])[1].state
+        logits, aux = model(ids[:, 23 : 23 + n_new], state, overwrite_state=overwrite)
+        expected = model(ids[:, : 23 + n_new])[0][:, 23:]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert {tensor.dtype for tensor in aux.state.tensors().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["value", "overwrite"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_state_of_inference_mode_goes_on_outside_of_it(encoding, overwrite):
+    model, ids = build(encoding), torch.randint(37, (2, 30))
+    with torch.inference_mode():
+        state = model(ids[:, :23])[1].state
+    with torch.no_grad():
+        expected = model(ids)[0][:, 23:]
+        one, aux = model(ids[:, 23:24], state, overwrite_state=overwrite)
+        rest, _ = model(ids[:, 24:], aux.state)
+    torch.testing.assert_close(torch.cat([one, rest], dim=1), expected, rtol=1e-4, atol=1e-4)
+    loss, _ = model.loss(ids[:, 23:], state=state)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_an_ssm_state_stays_in_fp32_at_least():
+    _, aux = build()(torch.randint(37, (1, 9)))
+    low = aux.state.to(torch.bfloat16)
+    assert low.tokens.dtype == torch.bfloat16 and low.ssm[0].dtype == torch.float32
+    assert torch.equal(low.ssm[0], aux.state.ssm[0])
+    assert aux.state.to(torch.float64).ssm[0].dtype == torch.float64
+
+
+def test_states_compare_by_identity():
+    state = SMTState.initial(build().config, 2, device="cpu", dtype=torch.float32)
+    assert state == state and state != state.clone() and state in [state.clone(), state]
+    assert len({state, state.clone()}) == 2
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_model_built_in_fp64_is_in_fp64_throughout(encoding):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, ids = build(encoding, torch.float64), torch.randint(37, (2, 20))
+        loss, aux = model.loss(ids)
+        loss.backward()
+        with torch.no_grad():
+            model(ids[:, :1], aux.state.detach())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64} == {loss.dtype}
+    assert {tensor.dtype for tensor in aux.state.tensors().values()} == {torch.float64}
