@@ -88,8 +88,8 @@ class Problem:
     def magnitude(self, exact: dict[str, Tensor]) -> dict[str, float]:
         """One rounding of the result, and in fp32 of what cancels on the way.
 
-        dS = P (dP - delta) cancels |dO| |v|, with k for dq and q for dk; S - lse in P = exp(S - lse) cancels |S|, whose rounding
-        is relative to P, so that dv = P^T dO has it for P^T |dO|.
+        dS = P (dP - delta) cancels |dO| |v|, with k for dq and q for dk; S - lse in P = exp(S - lse) cancels |S|, a rounding
+        relative to P, so that dv = P^T dO has it for P^T |dO|.
         """
         rows, values = (x.double().abs().amax(dim=(0, 1, 2)) for x in (self.grad, self.v))
         fp32 = torch.finfo(torch.float32).eps / torch.finfo(self.grad.dtype).eps
