@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
 import sys
 import zlib
 from collections import Counter
@@ -75,6 +76,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reason, count in _deselected.items():
         terminalreporter.write_line(f"{count} tests deselected: {reason}", yellow=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_heard() -> None:
+    """As in a terminal: a shell in the background, or nohup, has processes ignore signals, and those that they start."""
+    for name, meaning in {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}.items():
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, meaning)
 
 
 @pytest.fixture(scope="session", autouse=True)
