@@ -139,7 +139,7 @@ def test_a_fresh_memory_follows_the_scale_of_a_loaded_embedding():
     source = gpt2()
     source.transformer.wte.weight.data.mul_(7)
     model = smt()
-    assert torch.allclose(model.memory.ssm.norm_f.weight, torch.tensor(0.02))
+    assert torch.allclose(model.memory.ssm.norm_f.weight, torch.tensor(model.config.initializer_std))
     model.load_gpt2(source)
     rms = source.transformer.wte.weight.square().mean().sqrt()
     assert torch.allclose(model.memory.ssm.norm_f.weight, rms)

@@ -95,10 +95,10 @@ def test_a_checkpoint_that_was_being_written_is_not_taken_for_one(config, undist
         saved.append(step)
         if len(saved) == 4:
             monkeypatch.setattr("os.replace", dies)
-            monkeypatch.setattr("shutil.rmtree", dies)  # who is killed does not tidy up
         save(self, step, snapshot)
 
     def dies(*arguments, **options):
+        monkeypatch.setattr("shutil.rmtree", dies)  # who is killed does not tidy up
         raise Interrupted
 
     with monkeypatch.context() as patch:
