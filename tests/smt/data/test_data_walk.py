@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -38,8 +38,8 @@ def equal(one, other):
 
 
 def some_walks(test):
-    """The promise for any lengths, sizes and order."""
-    return given(
+    """The promise for any lengths, sizes and order, however busy the machine is."""
+    walks = given(
         lengths=st.lists(st.integers(2, 40), min_size=1, max_size=12),
         batch_size=st.integers(1, 4),
         length=st.integers(1, 15),
@@ -47,7 +47,8 @@ def some_walks(test):
         shuffle=st.booleans(),
         together=st.booleans(),
         epochs=st.integers(1, 2),
-    )(test)
+    )
+    return settings(deadline=None)(walks(test))
 
 
 class TestOneEpoch:

@@ -89,7 +89,7 @@ def test_ends_and_padding_leave_the_prompt_as_it_is():
         ({"pad_token_id": -1}, "pad_token_id must lie in 0..vocab_size - 1 = 0..36, got -1"),
         ({"attention_mask": torch.tensor([[1, 1], [0, 0]])}, r"must have a token, rows \[1\] have none"),
         ({"attention_mask": torch.tensor([[1, 0], [1, 1]])}, "left padding"),
-        ({"temperature": -1.0}, "temperature must be 0, or finite and at least"),
+        ({"temperature": -1.0}, "temperature must be 0, or finite and at least 1e-06, got -1.0"),
     ],
     ids=["end", "padding", "empty row", "right padding", "temperature"],
 )
