@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def train(model: StrideMemoryTransformer, seed: int, first: int = 20) -> Iterato
                 return
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train once for every encoding and seed, and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encodings", default="stream,stride", help="encodings to train (default: stream,stride)")
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of SMTConfig")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     pairs = [given.split("=", 1) for given in options.set]
     fields = {name: parse(SMTConfig, name, value) for name, value in pairs}

@@ -126,7 +126,9 @@ class FullAttentionGPT2(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep only the input of every block and compute the rest again backward."""
-        self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Newer releases of transformers call it so, and the old name deprecated.
+        enable = getattr(self.transformer, "activation_checkpointing_enable", self.transformer.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
     def parts(self) -> dict[str, nn.Module]:
         """``embedding`` and ``transformer``; every parameter is in one of them."""
