@@ -69,7 +69,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("step", [1, 2, 11, 16, 23])
+@pytest.mark.parametrize("step", [2, 16])
 def test_a_run_that_is_interrupted_in_a_step_ends_as_one_that_is_not(config, undisturbed, tmp_path, monkeypatch, step):
     take_step = Trainer._step
 
