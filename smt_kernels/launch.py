@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FAMILIES = ("ampere", "hopper", "blackwell", "cdna", "interpreter")
 
@@ -89,14 +90,65 @@ def head_settings(table: Table, kernel: str, head_dim: int, dtype: torch.dtype, 
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **named: Any) -> None:
-    """Launch a Triton ``kernel`` on ``device``, whichever device is current; on a CPU, in the mended interpreter."""
+    """Launch a Triton ``kernel`` on ``device``, whichever device is current; on a CPU, in the mended interpreter.
+
+    Args:
+        arguments, named: the kernel's, and options of the compiler by name: tensors, numbers, strings, None, tuples of numbers.
+    """
     if device.type == "cpu":
         _mend_interpreter()
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type != "cuda":
+        kernel[grid](*arguments, **named)
+    elif device.index == torch.cuda.current_device():
+        _launch_compiled(kernel, grid, device.index, arguments, named)
+    else:
+        with torch.cuda.device(device):
+            _launch_compiled(kernel, grid, device.index, arguments, named)
+
+
+# What launches have compiled: by kernel, device and all that Triton may specialise code for. Triton finds that out anew in
+# every launch, which takes about 40 us on the host for a kernel of 40 arguments; here the compiled kernel is called.
+_compiled: dict[tuple[Any, ...], Any] = {}
+_MOST_COMPILED = 2**14  # entries that differ in sizes alone share their code, but not for ever the memory of their keys
+
+
+def _launch_compiled(
+    kernel: Any, grid: tuple[int, ...], index: int | None, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    open_names = _unspecialised(kernel)
+    if open_names is None or kernel.pre_run_hooks:
         kernel[grid](*arguments, **named)
         return
-    with torch.cuda.device(device):
-        kernel[grid](*arguments, **named)
+    key = (
+        kernel,
+        index,
+        *[_specialised(value) for value in arguments],
+        *[
+            name if name in open_names and -(2**31) <= value < 2**31 else (name, _specialised(value))
+            for name, value in named.items()
+        ],
+    )
+    compiled = _compiled.get(key)
+    if compiled is None:
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = kernel[grid](*arguments, **named)
+        return
+    ordered = *arguments, *[named[name] for name in kernel.arg_names[len(arguments) :]]
+    compiled[(*grid, 1, 1)[:3]](*ordered)
+
+
+def _specialised(value: Any) -> Any:
+    """What compiled code may depend on: of a tensor its dtype and alignment, of all else the value."""
+    return (value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
+
+
+@functools.cache
+def _unspecialised(kernel: Any) -> frozenset[str] | None:
+    """The integer parameters of a kernel that code does not depend on; None: it is interpreted, not compiled."""
+    if not hasattr(kernel, "device_caches"):
+        return None
+    return frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
 
 
 @functools.cache

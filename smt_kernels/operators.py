@@ -91,16 +91,19 @@ class _Operation:
             self._backward_operator = _operator(f"{name}_backward", self._backward, grads + of_kept + leaves, gradients)
             self._backward_operator.register_fake(self._fake_backward)
             self._operator.register_autograd(self._formula(self._backward_operator), setup_context=self._setup_context)
-            methods = {"forward": self._forward, "setup_context": self._setup_context}
-            methods["backward"] = once_differentiable(self._formula(self._backward_straight))
-            self._direct = type(name, (torch.autograd.Function,), {key: staticmethod(do) for key, do in methods.items()})
+            backward = once_differentiable(self._formula(self._backward_straight))
+            self._direct = _function(name, forward=self._forward_straight, backward=backward)
+            forward, setup_context = self._forward, self._setup_context
+            self._transformed = _function(name, forward=forward, setup_context=setup_context, backward=backward)
 
     def __call__(self, *arguments: Any, backend: str) -> Any:
         leaves = self._arguments.flat(arguments)
         if _observed(leaves):
             results = self._operator(*leaves, backend)
         elif self._direct is not None and torch.is_grad_enabled() and any(map(_requires_gradient, leaves)):
-            results = self._direct.apply(*leaves, backend)
+            # ``torch.func`` needs a context that is set up apart, for which every call inspects the signature of ``forward``.
+            function = self._transformed if torch._C._are_functorch_transforms_active() else self._direct
+            results = function.apply(*leaves, backend)
         else:
             return _compute(self._package, backend, "forward", leaves[0], arguments)
         return results if isinstance(results, Tensor) else tuple(self._results.built(results))
@@ -109,6 +112,11 @@ class _Operation:
         *leaves, backend = leaves
         results = _compute(self._package, backend, "forward", leaves[0], self._arguments.built(leaves))
         return results if isinstance(results, Tensor) else tuple(self._results.flat(results))
+
+    def _forward_straight(self, ctx: Any, *leaves: Any) -> Any:
+        results = self._forward(*leaves)
+        self._setup_context(ctx, leaves, (results,) if isinstance(results, Tensor) else results)
+        return results
 
     def _backward(self, *leaves: Any) -> tuple[Tensor, ...]:
         *leaves, backend = leaves
@@ -183,6 +191,10 @@ def _operator(name: str, function: Callable[..., Any], leaves: list[str], n_resu
     returned = ", ".join(["Tensor"] * n_results)
     schema = f"({', '.join(leaves)}) -> {returned if n_results == 1 else f'({returned})'}"
     return torch.library.custom_op(f"smt_kernels::{name}", function, mutates_args=(), schema=schema)
+
+
+def _function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
+    return type(name, (torch.autograd.Function,), {key: staticmethod(do) for key, do in methods.items()})
 
 
 @functools.cache

@@ -13,7 +13,7 @@ least is q, k, v, out, dO, dQ, dK, dV and 4/16 of a slot, 8.3. Apart, programs o
 second finds the deltas), and with the 3.2 of the slots' kernel 18.8, 2.3 times the least; together 12.4 and 3.2, 1.9 times.
 Slots are seen for 240 steps: 32 of them read 2 (240 + 31 * 16) / 512 = 2.9 rows per step, 16 of them would read 3.8. Visible
 are 65 keys per query, five products each; multiplied are 5 * 64 + 3 (64 + 32) + 4 * 64 and for slots 4 (736 / 16), 3.2 times
-as many. Registers do not hold both on Ampere (``SEPARATE_FAMILIES``), nor anywhere in a loop over heads that share keys:
+as many. Registers do not hold both on Ampere (``SEPARATE``), nor anywhere in a loop over heads that share keys:
 there the first kernel runs once for queries and once for tokens.
 
 Gradients are zero where nothing is seen, whatever the memory holds there: what no query sees is not read.
@@ -37,7 +37,7 @@ from smt_kernels.stream_attention.geometry import (
     token_visible,
     tokens_seen,
 )
-from smt_kernels.stream_attention.settings import SEPARATE_FAMILIES, SLOT_BLOCK, TABLE
+from smt_kernels.stream_attention.settings import SEPARATE, SLOT_BLOCK, TABLE
 from smt_kernels.tiles import LOG2_E, base_two, dot, load, products, row_products, rows, store
 from smt_kernels.window import WindowSpec
 
@@ -261,7 +261,8 @@ def backward(
     sizes = arguments(q, k, memory_k, window, first_step, first_slot) | {"scale": scale, "HEAD_DIM": head_dim}
 
     settings = head_settings(TABLE, "stream_attention_steps", head_dim, q.dtype, q.device)
-    together = sizes["GROUP"] == 1 and launching.architecture_family(q.device) not in SEPARATE_FAMILIES
+    family = launching.architecture_family(q.device)
+    together = sizes["GROUP"] == 1 and (family, q.dtype.itemsize) not in SEPARATE
     for queries, tokens in ((True, True),) if together else ((True, False), (False, True)):
         launch(
             _steps_kernel,

@@ -12,8 +12,9 @@ _STEPS, _SLOTS = "stream_attention_steps", "stream_attention_slots"
 # Slots multiplied at a time. 64 queries see 19 of the default window's: a block of 64 would waste most of its products.
 SLOT_BLOCK = 32
 
-# Where the registers do not hold the gradients of queries and tokens together, one launch computes each, and reads more.
-SEPARATE_FAMILIES = ("ampere",)
+# Where the registers do not hold the gradients of queries and tokens together, one launch computes each, and reads more: by
+# family and bytes of an element.
+SEPARATE = {("ampere", 2), ("ampere", 4), ("hopper", 4), ("blackwell", 4)}
 
 _SMALL = tuple(LaunchSettings(num_warps=4, head_chunk=chunk, key_block=32) for chunk in (16, 32, 64))
 _LARGE = (LaunchSettings(num_warps=8, head_chunk=128, key_block=32),) * 2
@@ -24,15 +25,44 @@ _SLOTS_HALF = (
     *(LaunchSettings(num_warps=8, head_chunk=chunk) for chunk in (16, 32, 64)),
     *(LaunchSettings(num_warps=8, head_chunk=128, query_block=32),) * 2,
 )
-# Products of fp32 run on the ordinary units of NVIDIA chips, which unroll them whole: hence their small chunks.
-_SINGLE = (LaunchSettings(num_warps=8, head_chunk=16, query_block=32, key_block=32),) * 5
+# Products of fp32 are three of tf32 on NVIDIA's matrix units, and none of CDNA's, where the ordinary units unroll them whole.
+_SINGLE_CDNA = (LaunchSettings(num_warps=8, head_chunk=16, query_block=32, key_block=32),) * 5
+_CHUNKS_SINGLE = (16, 32, 64, 64, 64)
+_SINGLE = {
+    _FORWARD: tuple(LaunchSettings(num_warps=4, head_chunk=chunk, key_block=32) for chunk in _CHUNKS_SINGLE),
+    _GROUPED: tuple(LaunchSettings(num_warps=4, head_chunk=chunk, key_block=32) for chunk in _CHUNKS_SINGLE),
+    _STEPS: tuple(LaunchSettings(num_warps=8, head_chunk=chunk, key_block=32) for chunk in _CHUNKS_SINGLE),
+    _SLOTS: tuple(LaunchSettings(num_warps=8, head_chunk=chunk, query_block=32) for chunk in _CHUNKS_SINGLE),
+}
 _INTERPRETER = tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 128, 128))
 
 TABLE: Table = {
-    **{(kernel, family, 4): _SINGLE for kernel in (_FORWARD, _GROUPED, _STEPS, _SLOTS) for family in FAMILIES},
+    # fp32, heads of 64, 4 x 4,096 x 12, forward, on an H200 with triton 3.6: 215 us; in products of ordinary units 803 at best.
+    **{(kernel, family, 4): _SINGLE[kernel] for kernel in _SINGLE for family in FAMILIES},
+    **{
+        (kernel, "ampere", 4): (*_SINGLE[kernel][:2], *(replace(_SINGLE[kernel][1], query_block=32),) * 3) for kernel in _SINGLE
+    },
+    **{(kernel, "cdna", 4): _SINGLE_CDNA for kernel in _SINGLE},
     **{(_FORWARD, family, 2): _FORWARD_HALF for family in FAMILIES},
     **{(_GROUPED, family, 2): _GROUPED_HALF for family in FAMILIES},
     **{(_SLOTS, family, 2): _SLOTS_HALF for family in FAMILIES},
+    # Measured on an H200 with triton 3.6, 8 x 4,096 x 12 heads. Heads of 64: 97 us with three stages, 102 with one; 8 warps for
+    # 128 rows 129. Heads of 128: 149 us with two stages, 161 with three, 177 with one; 8 warps 258 and more.
+    (_FORWARD, "hopper", 2): (
+        *_SMALL[:2],
+        replace(_SMALL[2], num_stages=3),
+        replace(_FORWARD_HALF[3], num_stages=2),
+        _LARGE[1],
+    ),
+    # 12 heads of 64 on 4: 86 us in 64 rows, though more is read, 105 in 128 rows with 8 warps and 112 with 4.
+    (_GROUPED, "hopper", 2): (*_GROUPED_HALF[:2], replace(_SMALL[2], num_stages=2), *_GROUPED_HALF[3:]),
+    # Heads of 64, both backward launches: 322 to 323 us with 4 warps and three stages in 64 or 128 rows, 329 with two, 368 with
+    # 8 warps and one.
+    (_SLOTS, "hopper", 2): (
+        *_SLOTS_HALF[:2],
+        LaunchSettings(num_warps=4, head_chunk=64, num_stages=3),
+        *_SLOTS_HALF[3:],
+    ),
     # 64 rows spill in triton 3.6.
     (_SLOTS, "cdna", 2): (*_SLOTS_HALF[:2], replace(_SLOTS_HALF[2], query_block=32), *_SLOTS_HALF[3:]),
     (_STEPS, "ampere", 2): (
@@ -41,10 +71,16 @@ TABLE: Table = {
         _LARGE[0],
         LaunchSettings(num_warps=4, head_chunk=64, query_block=32, key_block=32),
     ),
-    # Measured on an H200 with triton 3.6 and heads of 64, both backward launches: key blocks of 64 take 356 us, of 32 373, of
-    # 16 398; 8 warps 458 and more. Nothing else was measured: 16 for heads of 128 is chosen by rule, since 32 spill in triton
-    # 3.6 and 3.8. So are Blackwell's 16 for heads of 64 and 4 warps for heads of 128: 32, and 8 warps, spill in 3.8.
-    (_STEPS, "hopper", 2): (*_SMALL, replace(_LARGE[0], key_block=16), _LARGE[1]),
+    # Both backward launches on an H200 with triton 3.6, heads of 64: 304 us in key blocks of 64, 322 of 32; 8 warps 458 and
+    # more. With 12 query heads on 4: 328 and 310. Heads of 128: 736 us as here, with 108 spills; 1,039 with 8 warps and
+    # 8 spills; key blocks of 16 with 8 warps spill nothing and fault: an illegal address. Blackwell's are chosen by rule: 16
+    # for heads of 64 and 4 warps for heads of 128, since 32, and 8 warps, spill in triton 3.8.
+    (_STEPS, "hopper", 2): (
+        *_SMALL[:2],
+        replace(_SMALL[2], key_block=64),
+        LaunchSettings(num_warps=4, head_chunk=128, key_block=32),
+        _LARGE[1],
+    ),
     (_STEPS, "blackwell", 2): (*_SMALL[:2], replace(_SMALL[2], key_block=16), replace(_LARGE[0], num_warps=4), _LARGE[1]),
     (_STEPS, "cdna", 2): (*_SMALL, *(LaunchSettings(num_warps=4, head_chunk=64, key_block=32),) * 2),
     **{(kernel, "interpreter", size): _INTERPRETER for kernel in (_FORWARD, _STEPS, _SLOTS) for size in (2, 4)},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,3 +61,85 @@ def test_capabilities_fall_into_the_family_with_their_instructions(capability, f
     assert launch.architecture_family(torch.device("cuda", 0)) == family
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert launch.architecture_family(torch.device("cuda", 0)) == "cdna"
+
+
+class Compiled:
+    """What a launch leaves behind: it can be launched again without its compiler."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.calls.append((grid, arguments))
+
+
+class Kernel:
+    """As Triton's jit functions: a grid gives what launches, and launching returns what was compiled."""
+
+    def __init__(self):
+        self.compilations, self.calls = [], []
+        self.device_caches, self.pre_run_hooks = {}, []
+        self.arg_names = ["x", "strides", "n", "width", "BLOCK"]
+        self.params = [SimpleNamespace(name=name, do_not_specialize=name == "n") for name in self.arg_names]
+
+    def __getitem__(self, grid):
+        def run(*arguments, **named):
+            self.compilations.append((grid, arguments, named))
+            return Compiled(self.calls)
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_compiled", {})
+    return Kernel()
+
+
+def launched(kernel, x, n=5, **changes):
+    named = {"BLOCK": 64, "n": n, "width": 16, "num_warps": 4} | changes
+    launch.launch(kernel, (3,), torch.device("cuda", 0), x, x.stride(), **named)
+
+
+def test_a_second_launch_calls_what_the_first_one_compiled_with_its_arguments_in_order(kernel):
+    first, second = torch.zeros(2, 4), torch.ones(2, 4)
+    launched(kernel, first)
+    launched(kernel, second, n=7)
+    assert [grid for grid, _, _ in kernel.compilations] == [(3,)]
+    ((grid, (x, *others)),) = kernel.calls
+    assert grid == (3, 1, 1) and x is second and others == [(4, 1), 7, 16, 64]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 1},
+        {"BLOCK": 32},
+        {"num_warps": 8},
+        {"n": 2**31},
+        {"x": torch.zeros(2, 4).half()},
+        {"x": torch.zeros(4, 2).T},
+        {"x": torch.zeros(9)[1:].view(2, 4)},
+    ],
+    ids=["a size", "a block", "an option", "64 bits", "a dtype", "strides", "an alignment"],
+)
+def test_whatever_code_may_depend_on_is_compiled_anew(kernel, change):
+    x = torch.zeros(2, 4)
+    launched(kernel, x)
+    launched(kernel, **{"x": x} | change)
+    assert len(kernel.compilations) == 2 and not kernel.calls
+
+
+@pytest.mark.triton
+def test_the_installed_triton_has_what_launches_rely_on():
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    def function(x, n, BLOCK):
+        pass
+
+    jitted = JITFunction(function, do_not_specialize=["n"])
+    assert hasattr(jitted, "device_caches") and jitted.arg_names == ["x", "n", "BLOCK"] and not jitted.pre_run_hooks
+    assert [parameter.name for parameter in jitted.params if parameter.do_not_specialize] == ["n"]
+    assert callable(CompiledKernel.__getitem__)
