@@ -169,8 +169,9 @@ def _legend() -> str:
         for target, gpu in GPUS.items()
     )
     lines = (
-        "Size: of a head in attention, the width in the rest. Where several figures stand, one per launch. Bytes requested",
-        "over the least and FLOPs of dots over the useful ones are of Triton kernels, not of the matrix library between them.",
+        "Size: of a head in attention, the vocabulary of the loss, the width in the rest. Where several figures stand, one per",
+        "launch. Bytes requested over the least and FLOPs of dots over the useful ones are of Triton kernels, not of the",
+        "matrix library between them.",
         f"Times are predicted, not measured: {BATCH} sequences of {LENGTH:,} ({BATCH} rows in decoding, full attention with",
         f"{LENGTH:,} keys), {HEADS} heads in attention, {LAUNCH_SECONDS * 1e6:g} us per launch; {gpus}.",
     )

@@ -16,6 +16,8 @@ LAUNCH_SECONDS = 5e-6
 LENGTH, BATCH, HEADS = 4096, 8, 12
 # The width of the model over the size of an operation without heads: pooling works at that width, a write at twice that.
 MODEL_WIDTH = {"attention_pool": 1.0, "attention_pool_sequence": 1.0, "stride_write": 0.5}
+# Of the size of a vocabulary, which says nothing of the width.
+OF_VOCABULARY = ("linear_cross_entropy",)
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,19 @@ def predicted_seconds(row: Row) -> float | None:
     if gpu is None:
         return None
     positions = BATCH if row.decoding else BATCH * LENGTH
-    heads = HEADS if row.key.operation not in MODEL_WIDTH else 1
+    heads = HEADS if row.key.operation not in (*MODEL_WIDTH, *OF_VOCABULARY) else 1
     share = positions * heads / (row.tokens * row.heads)
     launches = row.count.traffic.launches
     return sum(_seconds(gpu, row.key.dtype, share * launch.bytes, share * launch.dot_flops) for launch in launches)
 
 
 def full_attention_seconds(row: Row) -> float | None:
-    """Causal attention over 4,096 tokens, or one query over as many keys in decoding, of the width that ``row`` belongs to."""
+    """Causal attention over 4,096 tokens, or one query over as many keys in decoding, of the width that ``row`` belongs to.
+
+    None without a GPU's data, and beside the loss, which belongs to no width.
+    """
     gpu = GPUS.get(row.key.target)
-    if gpu is None:
+    if gpu is None or row.key.operation in OF_VOCABULARY:
         return None
     width = MODEL_WIDTH.get(row.key.operation, HEADS) * row.key.size
     itemsize = 4 if row.key.dtype == "fp32" else 2

@@ -1,4 +1,4 @@
-"""The four operations on every backend that runs natively here, with pytest-benchmark: ``pytest benchmarks``.
+"""The operations on every backend that runs natively here, with pytest-benchmark: ``pytest benchmarks``.
 
 Small sizes, for watching one operation while it changes; ``bench_window.py`` is the comparison with full attention.
 """
@@ -12,12 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from smt_kernels import WindowSpec, attention_pool, attention_pool_sequence, stream_attention, stride_write, window_attention
+from smt_kernels import (
+    WindowSpec,
+    attention_pool,
+    attention_pool_sequence,
+    linear_cross_entropy,
+    stream_attention,
+    stride_write,
+    window_attention,
+)
 from smt_kernels.backends import TRITON_LIMITS
 
 WINDOW = WindowSpec()
 LENGTH, HEADS, HEAD_DIM, WIDTH = 512, 4, 64, 256
 WINDOWS, INNER, STATES, CONV, RANK = 16, 512, 16, 4, 16
+VOCABULARY = 4001
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -69,11 +78,20 @@ def write_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
     return write, [*inputs_and_states, *weights.values()]
 
 
+def loss_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
+    targets = torch.randint(VOCABULARY, (LENGTH,), device=DEVICE)
+    return lambda *inputs, **named: linear_cross_entropy(*inputs, targets, **named), [
+        normal(LENGTH, WIDTH),
+        normal(VOCABULARY, WIDTH) * WIDTH**-0.5,
+    ]
+
+
 CASES = {
     "window_attention": window_case,
     "stream_attention": stream_case,
     "attention_pool": pool_case,
     "attention_pool_sequence": pool_sequence_case,
+    "linear_cross_entropy": loss_case,
     "stride_write": write_case,
 }
 

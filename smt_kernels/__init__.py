@@ -1,7 +1,8 @@
-"""Fused kernels for the Stride Memory Transformer: window, stream, pooling and write operations, each with its reference."""
+"""Fused kernels for the Stride Memory Transformer: its operations, each with a reference."""
 
 from smt_kernels.attention_pool import attention_pool, attention_pool_sequence
 from smt_kernels.backends import BACKENDS, BackendChoice, last_choice, use_backend
+from smt_kernels.linear_cross_entropy import linear_cross_entropy
 from smt_kernels.stream_attention import stream_attention
 from smt_kernels.stream_attention_decode import stream_attention_decode
 from smt_kernels.stride_write import stride_write
@@ -15,6 +16,7 @@ __all__ = [
     "attention_pool",
     "attention_pool_sequence",
     "last_choice",
+    "linear_cross_entropy",
     "stream_attention",
     "stream_attention_decode",
     "stride_write",

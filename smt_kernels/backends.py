@@ -26,6 +26,7 @@ BACKENDS = ("triton", "blocked", "reference")
 TRITON_LIMITS: dict[str, int | None] = {
     "attention_pool": None,
     "attention_pool_sequence": None,
+    "linear_cross_entropy": None,
     "stream_attention": 256,
     "stream_attention_decode": 256,
     "stride_write": None,

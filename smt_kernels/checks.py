@@ -74,5 +74,5 @@ def counts(name: str, tensor: Tensor, rows: int, upper: int, model: Tensor, *, d
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with unit stride in their last dimension, copied only where they have another."""
-    return tuple(t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors)
+    """The tensors with unit stride in their last dimension, if they have one, copied only where they have another."""
+    return tuple(t if t.ndim == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors)

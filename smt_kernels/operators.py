@@ -28,7 +28,14 @@ _SCHEMA = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}
 _SCHEMA |= {Tensor | None: "Tensor?", int | None: "SymInt?"}
 
 
-def register(empty: Callable[..., Any], *, outputs: int = 1, kept: int = 0, gradients: int = 0) -> Callable[..., Any]:
+def register(
+    empty: Callable[..., Any],
+    *,
+    outputs: int = 1,
+    kept: int = 0,
+    gradients: int = 0,
+    empty_gradients: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Register the operation that ``empty`` describes; returns the function that runs it, ``run(*arguments, backend=backend)``.
 
     The operation has the name of the package that defines ``empty``, whose modules ``blocked`` and ``kernels`` hold
@@ -41,11 +48,14 @@ def register(empty: Callable[..., Any], *, outputs: int = 1, kept: int = 0, grad
     Args:
         empty: takes the arguments and the backend and returns the results, uninitialised: what fake tensors compute. Its
             annotations make the schema: tensors, numbers, and NamedTuples and dataclasses of them. The first is a tensor.
-        outputs: so many results come first that gradients go through, of which the first has the dtype of the first tensor.
+        outputs: so many results come first that gradients go through, of which the first has the dtype of the first tensor, if
+            there is more than one.
         kept: so many results, the last ones, are kept for ``backward``.
         gradients: so many tensors come first among the arguments that have gradients; 0: there is no ``backward``.
+        empty_gradients: takes the arguments and the backend and returns what ``backward`` does, uninitialised; None: it
+            returns all gradients, each with the shape and the dtype of its tensor.
     """
-    return _Operation(empty, outputs, kept, gradients)
+    return _Operation(empty, outputs, kept, gradients, empty_gradients)
 
 
 def unaffected_by_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,8 +81,16 @@ def _without_autocast(device: str, function: Callable[..., Any], *arguments: Any
 class _Operation:
     """Both ways to run an operation. *Leaves* are its arguments or results as operators take them: tensors and numbers only."""
 
-    def __init__(self, empty: Callable[..., Any], outputs: int, kept: int, gradients: int) -> None:
+    def __init__(
+        self,
+        empty: Callable[..., Any],
+        outputs: int,
+        kept: int,
+        gradients: int,
+        empty_gradients: Callable[..., Any] | None,
+    ) -> None:
         self._package, self._empty, self._outputs, self._gradients = empty.__module__, empty, outputs, gradients
+        self._empty_gradients = empty_gradients
         hints = get_type_hints(empty)
         returned = hints.pop("return")
         hints.pop("backend")
@@ -135,8 +153,11 @@ class _Operation:
         return results if isinstance(results, Tensor) else tuple(self._results.flat(results))
 
     def _fake_backward(self, *leaves: Any) -> tuple[Tensor, ...]:
-        tensors = leaves[self._outputs + len(self._kept.leaves) :][: self._gradients]
-        return tuple(tensors[0].new_empty(0 if tensor is None else tensor.shape) for tensor in tensors)
+        *leaves, backend = leaves[self._outputs + len(self._kept.leaves) :]
+        if self._empty_gradients is not None:
+            return self._empty_gradients(*self._arguments.built(leaves), backend)
+        first, *_ = tensors = leaves[: self._gradients]
+        return tuple(first.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
@@ -157,7 +178,7 @@ class _Operation:
             first, *others = grads[: self._outputs]
             first = leaves[0].new_zeros(ctx.shape) if first is None else first
             found = backward(first, *others, *of_kept, *leaves, ctx.backend)
-            found = [None if leaf is None else grad for leaf, grad in zip(leaves, found, strict=False)]
+            found = [grad if needed else None for needed, grad in zip(ctx.needs_input_grad, found, strict=False)]
             return *found, *(None for _ in range(len(leaves) + 1 - len(found)))  # and none of the backend
 
         return formula

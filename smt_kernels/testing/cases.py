@@ -155,6 +155,18 @@ def attention_pool_sequence(
     return _pool_case(direction, inputs, window, timeline, tensor)
 
 
+def linear_cross_entropy(direction: str, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
+    """The softmax of two rows of logits: their losses alone, or their gradient in place, too; products are the library's."""
+    n_rows, n_columns = 2, -(-vocabulary // 64) * 64
+    tensor = _maker(dtype, device)
+    arguments = {"logits": tensor(n_rows, n_columns), "targets": tensor(n_rows, dtype=torch.int64)}
+    arguments |= {"losses": tensor(n_rows, dtype=torch.float32), "n_classes": vocabulary, "ignore_index": -100}
+    call = Call(
+        "smt_kernels.linear_cross_entropy.kernels:softmax_step", arguments | {"wants_gradient": direction == "gradient"}
+    )
+    return Case(call, 0, n_rows)
+
+
 def stride_write(direction: str, width: int, dtype: torch.dtype, device: str) -> Case:
     """A single write, or eight of them forward or backward, with 16 states and every gate on; the SSM state is in fp32."""
     batch, states, taps, rank = 1, 16, 4, width // 32
@@ -179,6 +191,7 @@ OPERATIONS = {
     "stream_attention_decode": Operation(stream_attention_decode, ("forward",)),
     "attention_pool": Operation(attention_pool, sizes=(256, 768), size_of="width"),
     "attention_pool_sequence": Operation(attention_pool_sequence, sizes=(256, 768), size_of="width"),
+    "linear_cross_entropy": Operation(linear_cross_entropy, ("loss", "gradient"), (4096, 50257), "vocabulary"),
     "stride_write": Operation(stride_write, ("single", "forward", "backward"), (512, 1536), "width"),
 }
 

@@ -17,6 +17,7 @@ from smt_kernels import (
     WindowSpec,
     attention_pool,
     attention_pool_sequence,
+    linear_cross_entropy,
     stream_attention,
     stream_attention_decode,
     stride_write,
@@ -136,11 +137,16 @@ def gated_writes(device: str) -> Call:
     return writes(device, 3, torch.tensor([[True, False, True], [False, False, True]], device=device))
 
 
+def loss(device: str) -> Call:
+    inputs = {"hidden": torch.rand(6, 4, device=device), "weight": torch.rand(9, 4, device=device)}
+    return Call(linear_cross_entropy, inputs, {"targets": torch.tensor([0, 8, -100, 3, 3, 5], device=device)})
+
+
 DIFFERENTIABLE = [whole_window, tail_of_a_ragged_window, stream, stream_without_memory, windows, ragged_windows]
-DIFFERENTIABLE += [sequence, sequence_of_tokens, single_write, gated_writes]
+DIFFERENTIABLE += [sequence, sequence_of_tokens, single_write, gated_writes, loss]
 EVERY_CALL = [*DIFFERENTIABLE, decode]
 # One of each operation that is registered.
-OPERATIONS = [whole_window, stream, sequence, gated_writes]
+OPERATIONS = [whole_window, stream, sequence, gated_writes, loss]
 
 
 class Seen(TorchDispatchMode):
