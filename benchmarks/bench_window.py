@@ -1,7 +1,9 @@
 """What the window is worth: attention alone and whole training steps, against full causal attention, measured side by side.
 
     python benchmarks/bench_window.py --quick
-    python benchmarks/bench_window.py --json window.json --plot window.png
+    python benchmarks/bench_window.py --full --json window.json --plot window.png
+
+On a CUDA device, without options, it is ``benchmarks/bench_card.py`` that measures: bf16, GPT-2 small's sizes, compiled models.
 
 Each ratio stands beside the ratio of multiply-adds (the limit, if both sides do theirs at one rate) and beside the published
 claim, which counts a whole sequence of full attention against one step of the window (``python benchmarks/claims.py``). Nothing
@@ -16,6 +18,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+import bench_card
 import torch
 from attention_cases import AttentionSizes, attention_cases, flex_obstacle, triton_obstacle
 from claims import PUBLISHED_SPEEDUP
@@ -31,14 +34,16 @@ from smt_kernels import WindowSpec
 
 ATTENTION_LENGTHS = [512 * 2**i for i in range(8)]
 TRAINING_LENGTHS = [512 * 2**i for i in range(5)]
+# Of the lengths, repeats and seconds: what ends within ten minutes on two cores, a minute, and whenever.
+DEFAULT, QUICK, FULL = (6, 3, 7, 20.0), (4, 2, 3, 3.0), (8, 5, 15, 120.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", type=_lengths, help="attention alone, comma-separated; default 512,1024,...,65536")
-    parser.add_argument("--training-lengths", type=_lengths, help="training steps; default 512,1024,...,8192")
+    parser.add_argument("--lengths", type=_lengths, help="attention alone, comma-separated; default 512,1024,...,16384")
+    parser.add_argument("--training-lengths", type=_lengths, help="training steps; default 512,1024,2048")
     parser.add_argument("--sections", choices=("attention", "training", "both"), default="both", help="what to measure")
     parser.add_argument("--heads", type=_positive, default=12, help="heads of attention alone")
     parser.add_argument("--head-dim", type=_positive, default=64, help="their size")
@@ -46,17 +51,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of attention alone; training steps are fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=_positive, help="CPU threads (OMP_NUM_THREADS); default: PyTorch's")
-    parser.add_argument("--max-seconds", type=float, help="for all calls of one measurement; default 120, quick 3")
-    parser.add_argument("--repeats", type=_positive, help="calls of one measurement at most; default 15, quick 3")
-    parser.add_argument("--quick", action="store_true", help="short lengths, no FlexAttention; under a minute on 2 cores")
+    parser.add_argument("--max-seconds", type=float, help="for all calls of one measurement; default 20, full 120, quick 3")
+    parser.add_argument("--repeats", type=_positive, help="calls of one measurement at most; default 7, full 15, quick 3")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="short lengths, no FlexAttention; under a minute on 2 cores")
+    extent.add_argument("--full", action="store_true", help="attention up to 65,536 tokens, training up to 8,192")
     parser.add_argument("--json", type=Path, help="write rows, settings and environment")
     parser.add_argument("--csv", type=Path, help="the same as CSV")
     parser.add_argument("--plot", type=Path, help="draw the rows (PNG, PDF or SVG)")
     options = parser.parse_args(arguments)
-    options.lengths = options.lengths or (ATTENTION_LENGTHS[:4] if options.quick else ATTENTION_LENGTHS)
-    options.training_lengths = options.training_lengths or (TRAINING_LENGTHS[:2] if options.quick else TRAINING_LENGTHS)
-    options.max_seconds = options.max_seconds or (3.0 if options.quick else 120.0)
-    options.repeats = options.repeats or (3 if options.quick else 15)
+    n_attention, n_training, repeats, seconds = QUICK if options.quick else FULL if options.full else DEFAULT
+    options.lengths = options.lengths or ATTENTION_LENGTHS[:n_attention]
+    options.training_lengths = options.training_lengths or TRAINING_LENGTHS[:n_training]
+    options.max_seconds = options.max_seconds or seconds
+    options.repeats = options.repeats or repeats
     for path in (options.json, options.csv, options.plot):
         if path is not None and not path.resolve().parent.is_dir():
             parser.error(f"the folder of {path} does not exist")
@@ -65,6 +73,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; 1 if an implementation disagrees with the reference."""
+    if torch.cuda.is_available() and not (sys.argv[1:] if arguments is None else arguments):
+        return bench_card.main([])
     options = parse(arguments)
     if options.threads:
         restart_with_threads(options.threads)

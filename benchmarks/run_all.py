@@ -1,7 +1,9 @@
 """Every correctness test and every benchmark of this checkout, and one report: the command for a machine with a GPU.
 
+    python benchmarks/run_all.py --minutes 6 --out results/gpu
     python benchmarks/run_all.py --out results/gpu
 
+With ``--minutes``, on a GPU: the smoke tests of every kernel and then ``bench_card.py``, as far as time goes. Else everything.
 Writes REPORT.md, report.json and the full output of every part into the folder. Without a CUDA device it says so, in the report
 too, and the kernels are interpreted; with one, tests and benchmarks run them natively. A part that fails or takes longer than
 its limit is named at the end and makes the exit status 1; the others still run.
@@ -51,6 +53,17 @@ class Outcome:
     log: str
 
 
+def card_parts(out: Path, minutes: float) -> list[Part]:
+    """What is run on a GPU in a few minutes: the smoke tests, at most a third of the time, and the figures that matter."""
+    workers = str(max(2, min(14, (os.cpu_count() or 2) - 2)))
+    smoke = ("-m", "pytest", "tests/kernels", "-m", "smoke", "-n", workers)
+    files = ("--json", str(out / "card.json"), "--markdown", str(out / "card.md"))
+    return [
+        Part("smoke tests", smoke, 20 * minutes),
+        Part("bench_card", (_script("bench_card.py"), "--minutes", f"{minutes * 0.6:g}", *files), 40 * minutes),
+    ]
+
+
 def parts(out: Path, cuda: bool, quick: bool) -> list[Part]:
     """What is run, in order: correctness first, so that a time is never read without it."""
     minutes = 60.0
@@ -62,6 +75,9 @@ def parts(out: Path, cuda: bool, quick: bool) -> list[Part]:
         )
     audit = ("--quick",) if quick else ("--sizes", "64,128,256,512,768,1536", "--dtypes", "bf16")
     found.append(Part("audit", (_script("audit_kernels.py"), "--markdown", *audit), 30 * minutes))
+    if cuda:
+        files = ("--json", str(out / "card.json"), "--markdown", str(out / "card.md"))
+        found.append(Part("bench_card", (_script("bench_card.py"), "--minutes", "15", *files), 20 * minutes))
     flags = ("--quick",) if quick else ()
     dtypes = ("bf16", "fp32") if cuda else ("fp32",)
     for dtype in dtypes:
@@ -104,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/run_all"), help="folder of the report, made if need be")
     parser.add_argument("--quick", action="store_true", help="short lengths, and the audit of one target")
+    parser.add_argument("--minutes", type=float, help="on a GPU: the smoke tests and bench_card.py in these minutes")
     parser.add_argument("--only", help="comma-separated beginnings of the names of parts to run")
     parser.add_argument("--max-seconds", type=float, help="for each part, where its own limit is longer")
     options = parser.parse_args(arguments)
@@ -111,7 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
     described = environment(torch.device("cuda" if cuda else "cpu"))
-    chosen = parts(out, cuda, options.quick)
+    if options.minutes is not None and not cuda:
+        parser.error("--minutes is for a GPU, and there is none here")
+    chosen = card_parts(out, options.minutes) if options.minutes is not None else parts(out, cuda, options.quick)
     if options.only:
         chosen = [part for part in chosen if part.name.startswith(tuple(options.only.split(",")))]
         if not chosen:

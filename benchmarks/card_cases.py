@@ -1,0 +1,343 @@
+"""What a GPU is measured on: GPT-2 small's decoder in bf16, alone and with its memory, beside what a user would take instead.
+
+A case makes its inputs and its model when its turn comes. The order is that of worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from card_clock import Times, time_call, time_kernels
+from torch import Tensor
+
+from smt import SMTConfig, StrideMemoryTransformer
+from smt.baselines.gpt2 import build_gpt2
+from smt_kernels import WindowSpec, linear_cross_entropy, stream_attention
+
+# The vocabulary of GPT-2 as those who train it pad it: products with an odd one are many times slower.
+PADDED_VOCABULARY = 50304
+FULL_ATTENTION = "SDPA, full causal"
+GPT2 = "GPT-2, flash attention, compiled"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: GPT-2 small's decoder with 24 Mamba layers, 32,768 tokens a step, and the lengths they are cut into."""
+
+    config: SMTConfig
+    tokens: int
+    lengths: tuple[int, ...]
+    padded_vocabulary: int = PADDED_VOCABULARY
+
+
+def gpt2_small() -> Sizes:
+    """The sizes of the report."""
+    config = SMTConfig(
+        vocab_size=50257,
+        d_model=768,
+        transformer_n_layers=12,
+        transformer_n_heads=12,
+        ssm_n_layers=24,
+        encoding="stream",
+        dropout=0.0,
+    )
+    return Sizes(config, tokens=32768, lengths=(4096, 1024, 16384, 65536))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of the report: seconds, beside those of the host, and what they mean.
+
+    Attributes:
+        section, case, shape: what was measured.
+        seconds: of one call; kernels alone where ``host_seconds`` is None.
+        host_seconds: until the call returned to Python.
+        tokens: that one call takes in.
+        peak_bytes: the most memory of a call.
+        ratio: seconds of the section's first case of this shape over these.
+        note: of what is measured; or why there is no figure.
+    """
+
+    section: str
+    case: str
+    shape: str
+    seconds: float | None = None
+    host_seconds: float | None = None
+    tokens: int | None = None
+    peak_bytes: int | None = None
+    ratio: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Case:
+    """A name in a section, and what measures it: seconds of kernels, or times of calls."""
+
+    section: str
+    name: str
+    shape: str
+    measure: Callable[[], Times | float]
+    tokens: int | None = None
+    note: str = ""
+
+    def row(self) -> Row:
+        """Measure."""
+        measured = self.measure()
+        row = Row(self.section, self.name, self.shape, tokens=self.tokens, note=self.note)
+        if isinstance(measured, Times):
+            times = {"seconds": measured.call, "host_seconds": measured.host, "peak_bytes": measured.peak_bytes}
+            return dataclasses.replace(row, **times)
+        return dataclasses.replace(row, seconds=measured)
+
+
+@dataclass
+class Suite:
+    """All cases of one device and one set of sizes."""
+
+    sizes: Sizes
+    device: torch.device
+    window: WindowSpec = field(default_factory=WindowSpec)
+
+    def cases(self) -> Iterator[Case]:
+        """In order of worth: what is cut off when time runs out is worth least."""
+        first, *others = self.sizes.lengths
+        yield from self._training(first, with_variants=True)
+        yield from self._attention(first, torch.bfloat16)
+        yield from self._loss()
+        yield from self._memory(first)
+        for length in others:
+            yield from self._training(length, with_variants=False)
+        yield from self._host()
+        yield from self._decoding()
+        for length in (self.sizes.lengths[1], self.sizes.lengths[-1]):
+            yield from self._attention(length, torch.bfloat16)
+        yield from self._attention(first, torch.bfloat16, head_dim=128)
+        yield from self._attention(first, torch.bfloat16, kv_heads=self.sizes.config.transformer_n_heads // 3)
+        yield from self._attention(first, torch.float32)
+
+    # Training.
+
+    def _training(self, length: int, *, with_variants: bool) -> Iterator[Case]:
+        rows = max(1, self.sizes.tokens // length)
+        shape, tokens = f"{rows} x {length:,}", rows * length
+
+        def case(name: str, prepare: Callable[[Tensor], Callable[[], Tensor]], note: str = "") -> Case:
+            def measure() -> Times:
+                loss = prepare(self._ids(rows, length))
+                return time_call(lambda: self._train(loss), self.device)
+
+            return Case("training step", name, shape, measure, tokens, note)
+
+        yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
+        yield case("SMT stream", lambda ids: self._smt(ids), "compiled")
+        if not with_variants:
+            return
+        yield case("SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), "compiled")
+        yield case("SMT stream, no writes", lambda ids: self._smt(ids, writes=False), "compiled")
+        yield case("SMT stream, eager", lambda ids: self._smt(ids, compiled=False))
+
+    def _gpt2(self, ids: Tensor, length: int) -> Callable[[], Tensor]:
+        config = dataclasses.replace(self.sizes.config, vocab_size=self.sizes.padded_vocabulary)
+        model = build_gpt2(config, n_positions=length).to(self.device).train()
+        for block in model.transformer.h:
+            block.compile()
+
+        @torch.compile
+        def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+        def step() -> Tensor:
+            hidden = model.transformer(ids, use_cache=False).last_hidden_state
+            return loss(hidden[:, :-1].flatten(0, 1), model.transformer.wte.weight, ids[:, 1:].flatten())
+
+        step.model = model
+        return step
+
+    def _smt(self, ids: Tensor, *, compiled: bool = True, **changes: Any) -> Callable[[], Tensor]:
+        model = StrideMemoryTransformer(dataclasses.replace(self.sizes.config, **changes)).to(self.device).train()
+        if compiled:
+            model.compile()
+
+        def step() -> Tensor:
+            return model.loss(ids)[0]
+
+        step.model = model
+        return step
+
+    def _train(self, loss: Callable[[], Tensor]) -> None:
+        loss.model.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            value = loss()
+        value.backward()
+
+    # Operations.
+
+    def _attention(
+        self, length: int, dtype: torch.dtype, *, head_dim: int | None = None, kv_heads: int | None = None
+    ) -> Iterator[Case]:
+        config = self.sizes.config
+        heads, head_dim = config.transformer_n_heads, head_dim or config.head_dim
+        kv_heads = kv_heads or heads
+        rows = max(1, self.sizes.tokens // length)
+        grouped = f" on {kv_heads}" if kv_heads != heads else ""
+        shape = f"{rows} x {length:,} x {heads}{grouped} x {head_dim}, {str(dtype).removeprefix('torch.')}"
+
+        def inputs() -> list[Tensor]:
+            n_slots = self.window.writes_before(length - 1)
+            shapes = [
+                (rows, n, h, head_dim) for n, h in [(length, heads), *[(length, kv_heads)] * 2, *[(n_slots, kv_heads)] * 2]
+            ]
+            return [torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True) for shape in shapes]
+
+        def windowed(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor) -> Tensor:
+            return stream_attention(q, k, v, memory_k, memory_v, window=self.window)
+
+        def full(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != heads)
+
+        for name, attend in ((FULL_ATTENTION, full), ("stream_attention", windowed)):
+            for direction in ("forward", "forward + backward"):
+                yield Case(f"attention, {direction}", name, shape, self._of_operation(attend, inputs, direction))
+
+    def _loss(self) -> Iterator[Case]:
+        config, rows = self.sizes.config, self.sizes.tokens
+
+        def inputs(vocabulary: int) -> list[Tensor]:
+            hidden = torch.randn(rows, config.d_model, device=self.device, dtype=torch.bfloat16, requires_grad=True)
+            weight = torch.randn(vocabulary, config.d_model, device=self.device, dtype=torch.bfloat16) * 0.02
+            return [hidden, weight.requires_grad_()]
+
+        targets = torch.randint(config.vocab_size, (rows,), device=self.device)
+
+        @torch.compile
+        def compiled(hidden: Tensor, weight: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+        def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden, weight, targets)
+
+        cases = (
+            ("linear + cross-entropy, compiled", compiled, self.sizes.padded_vocabulary),
+            ("linear_cross_entropy", ours, config.vocab_size),
+        )
+        for name, loss, vocabulary in cases:
+            shape = f"{rows:,} x {config.d_model}, bf16"
+
+            def measure(loss: Callable[..., Tensor] = loss, vocabulary: int = vocabulary) -> Times:
+                leaves = inputs(vocabulary)
+                return time_call(lambda: torch.autograd.grad(loss(*leaves), leaves), self.device)
+
+            yield Case("loss, forward + backward", name, shape, measure, rows, f"vocabulary {vocabulary:,}")
+
+    def _of_operation(
+        self, function: Callable[..., Tensor], inputs: Callable[[], list[Tensor]], direction: str
+    ) -> Callable[[], float]:
+        def measure() -> float:
+            leaves = inputs()
+            if direction == "forward":
+                with torch.no_grad():
+                    return time_kernels(lambda: function(*leaves), self.device)
+            grad = torch.randn_like(function(*leaves))
+            used = leaves if function.__name__ == "windowed" else leaves[:3]
+            return time_kernels(lambda: torch.autograd.grad(function(*leaves), used, grad), self.device)
+
+        return measure
+
+    def _host(self) -> Iterator[Case]:
+        config, length = self.sizes.config, 512
+        shape = (1, length, config.transformer_n_heads, config.head_dim)
+        slots = (1, self.window.writes_before(length - 1), *shape[2:])
+
+        def measure(function: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> Times:
+            leaves = [torch.randn(s, device=self.device, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+            grad = torch.randn_like(leaves[0])
+            return time_call(lambda: torch.autograd.grad(function(*leaves), leaves, grad), self.device, repeats=100)
+
+        def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+        def windowed(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor) -> Tensor:
+            return stream_attention(q, k, v, memory_k, memory_v, window=self.window)
+
+        for name, function, shapes in (
+            (FULL_ATTENTION, full, [shape] * 3),
+            ("stream_attention", windowed, [shape] * 3 + [slots] * 2),
+        ):
+            section = "host cost of one attention, forward + backward"
+            yield Case(section, name, "1 x 512", lambda f=function, s=shapes: measure(f, s))
+
+    # The memory and decoding.
+
+    def _memory(self, length: int) -> Iterator[Case]:
+        short = self.sizes.lengths[1]
+        for name, changes, of in (
+            ("default", {}, length),
+            ("pools tokens", {"pool_source": "tokens"}, length),
+            ("default", {}, short),
+        ):
+            rows = max(1, self.sizes.tokens // of)
+            for direction in ("forward", "forward + backward"):
+
+                def measure(changes: dict = changes, rows: int = rows, of: int = of, direction: str = direction) -> float:
+                    return self._writes(rows, of, changes, direction)
+
+                yield Case(f"all writes of a step, {direction}", name, f"{rows} x {of:,}", measure, rows * of)
+
+    def _writes(self, rows: int, length: int, changes: dict[str, Any], direction: str) -> float:
+        config = dataclasses.replace(self.sizes.config, **changes)
+        model = StrideMemoryTransformer(config).to(self.device).train()
+        parameters = [*model.memory.parameters()]
+        tokens = model.embedding(self._ids(rows, length)).detach().requires_grad_()
+        state = model.initial_state(rows)
+        writes = range(config.window.writes_made(length))
+
+        def run() -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16):
+                return model.memory(
+                    tokens, state.slots[:, :0], state.conv, state.ssm, first_step=0, first_slot=0, writes=writes
+                ).slots
+
+        if direction == "forward":
+            with torch.no_grad():
+                return time_kernels(run, self.device, calls=1)
+        grad = torch.randn_like(run())
+        return time_kernels(lambda: torch.autograd.grad(run(), [tokens, *parameters], grad), self.device, calls=1)
+
+    def _decoding(self) -> Iterator[Case]:
+        for rows in (1, 64):
+            yield Case("a token of decoding", "SMT stream", f"{rows} rows", lambda rows=rows: self._decode_ours(rows), rows)
+
+    def _decode_ours(self, rows: int) -> Times:
+        model = StrideMemoryTransformer(self.sizes.config).to(self.device, torch.bfloat16).eval()
+        with torch.no_grad():
+            _, aux = model(self._ids(rows, 256))
+            state, token = aux.state, self._ids(rows, 1)
+
+            def sixteen() -> None:  # one of them writes
+                nonlocal state
+                for _ in range(self.window.stride):
+                    _, stepped = model(token, state, overwrite_state=True)
+                    state = stepped.state
+
+            times = time_call(sixteen, self.device)
+        return Times(times.call / self.window.stride, times.host / self.window.stride, times.peak_bytes)
+
+    def _ids(self, rows: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(self.sizes.config.vocab_size, (rows, length), generator=generator).to(self.device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what the case before held, compiled code included: the next one's memory is its own."""
+    import gc
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

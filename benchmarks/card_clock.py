@@ -1,0 +1,96 @@
+"""Times on a CUDA device: of kernels alone, replayed in a CUDA graph; of a call, with what the host does for it; and ceilings.
+
+On a CPU, where there are neither graphs nor events, a call is timed by the wall clock: for tests of what is built on this.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+REPEATS = 7
+WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Times:
+    """In seconds.
+
+    Attributes:
+        call: from one call to the next, of calls in a row.
+        host: median until a call returns to Python, the device idle before it; near ``call`` where the host holds it up.
+        peak_bytes: the most memory that tensors took during a call; None on a CPU.
+    """
+
+    call: float
+    host: float
+    peak_bytes: int | None
+
+
+def time_call(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> Times:
+    """Time ``call``, which has been made ready, after a few calls that compile and fill caches."""
+    for _ in range(WARM_UPS):
+        call()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    of_host = []
+    for _ in range(repeats):
+        _wait(device)
+        started = time.perf_counter()
+        call()
+        of_host.append(time.perf_counter() - started)
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(repeats):  # as in training: the host goes on to the next call while the device works on this one
+        call()
+    _wait(device)
+    of_call = (time.perf_counter() - started) / repeats
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Times(of_call, statistics.median(of_host), peak)
+
+
+def time_kernels(call: Callable[[], object], device: torch.device, calls: int = 10) -> float:
+    """Seconds of the kernels of one call, gaps between them included, as a CUDA graph runs them: no host takes part."""
+    if device.type != "cuda":
+        return time_call(call, device).call
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # what is captured must have been called on the stream of the capture
+        for _ in range(WARM_UPS):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    seconds = []
+    for _ in range(REPEATS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        _wait(device)
+        seconds.append(start.elapsed_time(stop) / 1e3 / calls)
+    return statistics.median(seconds)
+
+
+def ceilings(device: torch.device, size: int = 8192, n_bytes: int = 2**30) -> dict[str, float]:
+    """What the device does at its best: ``copy`` in bytes read and written per second, ``product`` in bf16 FLOPs per second."""
+    source = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    x, y = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(x)
+    return {
+        "copy": 2 * n_bytes / time_kernels(lambda: target.copy_(source), device),
+        "product": 2 * size**3 / time_kernels(lambda: torch.mm(x, y, out=out), device),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
