@@ -27,16 +27,17 @@ GPT2 = "GPT-2, flash attention, compiled"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: GPT-2 small's decoder with 24 Mamba layers, 32,768 tokens a step, and the lengths they are cut into."""
+    """What is measured: a model, tokens of a step, the lengths they are cut into, and one at which the host takes longest."""
 
     config: SMTConfig
     tokens: int
     lengths: tuple[int, ...]
+    short: int = 512
     padded_vocabulary: int = PADDED_VOCABULARY
 
 
 def gpt2_small() -> Sizes:
-    """The sizes of the report."""
+    """GPT-2 small's decoder with 24 Mamba layers, 32,768 tokens a step."""
     config = SMTConfig(
         vocab_size=50257,
         d_model=768,
@@ -250,7 +251,7 @@ class Suite:
         return measure
 
     def _host(self) -> Iterator[Case]:
-        config, length = self.sizes.config, 512
+        config, length = self.sizes.config, self.sizes.short
         shape = (1, length, config.transformer_n_heads, config.head_dim)
         slots = (1, self.window.writes_before(length - 1), *shape[2:])
 
@@ -271,7 +272,7 @@ class Suite:
             ("stream_attention", windowed, [shape] * 3 + [slots] * 2),
         ):
             section = "host cost of one attention, forward + backward"
-            yield Case(section, name, "1 x 512", lambda f=function, s=shapes: measure(f, s))
+            yield Case(section, name, f"1 x {length}", lambda f=function, s=shapes: measure(f, s))
 
     # The memory and decoding.
 

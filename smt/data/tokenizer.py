@@ -167,7 +167,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> Tensor:
         """Text -> (L,) int64, without special tokens."""
-        return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64, device="cpu")
 
     def encode_documents(self, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
         """Each document with its L + 2 tokens: its text's between two ends of documents, so that the first is predicted too."""

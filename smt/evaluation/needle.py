@@ -137,7 +137,7 @@ def _trial(
     hay, cut = haystack[start : start + length], round(depth * length)
     needle = tokenizer.encode(style.needle.format(key=key, value=values[0]))
     question = tokenizer.encode(style.question.format(key=key))
-    before = torch.cat([torch.tensor([tokenizer.end_of_document]), hay[:cut], needle, hay[cut:], question])
+    before = torch.cat([torch.tensor([tokenizer.end_of_document], device="cpu"), hay[:cut], needle, hay[cut:], question])
     answers = [tokenizer.encode(style.answer.format(value=value)) for value in values]
     return [(torch.cat([before, answer]), len(answer)) for answer in answers]
 

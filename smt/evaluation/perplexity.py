@@ -74,13 +74,13 @@ def evaluate(objective: nn.Module, batches: Iterable[Batch], n_bytes: int, *, to
     was_training = objective.training
     objective.eval()
     states = CarriedStates()
-    sums = torch.zeros(2, dtype=torch.float64)  # nats, targets
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # nats, targets
     try:
         for batch in batches:
             reading, state = states.continued(batch)
             loss, state = objective(reading.input_ids.to(device), reading.targets.to(device), state)
             states.keep(batch, state)
-            sums += torch.tensor([float(loss) * reading.n_targets, reading.n_targets], dtype=torch.float64)
+            sums += torch.tensor([float(loss) * reading.n_targets, reading.n_targets], dtype=torch.float64, device="cpu")
     finally:
         objective.train(was_training)
     nats, n_targets = total(sums).tolist()

@@ -70,7 +70,7 @@ def mean_between(scores: Sequence[TokenScores], start: int, stop: int | None = N
     if not pieces:
         return None
     nats = torch.stack([piece.sum() for piece in pieces])
-    counts = torch.tensor([len(piece) for piece in pieces], dtype=torch.float64)
+    counts = torch.tensor([len(piece) for piece in pieces], dtype=torch.float64, device="cpu")
     mean = (nats.sum() / counts.sum()).item()
     return Mean(mean, _margin(nats - mean * counts, counts), int(counts.sum()), len(pieces))
 

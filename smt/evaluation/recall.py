@@ -84,8 +84,8 @@ def recall(
 def encode_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
     """The tokens (L,) of an end of document and of each word with a space before it, and where each word starts; last, L."""
     of_word = {word: tokenizer.encode(f" {word}") for word in set(words)}
-    pieces = [torch.tensor([tokenizer.end_of_document]), *(of_word[word] for word in words)]
-    return torch.cat(pieces), torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()
+    pieces = [torch.tensor([tokenizer.end_of_document], device="cpu"), *(of_word[word] for word in words)]
+    return torch.cat(pieces), torch.tensor([len(piece) for piece in pieces], device="cpu").cumsum(0).tolist()
 
 
 def _answers(document: RecallDocument, starts: Sequence[int]) -> list[slice]:

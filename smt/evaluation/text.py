@@ -53,7 +53,7 @@ def held_out_text(corpus: Corpus, tokenizer: Tokenizer, count: int | None = None
     return HeldOutText(
         corpus.source,
         tuple(document.name for document in read),
-        tuple(torch.tensor(tokens) for _, tokens, _ in tokenizer.encode_documents(read)),
+        tuple(torch.tensor(tokens, device="cpu") for _, tokens, _ in tokenizer.encode_documents(read)),
         sum(document.n_bytes for document in read),
         sum(len(document.text) for document in read),
     )

@@ -288,7 +288,7 @@ class Trainer:
     def _agreed_progress(self) -> float:
         """How far the run is; processes do not read the time alike."""
         mine = self.clock.progress if self.accelerator.is_main_process else 0.0
-        return float(self.total(torch.tensor(mine, dtype=torch.float64)))
+        return float(self.total(torch.tensor(mine, dtype=torch.float64, device="cpu")))
 
     def _evaluation_is_due(self, progress: float) -> bool:
         if self.training.eval_steps is not None:
