@@ -102,7 +102,7 @@ def as_dict(row: Row) -> dict[str, Any]:
     return {
         **asdict(row.key),
         "kernels": [asdict(kernel) for kernel in row.kernels],
-        **figures(row),
+        **figures(row.count),
         "bytes_requested": row.count.traffic.bytes,
         "least_bytes": row.count.least_bytes,
         "dot_flops": row.count.traffic.dot_flops,
@@ -116,7 +116,7 @@ def _cells(row: Row, budgets: dict[str, Any], compiler: str) -> tuple[str, ...]:
     def of_kernels(values: list) -> str:
         return " / ".join(str(value) for value in values)
 
-    key, kernels, ratios = row.key, row.kernels, figures(row)
+    key, kernels, ratios = row.key, row.kernels, figures(row.count)
     held = key.size in budgets["sizes"][key.operation] and key.dtype in budgets["dtypes"]
 
     def ratio(figure: str) -> str:

@@ -22,18 +22,19 @@ from smt import SMTConfig, StrideMemoryTransformer
 from smt.runtime.environment import environment
 from smt.runtime.fields import parse
 
-N_KEYS, N_FILLERS, LENGTH = 32, 64, 256
+N_KEYS, N_FILLERS = 32, 64
 MARKER, QUESTION = N_FILLERS + N_KEYS, N_FILLERS + N_KEYS + 1
+LENGTH, SHOWN, ASKED = 256, 59, 200  # tokens of a row; the marker stands before SHOWN, the question from ASKED on
 SIZES = {"d_model": 64, "d_k": 64, "transformer_n_layers": 2, "transformer_n_heads": 4, "ssm_n_layers": 2}
 STEPS, ROWS, LEARNING_RATE, WARMUP = 300, 32, 3e-3, 10
 RECALLED = 0.95  # where a training has learned the task, and ends
 
 
 def recall_batch(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ids of random filler with a marker and a key in the first 60 tokens and a question in the last 56; targets there."""
+    """Ids of random filler with a marker and a key near the start and a question near the end; targets there."""
     ids = torch.randint(N_FILLERS, (rows, LENGTH), generator=generator)
-    shown = torch.randint(59, (rows,), generator=generator)
-    asked = torch.randint(200, LENGTH, (rows,), generator=generator)
+    shown = torch.randint(SHOWN, (rows,), generator=generator)
+    asked = torch.randint(ASKED, LENGTH, (rows,), generator=generator)
     key = N_FILLERS + torch.randint(N_KEYS, (rows,), generator=generator)
     row = torch.arange(rows)
     ids[row, shown], ids[row, shown + 1], ids[row, asked] = MARKER, key, QUESTION
@@ -61,7 +62,7 @@ def accuracy(model: StrideMemoryTransformer) -> float:
 def build(seed: int, **fields: Any) -> StrideMemoryTransformer:
     """A fresh model of the task's sizes, every other field a default unless given."""
     torch.manual_seed(seed)
-    return StrideMemoryTransformer(SMTConfig(vocab_size=QUESTION + 1, **SIZES, **fields))
+    return StrideMemoryTransformer(SMTConfig(vocab_size=QUESTION + 1, **{**SIZES, **fields}))
 
 
 def train(model: StrideMemoryTransformer, seed: int, first: int = 20) -> Iterator[tuple[int, float]]:

@@ -16,19 +16,23 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import yaml
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
 from smt_kernels import launch
-from smt_kernels.testing.aot import FAMILY, TARGETS, Call, KernelReport, compile_ahead
+from smt_kernels.testing.aot import FAMILY, TARGETS, KernelReport, compile_ahead
 from smt_kernels.testing.cases import DTYPES, OPERATIONS, Case, make_case
 from smt_kernels.testing.traffic import Traffic, count_traffic
+
+# Per launch of a call: the kernel, its grid, and its arguments but for tensors.
+Launched = tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...]
 
 
 class UncheckedCompilerWarning(UserWarning):
@@ -93,10 +97,8 @@ class Row:
 
 def count(case: Case, family: str = "interpreter") -> Count:
     """Run a case made on ``"cpu"`` under the launch settings of ``family`` and count what its kernels ask for."""
-    module, _, name = case.call.function.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    with mock.patch.object(launch, "architecture_family", lambda device: family), count_traffic() as traffic:
-        results = function(**case.call.arguments)
+    with count_traffic() as traffic:
+        results = _run(case, family)
     moved = _tensors([list(case.call.arguments.values()), results])
     least = sum(tensor.nbytes for tensor in moved if tensor.data_ptr() in traffic.addresses)
     return Count(traffic, least, case.useful_flops)
@@ -109,22 +111,62 @@ def audit(keys: Iterable[Key], processes: int | None = None) -> Iterator[Row]:
         RuntimeError: a call does not compile.
     """
     keys = list(keys)
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(compile_keys, keys, processes)
+        for key, counted in count_keys(keys):
+            case = _case(key, "meta")
+            yield Row(key, compiled.result()[key], counted, case.tokens, case.heads, case.decoding)
+
+
+def compile_keys(keys: Iterable[Key], processes: int | None = None) -> dict[Key, list[KernelReport]]:
+    """The compiled kernels of every key in the order of their launches, by ``processes`` at a time, by default one per core.
+
+    Raises:
+        RuntimeError: a call does not compile.
+    """
+    targets: dict[Key, tuple[str, ...]] = {}  # of every call
+    for key in keys:
+        call = replace(key, target="")
+        targets[call] = (*targets.get(call, ()), key.target)
     processes = processes or os.cpu_count() or 1
+    compiled: dict[Key, list[KernelReport]] = {}
     with ThreadPoolExecutor(processes) as pool:
-        compiled: dict[Key, tuple[Future, int]] = {}
-        for target in TARGETS:
-            mine = [key for key in keys if key.target == target]
-            # A process takes seconds to start: as few as keep every core busy, with calls dealt out in turns.
-            share = max(1, processes * len(mine) // max(1, len(keys)))
-            for part in filter(None, (mine[start::share] for start in range(share))):
-                future = pool.submit(compile_ahead, [_call(key) for key in part], [target])
-                compiled |= {key: (future, index) for index, key in enumerate(part)}
-        for key in keys:
-            case = make_case(key.operation, key.direction, key.size, DTYPES[key.dtype], "cpu")
-            counted = count(case, FAMILY[key.target])
-            future, index = compiled[key]
-            kernels = [report for report in future.result() if report.call == index]
-            yield Row(key, kernels, counted, case.tokens, case.heads, case.decoding)
+        # A process takes seconds to start: as few as keep every core busy, with calls dealt out in turns.
+        parts = []
+        for wanted in dict.fromkeys(targets.values()):
+            calls = [call for call in targets if targets[call] == wanted]
+            for part in filter(None, (calls[start::processes] for start in range(processes))):
+                parts.append((part, wanted, pool.submit(compile_ahead, [_case(call, "meta").call for call in part], wanted)))
+        for part, wanted, future in parts:
+            compiled |= {replace(call, target=target): [] for call in part for target in wanted}
+            for report in future.result():
+                compiled[replace(part[report.call], target=report.target)].append(report)
+    return compiled
+
+
+def count_keys(keys: Iterable[Key]) -> Iterator[tuple[Key, Count]]:
+    """Every key with what its call asks for, counted once for all targets that launch the same."""
+    counted: dict[tuple[Key, Launched], Count] = {}
+    for key in keys:
+        family = FAMILY[key.target]
+        known = replace(key, target=""), launched(_case(key, "cpu"), family)
+        if known not in counted:
+            counted[known] = count(_case(key, "cpu"), family)
+        yield key, counted[known]
+
+
+def launched(case: Case, family: str) -> Launched:
+    """What a case made on ``"cpu"`` launches under the settings of ``family``: kernels, grids, arguments without tensors."""
+    launches = []
+
+    def record(self: Any, *arguments: Any, **named: Any) -> None:
+        given = dict(zip(self.arg_names, arguments, strict=False)) | named
+        plain = tuple(repr(given.get(name)) for name in self.arg_names if not isinstance(given.get(name), Tensor))
+        launches.append((self.fn.__name__, self.grid, plain))
+
+    with mock.patch.object(GridExecutor, "__call__", record):
+        _run(case, family)
+    return tuple(launches)
 
 
 def load_budgets(path: Path) -> dict[str, Any]:
@@ -195,15 +237,20 @@ def violations(row: Row, budgets: dict[str, Any], compiler: str) -> list[str]:
     key = row.key
     if key.size not in budgets["sizes"].get(key.operation, ()) or key.dtype not in budgets["dtypes"]:
         return []
-    broken = compiled_violations(key, row.kernels, budgets, compiler)
-    kernels = ", ".join(dict.fromkeys(kernel.kernel for kernel in row.kernels))
-    for figure, value in figures(row).items():
+    return compiled_violations(key, row.kernels, budgets, compiler) + counted_violations(key, row.count, budgets, compiler)
+
+
+def counted_violations(key: Key, counted: Count, budgets: dict[str, Any], compiler: str) -> list[str]:
+    """Which budgets of bytes, FLOPs and launches a call breaks, whatever its size and dtype, each with kernels and figure."""
+    broken, traffic = [], counted.traffic
+    kernels = ", ".join(dict.fromkeys(launch.kernel for launch in traffic.launches))
+    for figure, value in figures(counted).items():
         _, allowed = budget(key, figure, budgets, compiler)
         if value is not None and allowed is not None and value > allowed:
             broken.append(f"{kernels} of {key}: {figure} {value:.3g}, budget {allowed:g}")
-    if row.count.traffic.raced or row.count.traffic.atomics:
-        raced = ", ".join(row.count.traffic.raced) or "none"
-        broken.append(f"{kernels} of {key}: {row.count.traffic.atomics} atomics, arguments that programs race for: {raced}")
+    if traffic.raced or traffic.atomics:
+        raced = ", ".join(traffic.raced) or "none"
+        broken.append(f"{kernels} of {key}: {traffic.atomics} atomics, arguments that programs race for: {raced}")
     return broken
 
 
@@ -243,14 +290,19 @@ def unchecked(budgets: dict[str, Any], compiler: str) -> str:
     return f"over budget with triton {compiler}, which does not count since budgets were checked with {checked}"
 
 
-def figures(row: Row) -> dict[str, float | None]:
+def figures(counted: Count) -> dict[str, float | None]:
     """The figures of a call that have budgets, by the names that budgets give them."""
-    counted = row.count
     return {"bytes": counted.bytes_ratio, "flops": counted.flops_ratio, "launches": len(counted.traffic.launches)}
 
 
-def _call(key: Key) -> Call:
-    return make_case(key.operation, key.direction, key.size, DTYPES[key.dtype], "meta").call
+def _case(key: Key, device: str) -> Case:
+    return make_case(key.operation, key.direction, key.size, DTYPES[key.dtype], device)
+
+
+def _run(case: Case, family: str) -> Any:
+    module, _, name = case.call.function.partition(":")
+    with mock.patch.object(launch, "architecture_family", lambda device: family):
+        return getattr(importlib.import_module(module), name)(**case.call.arguments)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -59,12 +59,16 @@ def test_single_windows_are_read_once_by_each_launch(cases, dtype):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
-    ("n_writes", "width", "dtype", "batch"),
-    [(1, 24, torch.float32, 2), (19, 40, torch.float32, 1), (3, 300, torch.float32, 1), (2, 1100, torch.bfloat16, 1)],
-    ids=["one write", "two strips", "two chunks of fp32", "chunks of bf16"],
+    ("n_writes", "with_slots", "width", "dtype", "batch"),
+    [
+        (1, True, 24, torch.float32, 2),
+        (19, False, 40, torch.float32, 1),
+        (3, True, 300, torch.float32, 1),
+        (2, False, 1100, torch.bfloat16, 1),
+    ],
+    ids=["one write", "two strips of tokens", "two chunks of fp32", "chunks of bf16 tokens"],
 )
-@pytest.mark.parametrize("with_slots", [True, False], ids=["with slots", "tokens only"])
-def test_no_program_leaves_its_tensors_or_meets_another(cases, with_slots, n_writes, width, dtype, batch, direction):
+def test_no_program_leaves_its_tensors_or_meets_another(cases, n_writes, with_slots, width, dtype, batch, direction):
     sizes = {"n_writes": n_writes, "with_slots": with_slots, "batch": batch}
     traffic = count(cases.attention_pool_sequence(direction, width, dtype, **sizes)).traffic
     assert not traffic.raced and not traffic.atomics

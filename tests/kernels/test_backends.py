@@ -186,15 +186,20 @@ def test_no_choice_is_known_before_the_first_call():
 
 
 @pytest.mark.triton
-def test_triton_on_a_cpu_without_the_interpreter_says_how_to_get_it():
+def test_triton_on_a_cpu_and_what_counts_it_say_how_to_get_the_interpreter():
     code = (
         "import torch; from smt_kernels import window_attention\n"
-        "window_attention(*torch.randn(3, 1, 4, 1, 16), n_memory=1, backend='triton')"
+        "try:\n"
+        "    window_attention(*torch.randn(3, 1, 4, 1, 16), n_memory=1, backend='triton')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "import smt_kernels.testing.traffic"
     )
     done = run_python(code, CUDA_VISIBLE_DEVICES="")
+    assert "backend 'triton' was asked for by the backend argument, but the tensors are on cpu" in done.stdout
+    assert "set TRITON_INTERPRET=1 before the first import of triton" in done.stdout
     assert done.returncode != 0
-    assert "ValueError: backend 'triton' was asked for by the backend argument, but the tensors are on cpu" in done.stderr
-    assert "set TRITON_INTERPRET=1 before the first import of triton" in done.stderr
+    assert "RuntimeError: smt_kernels.testing.interpreter needs TRITON_INTERPRET=1, set before the first import" in done.stderr
 
 
 @pytest.mark.triton

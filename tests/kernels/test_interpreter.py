@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -116,15 +112,6 @@ def test_the_language_is_patched_once_per_launch_and_module(kernels, monkeypatch
         kernels.doubled_often[(4,)](torch.ones(4), out, TIMES=3)
         assert out.tolist() == [8.0] * 4
         assert patched == ["toy_kernels"] * 2  # for the kernel, and for all that it calls
-
-
-def test_importing_it_without_the_interpreter_is_an_error():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    code = "import smt_kernels.testing.traffic"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode != 0
-    assert "needs TRITON_INTERPRET=1, set before the first import of triton" in done.stderr
 
 
 def test_traffic_counts_the_bytes_of_unmasked_lanes_and_the_flops_of_dots(kernels, count_traffic):

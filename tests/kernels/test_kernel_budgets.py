@@ -57,38 +57,53 @@ def written(tmp_path, budgets):
     return write
 
 
-# One test per target: each compiles its kernels once, in one process, and the workers of the test run share the targets.
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_keeps_its_budgets(audit, budgets, target):
+@pytest.mark.parametrize("half", [0, 1], ids=["some operations", "the others"])  # one for each worker of the test run
+def test_every_kernel_compiles_within_its_budgets_on_every_target(audit, budgets, half):
+    from smt_kernels.testing.aot import compiler_version
+    from smt_kernels.testing.cases import DTYPES
+
+    sizes = dict(list(budgets["sizes"].items())[half::2])
+    if "stride_write" in sizes:
+        sizes["stride_write"] = [1536]  # GPT-2's; bytes are counted at a smaller one, since they would take long
+    keys, compiler = audit.budgeted_keys(budgets | {"sizes": sizes}), compiler_version()
+    compiled = audit.compile_keys(keys, processes=1)
+    for key in keys:
+        case = audit.make_case(key.operation, key.direction, key.size, DTYPES[key.dtype], "cpu")
+        launched = [kernel for kernel, *_ in audit.launched(case, audit.FAMILY[key.target])]
+        assert launched and [kernel.kernel for kernel in compiled[key]] == launched
+        assert all(kernel.target == key.target and kernel.shared_bytes >= 0 for kernel in compiled[key])
+    broken = [line for key in keys for line in audit.compiled_violations(key, compiled[key], budgets, compiler)]
+    audit.enforce(broken, budgets, compiler)
+
+
+@pytest.mark.parametrize("operation", yaml.safe_load(BUDGETS.read_text(encoding="utf-8"))["sizes"])
+def test_every_call_asks_for_what_its_budgets_allow_under_the_settings_of_every_target(audit, budgets, operation):
     from smt_kernels.testing.aot import compiler_version
 
-    keys, compiler = audit.budgeted_keys(budgets, [target]), compiler_version()
-    rows = list(audit.audit(keys, processes=1))
-    assert [row.key for row in rows] == keys and all(row.kernels for row in rows)
-    for row in rows:
-        assert all(kernel.target == target and kernel.shared_bytes >= 0 for kernel in row.kernels)
-        assert [kernel.kernel for kernel in row.kernels] == [launch.kernel for launch in row.count.traffic.launches]
-    audit.enforce([line for row in rows for line in audit.violations(row, budgets, compiler)], budgets, compiler)
-
-
-def test_the_write_of_a_wide_model_compiles_within_budgets(audit, budgets):
-    """At the width of GPT-2, where its bytes, counted at a smaller one, would take long to count."""
-    from smt_kernels.testing.aot import compile_ahead, compiler_version
-
-    directions, compiler = ("single", "forward", "backward"), compiler_version()
-    calls = [audit.make_case("stride_write", direction, 1536, audit.DTYPES["bf16"], "meta").call for direction in directions]
-    reports = compile_ahead(calls, TARGETS)
-    kernels = {
-        audit.Key("stride_write", direction, 1536, "bf16", target): [x for x in reports if (x.target, x.call) == (target, call)]
-        for target in TARGETS
-        for call, direction in enumerate(directions)
-    }
-    launched = {"single": ["single_write"], "forward": ["convolution", "scan"]}
-    launched["backward"] = ["scan_backward", "convolution_backward"]
-    for key, found in kernels.items():
-        assert [kernel.kernel for kernel in found] == [f"_{name}_kernel" for name in launched[key.direction]]
-    broken = [line for key, found in kernels.items() for line in audit.compiled_violations(key, found, budgets, compiler)]
+    keys, compiler = audit.budgeted_keys(budgets | {"sizes": {operation: budgets["sizes"][operation]}}), compiler_version()
+    counts = list(audit.count_keys(keys))
+    assert [key for key, _ in counts] == keys
+    broken = [line for key, count in counts for line in audit.counted_violations(key, count, budgets, compiler)]
     audit.enforce(broken, budgets, compiler)
+
+
+def test_the_audit_gives_a_row_for_every_key_in_order(audit):
+    keys = [audit.Key("stream_attention_decode", "forward", size, "bf16", "gfx942") for size in (32, 16)]
+    keys.append(audit.Key("window_attention", "forward", 16, "fp32", "sm_90"))
+    rows = list(audit.audit(keys, processes=1))
+    assert [row.key for row in rows] == keys
+    for row in rows:
+        (kernel,), (launch,) = row.kernels, row.count.traffic.launches
+        assert kernel.target == row.key.target and kernel.kernel == launch.kernel and row.count.traffic.bytes > 0
+
+
+def test_what_is_launched_with_other_settings_is_counted_anew(audit):
+    """Backward, 64 queries at a time on Hopper and 32 on the others."""
+    keys = [audit.Key("window_attention", "backward", 64, "bf16", target) for target in TARGETS]
+    counts = {key.target: count for key, count in audit.count_keys(keys)}
+    assert counts["sm_80"] is counts["sm_100"] is counts["gfx942"] is not counts["sm_90"]
+    alone = audit.count(audit.make_case("window_attention", "backward", 64, audit.DTYPES["bf16"], "cpu"), "hopper")
+    assert (counts["sm_90"].traffic.read, counts["sm_90"].flops_ratio) == (alone.traffic.read, alone.flops_ratio)
 
 
 def test_the_audit_names_the_kernel_and_the_figure_of_a_broken_budget(audit, budgets, row, spilling):

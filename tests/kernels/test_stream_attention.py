@@ -53,8 +53,7 @@ def test_kernels_err_at_most_twice_as_much_as_plain_pytorch(case, dtype, device)
 
 @pytest.mark.triton
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", launch.FAMILIES[:-1])
+@pytest.mark.parametrize(("family", "dtype"), in_turn(launch.FAMILIES[:-1], [torch.float32, torch.bfloat16]))
 def test_the_launch_settings_of_every_architecture_compute_the_same(family, dtype, monkeypatch):
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
     # Products of fp32 are in small chunks, which take the interpreter long: fewer of them.

@@ -1,8 +1,9 @@
-"""Stream attention asks memory and matrix units for little more than it must, and for nothing that is not its own."""
+"""Stream attention asks memory for little more than it must, and for nothing that is not its own.
+
+Single heads in a long sequence have budgets of their own (``test_kernel_budgets.py``); here are shared ones and the edges.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,39 +51,12 @@ def count(
     return forward, least, backward, least + sum(x.nbytes for x in inputs) + out.nbytes
 
 
-@pytest.fixture(scope="module", params=launch.FAMILIES[:-1])
-def long_sequence(request: pytest.FixtureRequest) -> Iterator[tuple]:
-    """512 steps in the middle of a stream of the default window, with the launch settings of each architecture."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "architecture_family", lambda device: request.param)
-        yield request.param, *count(512, WindowSpec(), history=64, first_step=256, first_slot=4, n_slots=47)
-
-
-def test_the_forward_pass_moves_at_most_1_6_times_the_least(long_sequence):
-    _, forward, least, _, _ = long_sequence
-    assert forward.bytes <= 1.6 * least
-
-
-def test_the_backward_pass_moves_at_most_twice_the_least_where_its_registers_allow(long_sequence):
-    """Ampere's do not hold queries and tokens together without spills: two launches, which both read q, dO, k and v."""
-    family, _, _, backward, least = long_sequence
-    assert backward.bytes <= (2.25 if family in SEPARATE_FAMILIES else 2) * least
-
-
-@pytest.mark.parametrize("heads, backward_limit", [(2, 2.7), (4, 3.1)], ids=["2 heads per key head", "4 heads per key head"])
-def test_heads_that_share_keys_read_them_once_forward_and_for_each_of_them_backward(heads, backward_limit):
-    """Backward limits are measured ones: the programs of 64 steps take one head after the other, and the keys with it."""
+def test_heads_that_share_keys_read_them_once_forward_and_for_each_of_them_backward():
+    """The backward limit is a measured one: the programs of 64 steps take one head after the other, and the keys with it."""
     settings = {"history": 64, "first_step": 256, "first_slot": 4, "n_slots": 47}
-    forward, least_forward, backward, least_backward = count(512, WindowSpec(), heads=heads, **settings)
+    forward, least_forward, backward, least_backward = count(512, WindowSpec(), heads=2, **settings)
     assert forward.bytes <= 1.6 * least_forward
-    assert backward.bytes <= backward_limit * least_backward
-
-
-def test_products_are_at_most_2_5_times_those_of_visible_pairs_forward_and_3_9_times_backward(long_sequence):
-    _, forward, _, backward, _ = long_sequence
-    visible = 512 * 65
-    assert forward.dot_flops <= 2.5 * (2 * 2 * 64 * visible)
-    assert backward.dot_flops <= 3.9 * (5 * 2 * 64 * visible)
+    assert backward.bytes <= 2.7 * least_backward
 
 
 @pytest.mark.parametrize(
@@ -96,10 +70,9 @@ def test_products_are_at_most_2_5_times_those_of_visible_pairs_forward_and_3_9_t
     ],
     ids=["one query", "negative starts", "grouped heads", "static memory", "long head"],
 )
-@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused projection"])
 @pytest.mark.parametrize("family", ["interpreter", *SEPARATE_FAMILIES])
-def test_no_program_leaves_its_tensors_or_meets_another(family, settings, fused, monkeypatch):
+def test_no_program_leaves_its_tensors_or_meets_another(family, settings, monkeypatch):
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
-    forward, _, backward, _ = count(**{"window": WindowSpec()} | settings, fused=fused)
+    forward, _, backward, _ = count(**{"window": WindowSpec()} | settings, fused=True)  # views of one projection
     for traffic in (forward, backward):
         assert not traffic.raced and not traffic.atomics

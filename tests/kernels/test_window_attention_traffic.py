@@ -33,9 +33,8 @@ def test_a_tail_of_the_window_of_65_multiplies_at_most_three_times_what_is_visib
     [(65, 65), (65, 16), (50, 50), (66, 65), (128, 1), (127, 127, 2, 1, 40), (65, 65, 1, 1, 256)],
     ids=lambda sizes: "-".join(f"{letter}{size}" for letter, size in zip(["W", "T", "H", "K", "D"], sizes, strict=False)),
 )
-@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused projection"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_no_program_leaves_its_tensors_or_meets_another(direction, sizes, fused):
-    traffic = count(direction, *sizes, fused=fused).traffic
+def test_no_program_leaves_its_tensors_or_meets_another(direction, sizes):
+    traffic = count(direction, *sizes, fused=True).traffic  # views of one projection, of which the others are not their own
     assert not traffic.raced and not traffic.atomics
     assert len(traffic.launches) == 1
