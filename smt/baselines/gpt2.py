@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.model.generation import sample
-from smt.model.loss import linear_cross_entropy
+from smt.model.loss import head_loss
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -89,10 +89,10 @@ class FullAttentionGPT2(nn.Module):
         """Tied to the head."""
         return self.transformer.wte
 
-    def loss(self, input_ids: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, NoMemory]:
+    def forward(self, input_ids: Tensor, state: Any = None, *, targets: Tensor) -> tuple[Tensor, NoMemory]:
         """Mean cross-entropy per target of input_ids and targets (B, T), -100 where nothing is due."""
         hidden = self.transformer(input_ids, use_cache=False).last_hidden_state
-        return linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, targets.flatten()), NoMemory()
+        return head_loss(hidden, self.embedding.weight, targets), NoMemory()
 
     def causal_lm(self) -> GPT2LMHeadModel:
         """The same parameters as a model of Hugging Face."""

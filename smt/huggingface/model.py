@@ -17,6 +17,7 @@ from smt.huggingface.padding import right_padding_taken
 from smt.huggingface.special_tokens import ends_of_text
 from smt.huggingface.versions import STATE_NAME, STATE_NAMES, SMTOutput, in_library_terms, pop_state
 from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
+from smt.model.loss import head_loss
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.sources import HF_CONFIG_FILE
 from smt.runtime.extras import needs_extra
@@ -113,6 +114,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cache: SMTCache | None = None,
+        skip_logits: bool | None = None,
         **options: Any,
     ) -> SMTOutput | tuple[Any, ...]:
         """Next-token logits; rows are padded on the left, or on the right where no state is kept.
@@ -129,6 +131,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: so many last steps, or the steps (K,) int64, have logits; 0: all.
             return_dict: False: a tuple.
             cache: another name of ``past_key_values``, and that of newer releases of ``transformers``.
+            skip_logits: return None in their place, and the loss without ever holding all of them; None: beside labels in
+                training, where they would be the largest tensors of a step and only the loss is used.
             options: ``num_items_in_batch``, by which the sum of losses is divided instead of by their number.
 
         Raises:
@@ -136,7 +140,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 a meaning.
         """
         past_key_values = pop_state({"past_key_values": past_key_values, "cache": cache})
-        self._refuse(input_ids, past_key_values, labels, logits_to_keep, options)
+        self._refuse(input_ids, past_key_values, labels, logits_to_keep, skip_logits, options)
         padded = False
         if attention_mask is not None:
             seen = past_key_values.n_columns if past_key_values is not None else 0
@@ -164,12 +168,25 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values.advance(aux.state, input_ids.shape[1])
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             hidden = hidden[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
-        logits = F.linear(hidden, self.model.embedding.weight)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
+        logits, loss = None, None
+        if skip_logits or (skip_logits is None and labels is not None and self.training):
+            loss = self._loss_without_logits(hidden, labels, **options)
+        else:
+            logits = F.linear(hidden, self.model.embedding.weight)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
         output = SMTOutput(loss=loss, logits=logits, **{SMTOutput.kept_as: past_key_values})
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _loss_without_logits(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """As ``loss_function`` of the logits, but 0 where no label counts."""
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        loss = head_loss(hidden, self.model.embedding.weight, targets)
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss * ((targets != IGNORE_INDEX).sum() / num_items_in_batch)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding, which is the head too."""
@@ -228,6 +245,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Any,
         labels: Tensor | None,
         logits_to_keep: int | Tensor,
+        skip_logits: bool | None,
         options: dict[str, Any],
     ) -> None:
         for name, reason in _REFUSED.items():
@@ -244,6 +262,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             raise TypeError(f"past_key_values must be an SMTCache, got {type(past_key_values).__name__}")
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("labels need all logits: logits_to_keep must be 0 beside them")
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits needs labels: without them there is no loss to return")
         if labels is not None and labels.shape != input_ids.shape:
             shapes = tuple(input_ids.shape), tuple(labels.shape)
             raise ValueError(f"labels must have the shape of input_ids, {shapes[0]}, got {shapes[1]}")

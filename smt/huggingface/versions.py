@@ -67,7 +67,7 @@ class EitherName:
 
 
 class SMTOutput(EitherName, CausalLMOutputWithPast):
-    """What ``SMTForCausalLM`` returns: ``loss`` beside labels, ``logits``, and the state, ``past_key_values`` or ``cache``."""
+    """What ``SMTForCausalLM`` returns: ``loss`` beside labels, ``logits`` if formed, and the state by the release's name."""
 
 
 STATE_NAME = state_name(SMTOutput)  # of the installed release

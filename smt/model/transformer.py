@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
+from smt.data.walk import IGNORE_INDEX
 from smt.model.batch import encode_batch, token_counts
 from smt.model.checkpoint import load_model, save_model
 from smt.model.decoder import Decoder
 from smt.model.generation import generate, stream
-from smt.model.loss import IGNORE_INDEX, linear_cross_entropy
+from smt.model.loss import head_loss
 from smt.model.memory import StrideMemory
 from smt.model.parallel import initial_state
 from smt.model.weights import is_hooked
@@ -30,7 +31,7 @@ PARTS = {"embedding": "embedding", "transformer": "decoder", "attention_pooling"
 
 @dataclass(frozen=True, eq=False)
 class Aux:
-    """What a forward pass tells besides its logits; fields and properties are also items (``aux["n_writes"]``).
+    """What a forward pass tells besides its logits or its loss; fields and properties are also items (``aux["n_writes"]``).
 
     Attributes:
         config: the model's.
@@ -98,12 +99,13 @@ class StrideMemoryTransformer(nn.Module):
         input_ids: Tensor,
         state: SMTState | None = None,
         *,
+        targets: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_weights: bool = False,
         last_only: bool = False,
         overwrite_state: bool = False,
     ) -> tuple[Tensor, Aux]:
-        """Next-token logits of every step; each row gives what it gives alone.
+        """Next-token logits of every step, or their loss; each row gives what it gives alone.
 
         Any number of tokens runs in parallel. One token per row, without gradients and not in training mode, is a decoding
         step: its time and memory are constant, whatever the length of the past.
@@ -111,6 +113,8 @@ class StrideMemoryTransformer(nn.Module):
         Args:
             input_ids: (B, T) integer tokens; on CPU their range is checked.
             state: the ``aux.state`` of the call before, to continue its sequences; None: start. Rows may be at any steps.
+            targets: (B, T) integers, the token that should follow each step, or -100 to leave it out: give their mean
+                cross-entropy in the stead of logits, which are never all held then.
             attention_mask: (B, T), 0 at padding, which is on the left, and 1 at tokens; a row of zeros takes nothing. Logits at
                 padding mean nothing, but are finite. None: no padding.
             return_weights: also return the pooling weights of each write.
@@ -118,36 +122,38 @@ class StrideMemoryTransformer(nn.Module):
             overwrite_state: the new state may take the tensors of ``state``, which must not be used again.
 
         Returns:
-            logits (B, T, V) and ``Aux``.
+            logits (B, T, V), or a scalar in nats per target, and ``Aux``.
 
         Raises:
             TypeError: input_ids is not an integer tensor.
             ValueError: wrong rank, an empty batch, another device, a token out of range, a state of another config or batch
-                size, or a mask that is not left padding.
+                size, a mask that is not left padding, targets of another shape, or beside ``last_only``.
         """
+        if targets is not None and targets.shape != input_ids.shape:
+            raise ValueError(f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
+        if targets is not None and last_only:
+            raise ValueError("last_only is of logits: targets need every step")
         hidden, aux = self.encode(
             input_ids, state, attention_mask=attention_mask, return_weights=return_weights, overwrite_state=overwrite_state
         )
+        if targets is not None:
+            return head_loss(hidden, self.embedding.weight, targets), aux
         return F.linear(hidden[:, -1:] if last_only else hidden, self.embedding.weight), aux
 
     def loss(self, input_ids: Tensor, targets: Tensor | None = None, state: SMTState | None = None) -> tuple[Tensor, Aux]:
-        """Mean cross-entropy per target, without ever holding all logits.
+        """Mean cross-entropy per target: ``forward`` with ``targets``, by default the tokens that follow.
 
         Args:
             input_ids: (B, T) integer tokens.
-            targets: (B, T) int64, the token that should follow each step, or -100 to leave it out; None: ``input_ids``
-                shifted by one, the last step left out.
+            targets: as in ``forward``; None: ``input_ids`` shifted by one, the last step left out.
             state: as in ``forward``.
 
         Returns:
             a scalar in nats and ``Aux``.
         """
-        hidden, aux = self.encode(input_ids, state)
         if targets is None:
             targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
-        elif targets.shape != input_ids.shape:
-            raise ValueError(f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
-        return linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, targets.flatten().long()), aux
+        return self(input_ids, state, targets=targets)
 
     def encode(
         self,

@@ -12,7 +12,7 @@ class ChunkLoss(nn.Module):
     """The module that distributed training wraps: all that a step computes happens in its ``forward``.
 
     Args:
-        model: has ``loss(input_ids, targets, state)``, which gives a mean per target, and an object with the next ``state``.
+        model: gives a mean per target, and an object with the next ``state``, for ``input_ids, state, targets=targets``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,7 +24,7 @@ class ChunkLoss(nn.Module):
 
         Truncated backpropagation through time: the next chunk continues from this state, its gradient ends there.
         """
-        loss, aux = self.model.loss(input_ids, targets, state)
+        loss, aux = self.model(input_ids, state, targets=targets)
         if torch.is_grad_enabled() and not loss.requires_grad:
             # With a frozen decoder, a chunk too narrow for a write trains nothing; other processes still wait for this one.
             trained = next(parameter for parameter in self.parameters() if parameter.requires_grad)

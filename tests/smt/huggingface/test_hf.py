@@ -119,6 +119,23 @@ def test_labels_are_shifted_inside_and_100_is_left_out():
     assert output.past_key_values is None and model(ids, labels=ids, return_dict=False)[0] == model(ids, labels=ids).loss
 
 
+def test_training_holds_no_logits_unless_asked_for():
+    model = build(torch.float32, dropout=0.0).train()
+    ids = torch.randint(VOCAB, (2, 20))
+    labels = ids.masked_fill(torch.rand(2, 20) < 0.3, -100)
+    asked = model(ids, labels=labels, skip_logits=False, num_items_in_batch=17)
+    torch.testing.assert_close(asked.loss, shifted_loss(asked.logits, labels, reduction="sum") / 17)
+    expected = torch.autograd.grad(asked.loss, list(model.parameters()))
+    output = model(ids, labels=labels, num_items_in_batch=torch.tensor(17))
+    assert output.logits is None and "logits" not in output and len(output.to_tuple()) == 1
+    torch.testing.assert_close(output.loss, asked.loss)
+    for mine, theirs in zip(torch.autograd.grad(output.loss, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+    assert model.eval()(ids, labels=labels, skip_logits=True).logits is None
+    with pytest.raises(ValueError, match="skip_logits needs labels"):
+        model(ids, skip_logits=True)
+
+
 def test_accumulated_losses_are_those_of_one_batch():
     model = build(torch.float32)
     ids = torch.randint(VOCAB, (4, 20))

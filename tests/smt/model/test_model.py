@@ -1,4 +1,4 @@
-"""The assembled model: initial loss, gradients, the chunked loss, generation, parameters and bad input."""
+"""The assembled model: initial loss, gradients, loss, generation, parameters and bad input."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from smt import SMTConfig, StrideMemoryTransformer
-from smt.model.loss import linear_cross_entropy
+from smt.model.loss import head_loss
+from smt_kernels import linear_cross_entropy
 
 ENCODINGS = ["token", "stride", "stream"]
 SIZES = {
@@ -59,18 +60,16 @@ def test_memory_carries_what_the_window_has_lost(encoding):
         assert (difference > 0) == writes
 
 
-def test_the_chunked_loss_equals_cross_entropy_over_all_logits(monkeypatch):
-    monkeypatch.setattr("smt.model.loss._CHUNK_ELEMENTS", {"cpu": 53 * 7})  # chunks of 7 rows, the last one partial
-    hidden = torch.randn(45, 16, dtype=torch.double, requires_grad=True)
-    weight = torch.randn(53, 16, dtype=torch.double, requires_grad=True)
-    targets = torch.randint(53, (45,))
-    targets[::5] = -100
-    expected = F.cross_entropy(hidden @ weight.T, targets)
-    actual = linear_cross_entropy(hidden, weight, targets)
-    torch.testing.assert_close(actual, expected)
-    for ours, theirs in zip(*(torch.autograd.grad(3.0 * loss, (hidden, weight)) for loss in (actual, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert linear_cross_entropy(hidden, weight, torch.full((45,), -100)) == 0
+def test_the_loss_under_autocast_multiplies_in_its_dtype_and_keeps_the_gradient_of_the_weight_in_float32():
+    hidden, weight = torch.randn(2, 9, 16, requires_grad=True), torch.randn(53, 16, requires_grad=True)
+    targets = torch.randint(53, (2, 9), dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head_loss(hidden, weight, targets)
+    rounded = hidden.bfloat16().detach().requires_grad_()
+    expected = linear_cross_entropy(rounded.flatten(0, 1), weight, targets.flatten().long())
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    (ours,), (d_weight, d_rounded) = torch.autograd.grad(loss, [weight]), torch.autograd.grad(expected, [weight, rounded])
+    assert torch.equal(ours, d_weight) and (ours != ours.bfloat16()).any() and d_rounded.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -80,6 +79,8 @@ def test_loss_equals_cross_entropy_of_the_logits(encoding):
     logits, _ = model(ids)
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(model.loss(ids)[0], expected, atol=1e-5, rtol=1e-5)
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    assert torch.equal(model(ids, targets=targets)[0], model.loss(ids)[0])
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -160,6 +161,8 @@ def test_bad_targets_and_options_are_explained():
     ids = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"targets must have the shape of input_ids, \(1, 4\), got \(1, 3\)"):
         model.loss(ids, ids[:, 1:])
+    with pytest.raises(ValueError, match="last_only is of logits"):
+        model(ids, targets=ids, last_only=True)
     for option, value in (("temperature", -1.0), ("top_k", 0), ("top_p", 0.0)):
         with pytest.raises(ValueError, match=f"{option} must"):
             model.generate(ids, 1, **{option: value})
@@ -186,7 +189,8 @@ def test_a_training_step_compiles_into_one_graph(encoding):
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    loss = torch.compile(lambda ids: model.loss(ids)[0], fullgraph=True, backend="aot_eager")(ids)
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    loss, _ = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, targets=targets)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
