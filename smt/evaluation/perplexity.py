@@ -74,16 +74,21 @@ def evaluate(objective: nn.Module, batches: Iterable[Batch], n_bytes: int, *, to
     was_training = objective.training
     objective.eval()
     states = CarriedStates()
-    sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # nats, targets
+    losses: list[Tensor] = []
+    counts: list[int] = []
     try:
         for batch in batches:
             reading, state = states.continued(batch)
             loss, state = objective(reading.input_ids.to(device), reading.targets.to(device), state)
             states.keep(batch, state)
-            sums += torch.tensor([float(loss) * reading.n_targets, reading.n_targets], dtype=torch.float64, device="cpu")
+            losses.append(loss)
+            counts.append(reading.n_targets)
     finally:
         objective.train(was_training)
-    nats, n_targets = total(sums).tolist()
+    # Read only now: a device computes the next batch while this one prepares it.
+    means = torch.stack(losses).tolist() if losses else []
+    nats = sum(mean * count for mean, count in zip(means, counts, strict=True))
+    nats, n_targets = total(torch.tensor([nats, sum(counts)], dtype=torch.float64, device="cpu")).tolist()
     if not n_targets or not n_bytes:
         raise ValueError(f"an evaluation needs text, got {int(n_targets)} targets and {n_bytes} bytes")
     return Evaluation(nats, int(n_targets), n_bytes)

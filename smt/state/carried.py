@@ -54,6 +54,17 @@ class CarriedStates:
         copied._of = dict(self._of)
         return copied
 
+    def of_all_rows(self, n_rows: int) -> CarriedStates:
+        """The same where rows that wait are kept beside those that read (``smt.training.shapes.full_shape``)."""
+        filled = CarriedStates()
+        for lane, (state, rows) in self._of.items():
+            if state is not None and len(rows) < n_rows:
+                places = torch.zeros(n_rows, dtype=torch.int64, device="cpu")
+                places[rows] = torch.arange(len(rows), device="cpu")
+                state = state.rows(places)
+            filled._of[lane] = state, torch.arange(n_rows, device="cpu")
+        return filled
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name: ``<lane>.rows``, ``<lane>.steps`` and the tensors of the lane's state."""
         named = {}

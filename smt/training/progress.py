@@ -31,7 +31,7 @@ class Progress:
         n_positions: those and the padding.
         seconds: time spent in steps, evaluations and checkpoints left out.
         first_seconds, first_tokens: of the first step since the process began, which pays for allocations and caches.
-        recent: nats and targets of the latest ``LOSS_STEPS`` steps.
+        recent: nats and targets of the latest ``LOSS_STEPS`` steps whose losses are known.
         best: the lowest held-out loss, and at which step (``best_val_loss``, ``best_val_ppl``, ``best_step``).
         unimproved: evaluations since then.
     """
@@ -48,19 +48,25 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     unimproved: int = 0
 
-    def add(self, nats: float, n_targets: int, n_tokens: int, n_positions: int, seconds: float, *, is_first: bool) -> None:
-        """Count an optimiser step."""
-        self.step += 1
-        self.n_targets += n_targets
-        self.n_tokens += n_tokens
-        self.n_positions += n_positions
+    def add(self, n_targets: int, n_tokens: int, n_positions: int, *, steps: int = 1) -> None:
+        """Count an optimiser step, or with ``steps`` = -1 take it back."""
+        self.step += steps
+        self.n_targets += steps * n_targets
+        self.n_tokens += steps * n_tokens
+        self.n_positions += steps * n_positions
+
+    def tell(self, step: int, nats: float, n_targets: int) -> None:
+        """Note the loss of a step; steps come in order."""
+        self.recent = [*self.recent[1 - LOSS_STEPS :], (nats, n_targets)]
+        if step % LOSS_STEPS == 0 or step == 1:
+            self.history.train_loss.append(self.loss)
+            self.history.train_steps.append(step)
+
+    def spend(self, seconds: float, *, is_first: bool = False) -> None:
+        """Count time of training; the first step's has come to its end when it is counted."""
         self.seconds += seconds
         if is_first:
             self.first_seconds, self.first_tokens = self.seconds, self.n_tokens
-        self.recent = [*self.recent[1 - LOSS_STEPS :], (nats, n_targets)]
-        if self.step % LOSS_STEPS == 0 or self.step == 1:
-            self.history.train_loss.append(self.loss)
-            self.history.train_steps.append(self.step)
 
     @property
     def loss(self) -> float:

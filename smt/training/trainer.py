@@ -30,7 +30,9 @@ from smt.training.objective import ChunkLoss
 from smt.training.parameter_groups import parameter_groups
 from smt.training.progress import LOSS_STEPS, Progress
 from smt.training.settings import DataConfig, TrainingConfig
-from smt.training.sharding import placed_like, whole
+from smt.training.shapes import full_shape, sent
+from smt.training.sharding import is_sharded, placed_like, whole
+from smt.training.taken_step import HostCopy, TakenStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,7 +61,7 @@ class Trainer:
         learning_rate: of the first parameter group, in the latest step.
 
     Args:
-        model: has ``loss``, ``parts`` and ``config``: a ``StrideMemoryTransformer``, or a baseline.
+        model: what ``ChunkLoss`` takes, with ``parts`` and ``config``: a ``StrideMemoryTransformer``, or a baseline.
         documents: tokens of each, (L,) integers: a ``TokenStore``, arrays or tensors.
         counted: of each document, (L,) bool, which tokens the loss counts; None: all but the first.
         clock: says how far the run is; of several processes the first one's counts.
@@ -94,8 +96,17 @@ class Trainer:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        self._full_batch = data.batch_size * data.chunk_length
+        self._length, self._full_batch = data.chunk_length, data.batch_size * data.chunk_length
         self._states = CarriedStates()
+        on_gpu = accelerator.device.type == "cuda"
+        # What a GPU has compiled or chosen for one shape serves every step.
+        self._keeps_shapes = on_gpu
+        # Reading a number waits for the device, which then waits for the next step to be prepared. So the numbers of a step are
+        # read when the next one has been launched; until then the optimiser itself skips what is not finite, and all after it.
+        # Loss scales decide by themselves what to skip, and fused optimisers take no plain flag beside parameters in parts.
+        self._reads_late = on_gpu and accelerator.scaler is None and not is_sharded(model)
+        self._skips = torch.zeros((), dtype=torch.bool, device=accelerator.device)
+        self._taken: list[TakenStep] = []
         self.progress = Progress()
         self.evaluation: Evaluation | None = None
         self.learning_rate = 0.0
@@ -142,6 +153,13 @@ class Trainer:
         while progress < 1 and not self._has_stopped_improving():
             try:
                 self._step(batches, progress, is_first=is_first)
+                is_first = False
+                on_step()
+                progress = self._agreed_progress()
+                evaluation_is_due = progress < 1 and self._evaluation_is_due(progress)
+                checkpoint_is_due = self.progress.step % self.training.save_steps == 0
+                if evaluation_is_due or checkpoint_is_due or progress >= 1:
+                    self._finish_steps()
             except DivergedError:
                 with suppress(DivergedError):  # of the same weights on other text: the first one says enough
                     if self.progress.step not in self.progress.history.eval_steps:
@@ -149,13 +167,10 @@ class Trainer:
                     elif self.evaluation is None:
                         self.evaluation = evaluate()
                 raise
-            is_first = False
-            on_step()
-            progress = self._agreed_progress()
-            if progress < 1 and self._evaluation_is_due(progress):
+            if evaluation_is_due:
                 evaluated()
                 progress = self._agreed_progress()
-            elif self.progress.step % self.training.save_steps == 0:
+            elif checkpoint_is_due:
                 on_checkpoint()
         if self.progress.step not in self.progress.history.eval_steps:
             return evaluated()
@@ -165,8 +180,8 @@ class Trainer:
         """One optimiser step, of ``gradient_accumulation_steps`` batches.
 
         Raises:
-            DivergedError: the loss or the gradient is not finite. Nothing has been trained then, and the walk and the states
-                are those before the step.
+            DivergedError: the loss or the gradient is not finite, of this step or of the one before. Nothing has been trained
+                in it and since, and the walk and the states are those before it.
         """
         started, device = time.perf_counter(), self.accelerator.device
         place, states = self._walk.state_dict(), self._states.copy()
@@ -175,41 +190,84 @@ class Trainer:
             group["lr"] = group["peak"] * share
         self.learning_rate = self._optimiser.param_groups[0]["lr"]
 
-        accumulated = [next(batches) for _ in range(self.training.gradient_accumulation_steps)]
+        accumulated = [self._shaped(next(batches)) for _ in range(self.training.gradient_accumulation_steps)]
         counts = self.total(torch.tensor([_counts(batch) for batch in accumulated], dtype=torch.int64, device="cpu").sum(0))
         n_targets, n_steps, n_positions = counts.tolist()
         # Per nat; Accelerate takes the mean over batches and over processes, so that neither stands in it.
         weight = n_steps / self._full_batch / max(1, n_targets)
-        nats = 0.0
+        # A GPU has little use for float64.
+        nats = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
         for batch in accumulated:
             with self.accelerator.accumulate(self.objective):
                 reading, state = self._states.continued(batch)
-                loss, state = self.objective(reading.input_ids.to(device), reading.targets.to(device), state)
+                loss, state = self.objective(sent(reading.input_ids, device), sent(reading.targets, device), state)
                 self._states.keep(batch, state)
                 self.accelerator.backward(loss * (reading.n_targets * weight))
-            nats += float(loss.detach()) * reading.n_targets
-        nats = self.total(torch.tensor(nats, dtype=torch.float64, device="cpu")).item()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip)
-        if not math.isfinite(nats) or self._has_lost_gradient(norm):
-            self._optimiser.zero_grad()
-            self._walk.load_state_dict(place)
-            self._states = states
-            what = f"the gradient's norm is {float(whole(norm))}" if math.isfinite(nats) else f"the training loss is {nats}"
-            raise DivergedError(what, self.progress.step + 1, self.learning_rate)
+            nats += loss.detach().to(nats.dtype) * reading.n_targets
+        nats = self.total(nats)
+        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip)).to(nats)
+        numbers = HostCopy(torch.stack([nats, norm]))
+        step = self.progress.step + 1
+        taken = TakenStep(step, self.learning_rate, numbers, n_targets, n_steps, n_positions, place, states)
+        if self._reads_late:
+            self._skips.logical_or_(~(nats.isfinite() & norm.isfinite()))
+            self._optimiser.optimizer.found_inf = self._skips.float()
+        else:
+            self._check(taken)
         self._optimiser.step()
         self._optimiser.zero_grad()
-        self.progress.add(nats, n_targets, n_steps, n_positions, time.perf_counter() - started, is_first=is_first)
+        self._taken.append(taken)
+        self.progress.add(n_targets, n_steps, n_positions)
         self.clock.steps, self.clock.targets = self.progress.step, self.progress.n_targets
-        if self.progress.step % LOSS_STEPS == 0:
-            rates = {"learning_rate": self.learning_rate, "tokens_per_second": self.progress.tokens_per_second}
-            self.accelerator.log({"train_loss": self.progress.loss, **rates}, step=self.progress.step)
+        self._read(unread=1 if self._reads_late and not is_first else 0)
+        self.progress.spend(time.perf_counter() - started, is_first=is_first)
 
-    def _has_lost_gradient(self, norm: Tensor) -> bool:
+    def _finish_steps(self) -> None:
+        """Wait until the model is what the steps so far have made of it."""
+        started = time.perf_counter()
+        self._read()
+        self.progress.spend(time.perf_counter() - started)
+
+    def _shaped(self, batch: Batch) -> Batch:
+        return full_shape(batch, self._length) if self._keeps_shapes else batch
+
+    def _read(self, unread: int = 0) -> None:
+        """Note the losses of the steps that have been taken, but of the latest ``unread``.
+
+        Raises:
+            DivergedError: one of them was not finite; nothing has been trained in it and since.
+        """
+        while len(self._taken) > unread:
+            taken = self._taken[0]
+            nats = self._check(taken)
+            del self._taken[0]
+            self.progress.tell(taken.step, nats, taken.n_targets)
+            if taken.step % LOSS_STEPS == 0:
+                rates = {"learning_rate": taken.learning_rate, "tokens_per_second": self.progress.tokens_per_second}
+                self.accelerator.log({"train_loss": self.progress.loss, **rates}, step=taken.step)
+
+    def _check(self, taken: TakenStep) -> float:
+        """The nats of a step, if they and its gradient are finite; else go back to where it began."""
+        nats, norm = taken.numbers.tolist()
+        if math.isfinite(nats) and not self._has_lost_gradient(norm):
+            return nats
+        self._optimiser.zero_grad()
+        self._walk.load_state_dict(taken.place)
+        self._states = taken.states
+        for later in self._taken:
+            self.progress.add(later.n_targets, later.n_tokens, later.n_positions, steps=-1)
+        self._taken.clear()
+        self._skips.zero_()
+        self.clock.steps, self.clock.targets = self.progress.step, self.progress.n_targets
+        what = f"the gradient's norm is {norm}" if math.isfinite(nats) else f"the training loss is {nats}"
+        raise DivergedError(what, taken.step, taken.learning_rate)
+
+    def _has_lost_gradient(self, norm: float) -> bool:
         """Whether the gradient is not finite, and no smaller loss scale of fp16, which skips such a step, could mend it."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and scaler.get_scale() > LEAST_LOSS_SCALE:
+        if math.isfinite(norm):
             return False
-        return not math.isfinite(float(whole(norm)))
+        scaler = self.accelerator.scaler
+        return scaler is None or scaler.get_scale() <= LEAST_LOSS_SCALE
 
     def total(self, sums: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
@@ -261,6 +319,8 @@ class Trainer:
             self._optimiser.optimizer.state[parameter][kind] = placed.to(parameter.device)
         carried = {name.removeprefix(CARRIED): t for name, t in snapshot.of_rank.items() if name.startswith(CARRIED)}
         self._states = CarriedStates.from_tensors(self.model.config, carried, self.accelerator.device)
+        if self._keeps_shapes:
+            self._states = self._states.of_all_rows(self._walk.batch_size)
         self._walk.load_state_dict(snapshot.progress["walk"])
         self.progress = Progress.from_dict(snapshot.progress["progress"])
         self.clock.load_state_dict(snapshot.progress["clock"])

@@ -80,6 +80,25 @@ def spoil(monkeypatch, what, calls):
     monkeypatch.setattr(ChunkLoss, "forward", spoilt)
 
 
+def as_on_a_gpu(monkeypatch):
+    """Trainers read the numbers of a step when the next one has been launched, and keep the shape of their batches."""
+    prepare = Trainer.__init__
+
+    def prepared(self, *arguments, **options):
+        prepare(self, *arguments, **options)
+        self._reads_late = self._keeps_shapes = True
+
+    monkeypatch.setattr(Trainer, "__init__", prepared)
+
+
+@pytest.fixture(params=["at once", "late"])
+def reading(request, monkeypatch):
+    """When the numbers of a step are read."""
+    if request.param == "late":
+        as_on_a_gpu(monkeypatch)
+
+
+@pytest.mark.usefixtures("reading")
 class TestDivergence:
     def test_a_loss_stops_the_run_with_good_weights_a_checkpoint_and_results_and_it_goes_on_as_if_nothing_had_been(
         self, tmp_path, monkeypatch
@@ -112,6 +131,8 @@ class TestDivergence:
         assert trainer.progress.history.eval_steps == [2]
         assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
+
+class TestDivergenceElsewhere:
     def test_the_first_step_leaves_the_weights_that_the_run_began_with(self, tmp_path, monkeypatch):
         spoil(monkeypatch, "loss", calls=[1])
         with pytest.raises(DivergedError, match="in step 1 at"):
@@ -141,7 +162,7 @@ class TestDivergence:
         trainer = trainer_of()
         for scale, lost in ((2.0**16, False), (1.0, True)):
             trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda scale=scale: scale)
-            assert trainer._has_lost_gradient(torch.tensor(float("inf"))) is lost
+            assert trainer._has_lost_gradient(float("inf")) is lost
 
 
 class TestFolder:

@@ -1,5 +1,6 @@
 """What the training loop does with every target, document, gradient and evaluation."""
 
+import copy
 import math
 
 import pytest
@@ -11,21 +12,22 @@ from smt import SMTConfig, StrideMemoryTransformer
 from smt.data.walk import IGNORE_INDEX
 from smt.evaluation.perplexity import Evaluation
 from smt.training.clock import Clock
+from smt.training.objective import ChunkLoss
 from smt.training.settings import TrainingConfig
 
 
 class TestLoop:
     def test_state_is_carried_over_the_chunks_of_a_document_and_carries_no_gradient(self, monkeypatch):
         steps_before = []
-        loss_of = StrideMemoryTransformer.loss
+        forward_of = StrideMemoryTransformer.forward
 
-        def loss(self, input_ids, targets, state):
+        def forward(self, input_ids, state, *, targets):
             if state is not None:
                 assert not state.tokens.requires_grad and not any(kv.token_k.requires_grad for kv in state.layers)
             steps_before.append(0 if state is None else state.step)
-            return loss_of(self, input_ids, targets, state)
+            return forward_of(self, input_ids, state, targets=targets)
 
-        monkeypatch.setattr(StrideMemoryTransformer, "loss", loss)
+        monkeypatch.setattr(StrideMemoryTransformer, "forward", forward)
         batches = recorded_batches(monkeypatch)
         train_tiny(steps=12)
         expected = [batch.positions[batch.reading][0].item() for batch in batches]
@@ -110,6 +112,43 @@ class TestLoop:
     @pytest.mark.parametrize("accumulated", [2, 4])
     def test_accumulated_batches_train_what_one_of_all_rows_trains(self, accumulated, task):
         assert_same_training(trained(task, accumulated), trained(task, 1))
+
+    def test_reading_late_and_in_full_shapes_trains_the_same_and_a_run_may_go_on_so(self, monkeypatch):
+        """As on a GPU, where every batch has the shape of every other, and no step waits for the numbers of its own."""
+        shapes, forward, n_steps = [], ChunkLoss.forward, 12
+
+        def recorded(self, input_ids, *rest):
+            shapes.append(tuple(input_ids.shape))
+            return forward(self, input_ids, *rest)
+
+        monkeypatch.setattr(ChunkLoss, "forward", recorded)
+
+        def steps(trainer, first, last):
+            """How many steps are unread after each."""
+            batches, unread = iter(trainer._walk), []
+            for step in range(first, last):
+                trainer._step(batches, step / n_steps, is_first=step == first)
+                unread.append(len(trainer._taken))
+            trainer._finish_steps()
+            return unread
+
+        plain = trainer_of(steps=n_steps)
+        assert steps(plain, 0, 5) == [0] * 5
+        snapshot = copy.deepcopy(plain.snapshot())  # of a lane in which one row waits
+        steps(plain, 5, n_steps)
+        assert len(set(shapes)) > 1
+        late, resumed = trainer_of(steps=n_steps), trainer_of(steps=n_steps)
+        for trainer in (late, resumed):
+            trainer._reads_late = trainer._keeps_shapes = True
+        resumed.resume(snapshot)
+        shapes.clear()
+        assert steps(late, 0, n_steps) == [0] + [1] * (n_steps - 1) and steps(resumed, 5, n_steps) == [0] + [1] * 6
+        assert set(shapes) == {(DATA["batch_size"], DATA["chunk_length"])}
+        for trainer in (late, resumed):
+            assert trainer.progress.step == n_steps and trainer.progress.n_targets == plain.progress.n_targets
+            assert trainer.progress.history.train_loss == pytest.approx(plain.progress.history.train_loss, rel=1e-6)
+            for one, two in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+                torch.testing.assert_close(one, two)
 
     def test_evaluations_may_be_every_so_many_steps(self):
         assert train_tiny(steps=7, eval_steps=3, evaluations=1)[2] == [3, 6, 7]
