@@ -80,6 +80,18 @@ class WindowSpec:
         group_start = write // group * group
         return group_start - self.n_memory, group_start
 
+    def canonical_step(self, step: int, group: int = 1) -> int:
+        """The least step from which everything goes on as from ``step``, counted from there.
+
+        As many tokens and slots exist before it, of those that a window or the pooling of a group of ``group`` writes sees,
+        and it stands at the same place between two writes and in their group. So what is made for it (a compiled program, a
+        recorded graph) serves at every later step of its kind.
+        """
+        if self.stride is None:
+            return min(step, self.n_tokens)
+        complete = max(self.n_tokens, self.write_step(self.n_memory + group - 2) + 1)
+        return step if step < complete else complete + (step - complete) % (self.stride * group)
+
     def block_of(self, step: Index) -> Index:
         """The block b whose steps (stride * (b - 1), stride * b] share one window; step 0 is block 0 alone."""
         return (step + self._required_stride - 1) // self._required_stride

@@ -80,8 +80,8 @@ def test_constancy_is_relative_to_the_shortest_context(run):
 def test_no_time_is_printed_when_decoding_is_wrong(load, monkeypatch, capsys):
     bench = load("bench_decode")
     layers = importlib.import_module("smt.model.step_layers")
-    right = layers.rotate
-    monkeypatch.setattr(layers, "rotate", lambda x, turn: right(x, turn) * 1.01)
+    right = layers.rotation
+    monkeypatch.setattr(layers, "rotation", lambda *arguments: [1.01 * part for part in right(*arguments)])
     assert bench.main(["--quick", "--contexts", "64", "--d-model", "64", "--layers", "1", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert "decoding, stream" in captured.err and "ratio" not in captured.out

@@ -129,7 +129,13 @@ class FrozenWrites:
             width = min(input_ids.shape[1], self._next_write(step) - step if step >= self.after else self.after - step)
             piece, input_ids = input_ids[:, :width], input_ids[:, width:]
             encoded = encode_chunk(
-                model.memory, model.decoder, model.embedding(piece), state.state, [width] * batch, return_weights=False
+                model.memory,
+                model.decoder,
+                model.embedding(piece),
+                state.state,
+                [width] * batch,
+                keep_keys=False,
+                return_weights=False,
             )
             hidden.append(encoded.hidden)
             state = self._frozen(encoded.state, state.held)
@@ -147,14 +153,11 @@ class FrozenWrites:
             return FrozenState(state, state)
         made = self.model.config.window.writes_made
         later = made(state.step) - made(held.step)
-        layers = state.layers
+        kv_slots = state.kv_slots
         if self.model.config.encoding == "stream":  # elsewhere the layers keep slots for decoding alone
-            layers = tuple(
-                replace(layer, slot_k=old.slot_k.roll(later, dims=1), slot_v=old.slot_v.roll(later, dims=1))
-                for layer, old in zip(layers, held.layers, strict=True)
-            )
+            kv_slots = held.kv_slots.roll(later, dims=3)
         slots = held.slots.roll(later, dims=1)
-        return FrozenState(replace(state, slots=slots, conv=held.conv, ssm=held.ssm, layers=layers), held)
+        return FrozenState(replace(state, slots=slots, conv=held.conv, ssm=held.ssm, kv_slots=kv_slots), held)
 
 
 def _losses(config: SMTConfig, scores: Sequence[TokenScores]) -> Ablation:

@@ -16,6 +16,7 @@ from smt.model.decoder import Decoder
 from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded, encode_chunk
 from smt.model.step import decode_step
+from smt.model.step_layers import with_keys
 from smt.state.rings import take
 from smt.state.state import SMTState
 
@@ -64,6 +65,8 @@ def encode_batch(
         overwrite_state: the new state may take the tensors of ``state``.
     """
     batch, length, width = embedded.shape
+    if not decodes and decoder.config.encoding != "stream":
+        state = state.without_keys()  # nothing here reads or forms them
     parts: dict[int | None, list[int]] = {}
     for row, (step, count) in enumerate(zip(state.steps, counts, strict=True)):
         if count:
@@ -72,7 +75,7 @@ def encode_batch(
     def encode(step: int | None, embedded: Tensor, state: SMTState, counts: Sequence[int]) -> Encoded:
         if step is None:
             return decode_step(memory, decoder, embedded, state, return_weights=return_weights)
-        return encode_chunk(memory, decoder, embedded, state, counts, return_weights=return_weights)
+        return encode_chunk(memory, decoder, embedded, state, counts, keep_keys=decodes, return_weights=return_weights)
 
     if len(parts) == 1 and min(counts) == length:
         ((step, _),) = parts.items()
@@ -80,6 +83,8 @@ def encode_batch(
             state = state.clone()
         return encode(step, embedded, state, counts)
 
+    if decodes and not state.has_keys:
+        state = with_keys(decoder, state)
     results = []
     for step, rows in parts.items():
         counts_here = [counts[row] for row in rows]

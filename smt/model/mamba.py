@@ -112,18 +112,18 @@ class MambaStack(nn.Module):
     def forward(
         self,
         x: Tensor,
-        conv: tuple[Tensor, ...],
-        ssm: tuple[Tensor, ...],
+        conv: Tensor,
+        ssm: Tensor,
         parameters: list[Parameters],
         gate: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x (B, K, d), one conv and SSM state per layer, gate (B, K) -> slots (B, K, d) and the states after K steps."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, K, d), conv (M, B, E, C - 1), ssm (M, B, E, N), gate (B, K) -> slots (B, K, d) and the states after K steps."""
         new_conv, new_ssm = [], []
         for layer, conv_state, ssm_state, prepared in zip(self.layers, conv, ssm, parameters, strict=True):
             x, conv_state, ssm_state = layer(x, conv_state, ssm_state, prepared, gate)
             new_conv.append(conv_state)
             new_ssm.append(ssm_state)
-        return self.norm_f(x), tuple(new_conv), tuple(new_ssm)
+        return self.norm_f(x), torch.stack(new_conv), torch.stack(new_ssm)
 
     @torch.no_grad()
     def initialise(self, std: float) -> None:

@@ -21,13 +21,13 @@ class Written:
 
     Attributes:
         slots: (B, K, d) the new slots, oldest first.
-        conv, ssm: the states of the Mamba layers after the last write.
+        conv, ssm: (M, B, E, C - 1) and (M, B, E, N), the states of the Mamba layers after the last write.
         weights: (B, K, W) pooling weights before dropout, slots first; None when not asked for.
     """
 
     slots: Tensor
-    conv: tuple[Tensor, ...]
-    ssm: tuple[Tensor, ...]
+    conv: Tensor
+    ssm: Tensor
     weights: Tensor | None
 
 
@@ -112,8 +112,8 @@ class StrideMemory(nn.Module):
         self,
         tokens: Tensor,
         slots: Tensor,
-        conv: tuple[Tensor, ...],
-        ssm: tuple[Tensor, ...],
+        conv: Tensor,
+        ssm: Tensor,
         *,
         first_step: int,
         first_slot: int,
@@ -126,7 +126,7 @@ class StrideMemory(nn.Module):
         Args:
             tokens: (B, T, d) embeddings of the steps from ``first_step`` on, at least up to the last write's.
             slots: (B, K, d) the slots before the first write, from ``first_slot`` on.
-            conv, ssm: the Mamba layers' states before the first write.
+            conv, ssm: (M, B, E, C - 1) and (M, B, E, N), the Mamba layers' states before the first write.
             writes: indices of the writes to make.
             gate: (B, len(writes)) bool, which of them each row makes; None: all. A row's states are those after its own last
                 write, and the slots of writes that it does not make mean nothing.

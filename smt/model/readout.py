@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smt.state.rings import take
+from smt.model.windows import Span, over_blocks
+from smt_kernels import WindowSpec
 
 NORM_EPS = 1e-5
 
@@ -23,17 +24,23 @@ class SlotReadout(nn.Linear):
         nn.init.zeros_(self.weight)
 
 
-def read_out(readout: nn.Module, hidden: Tensor, slots: Tensor, newest: Tensor) -> Tensor:
-    """Add to each hidden state what the newest slot tells.
+def told(readout: nn.Module, slots: Tensor) -> Tensor:
+    """What slots (..., d) tell: zero of a slot that is zero.
 
     Args:
         readout: W, a linear layer without bias.
-        hidden: (B, T, d) after the decoder's final norm.
-        slots: (B, K, d).
-        newest: (B, T) int64, or (1, T) for all rows alike: which of the slots; outside of 0..K - 1 there is none.
-
-    Returns:
-        (B, T, d).
     """
-    told = readout(F.rms_norm(slots, slots.shape[-1:], eps=NORM_EPS))
-    return hidden + take(told, newest)
+    return readout(F.rms_norm(slots, slots.shape[-1:], eps=NORM_EPS))
+
+
+def read_out(readout: nn.Module, hidden: Span, slots: Span, window: WindowSpec) -> Tensor:
+    """Add to each hidden state (B, T, d) after the decoder's final norm what the newest of the slots (B, K, d) tells."""
+    # The newest slot of block b is b - 2, all over the block.
+    first, last = window.block_of(hidden.first) - 2, window.block_of(hidden.stop - 1) - 2
+    known = max(first, slots.first)
+    if last < known:
+        return hidden.values
+    # In the dtype of the sum, in which the gradients of a block's steps are then added.
+    of_known = told(readout, slots.values[:, known - slots.first : last + 1 - slots.first]).to(hidden.values.dtype)
+    of_blocks = F.pad(of_known, (0, 0, known - first, 0)) if known > first else of_known
+    return hidden.values + over_blocks(of_blocks, window, hidden.first, hidden.stop)

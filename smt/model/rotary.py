@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 Rotation = tuple[Tensor, Tensor]
 
+# A whole turn, of which angles are integer parts: 64-bit products leave out whole turns, and the angle of every step is exact
+# to the last bit of an fp32 number. In floating point the step itself would not be, from 2^24 on.
+TURN = 2**64
 
-def rotation(step: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Cosines and sines (T, 1, head_dim / 2) in fp32 for steps (T,), angle = step * theta^(-2i / head_dim)."""
-    # In fp64: past 2^24 steps an fp32 product no longer tells one step from the next.
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=step.device, dtype=torch.float64) / head_dim)
-    angle = (step[:, None].double() * frequency)[:, None, :]
-    return angle.cos().float(), angle.sin().float()
+
+def rotation(step: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """What ``rotate`` multiplies heads of the ``dtype`` by at steps (T,) int64: (T, 1, head_dim) each.
+
+    The angle is step * theta^(-2i / head_dim) for coordinate i of either half; cosines, and sines with their sign, are
+    computed in fp32 at least.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    parts = step[:, None, None] * _frequencies(head_dim, theta, step.device)
+    angle = parts.to(wide) * (2 * math.pi / TURN)
+    sine = angle.sin()
+    return angle.cos().to(dtype), torch.cat([-sine[..., : head_dim // 2], sine[..., head_dim // 2 :]], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
     """Turn x (B, T, H, D): coordinate i pairs with coordinate i + D / 2."""
-    cos, sin = (part.to(x.dtype) for part in turn)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    cosine, sine = turn
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine)
+
+
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """(head_dim,) int64: the angle from one step to the next, in parts of a turn, of the coordinates of both halves."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(_parts(head_dim, theta), device=device)
+    key = head_dim, theta, device
+    if key not in _of_device:
+        made = torch.tensor(_parts(head_dim, theta), device=device)
+        if type(made) is not Tensor:  # of a mode that traces: it must not stay
+            return made
+        _of_device[key] = made
+    return _of_device[key]
+
+
+_of_device: dict[tuple[int, float, torch.device], Tensor] = {}
+
+
+def _parts(head_dim: int, theta: float) -> list[int]:
+    parts = [round(theta ** (-2 * i / head_dim) / (2 * math.pi) * TURN) for i in range(head_dim // 2)]
+    return [part - TURN if part >= TURN // 2 else part for part in parts] * 2

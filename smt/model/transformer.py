@@ -25,6 +25,8 @@ from smt.pretrained.loading import load_gpt2, load_mamba
 from smt.pretrained.transfer import LoadReport
 from smt.state.state import SMTState
 
+# The modes of ``torch.compile`` that record CUDA graphs.
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # The parts that parameters are counted, trained and frozen by.
 PARTS = {"embedding": "embedding", "transformer": "decoder", "attention_pooling": "memory.pooling", "ssm": "memory.ssm"}
 
@@ -212,6 +214,21 @@ class StrideMemoryTransformer(nn.Module):
     def gradient_checkpointing_enable(self) -> None:
         """Train with less memory: keep only the input of every decoder block and compute the rest again backward."""
         self.decoder.gradient_checkpointing = True
+
+    def compile(self, **options: Any) -> None:
+        """Compile in place, as of any module, but what repeats alone, so that it takes seconds: a decoder layer, once for all.
+
+        The programs serve every piece of a sequence from the second or third of its kind on. With a ``mode`` that records CUDA
+        graphs (``reduce-overhead``), the memory is a graph, too: its hundreds of small launches are one, forward and backward.
+        What a graph returns is overwritten when it runs again: who adds up the gradients of several passes must give them
+        tensors of their own beforehand, ``optimizer.zero_grad(set_to_none=False)`` after a first pass.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        self.decoder.compile(**options)
+        if options.get("mode") in GRAPH_MODES or (options.get("options") or {}).get("triton.cudagraphs"):
+            self.memory.compile(**options)
 
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""

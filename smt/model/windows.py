@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt.config import SMTConfig
-from smt.state.layout import KeyValues
+from smt.state.layout import at_most, existing
 from smt.state.rings import take
+from smt_kernels.window import Index, WindowSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +63,18 @@ def cut_windows(
     token_windows = padded.unfold(1, layout.n_tokens, layout.ends.step).transpose(2, 3)  # (B, N, n_tokens, d)
 
     window, n_slots = config.window, config.n_ssm_outputs
-    first, last = (window.writes_before(end) if config.writes else 0 for end in (layout.ends.start, layout.ends[-1]))
+    # How many slots were written before each block; -1 before step 0, a block alone, which sees none, as the next one.
+    first, last = (window.block_of(end) - 1 if config.writes else 0 for end in (layout.ends.start, layout.ends[-1]))
     ends = torch.arange(layout.ends.start, layout.ends.stop, layout.ends.step, device=padded.device)
     written = window.writes_before(ends) if config.writes else torch.zeros_like(ends)
-    padded = F.pad(slots.values, (0, 0, n_slots - (first - slots.first), last - slots.stop))
-    distinct = padded.unfold(1, n_slots, 1).transpose(2, 3) if n_slots else padded[:, :, None, :0]
-    slot_windows = distinct.index_select(1, written - first) if n_slots else token_windows[:, :, :0]
+    slot_windows = token_windows[:, :, :0]
+    if n_slots:
+        padded = F.pad(slots.values, (0, 0, n_slots - (first - slots.first), 0))[:, : last - first + n_slots]
+        slot_windows = padded.unfold(1, n_slots, 1).transpose(2, 3)
+        if not config.writes:  # all windows have the same slots
+            slot_windows = slot_windows.expand(-1, n_windows, -1, -1)
+        elif layout.ends.step < window.stride:  # and here those of a block have
+            slot_windows = over_blocks(slot_windows, window, layout.ends.start, layout.ends.stop)
 
     windows = torch.cat([slot_windows, token_windows], dim=2).flatten(0, 1)
     valid = [
@@ -81,32 +87,34 @@ def cut_windows(
     return windows, valid[0], valid[1]
 
 
-def window_cache(config: SMTConfig, k: Tensor, v: Tensor, steps: Sequence[int]) -> KeyValues:
-    """What a layer keeps of the windows in which each row's last step lies.
+def over_blocks(values: Tensor, window: WindowSpec, first: int, stop: int) -> Tensor:
+    """What each step from ``first`` to ``stop`` has of values (B, N, ...), one for each of their blocks: (B, T, ...)."""
+    first_block = window.block_of(first)
+    skip = first - (window.block_end(first_block) - window.stride + 1)
+    every_step = values[:, :, None].expand(-1, -1, window.stride, *values.shape[2:]).flatten(1, 2)
+    return every_step[:, skip : skip + stop - first]
+
+
+def window_cache(config: SMTConfig, keys_and_values: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """What the layers keep of the windows in which each row's last step lies: that of tokens, and that of slots.
 
     Args:
-        k, v: (B, n + L, H_kv, D), slots and the first L tokens of the window, L <= m.
-        steps: the last step of each row.
+        keys_and_values: (layers, 2, B, n + L, H_kv, D), of slots and the first L tokens of the window, L <= m.
+        steps: (B,) int64, the last step of each row, or (1,) for all rows alike.
     """
-    n_slots = config.n_ssm_outputs
+    of_slots, of_tokens = keys_and_values.tensor_split([config.n_ssm_outputs], dim=3)
     if config.encoding == "token":
-        # Copies, since a view would keep the whole window alive.
-        return KeyValues(*(part[:, :size].clone() for size in (0, n_slots) for part in (k, v)))
-    absent = [absent_in_block(config, step) for step in steps]
-    if len(set(absent)) == 1:
-        absent = absent[:1]
-    shift = torch.tensor(absent, device=k.device)
-    halves = []
-    for half, start, stop, size in ((0, n_slots, None, config.m_input_tokens), (1, None, n_slots, n_slots)):
-        position = torch.arange(size, device=k.device) + shift[:, half, None]
-        halves += [take(part[:, start:stop], position) for part in (k, v)]
-    return KeyValues(*halves)
+        return of_tokens[:, :, :, :0].clone(), of_slots.clone()  # a view would keep all of it alive
+    kept = []
+    for part, size, absent in zip(
+        (of_tokens, of_slots), (config.m_input_tokens, config.n_ssm_outputs), absent_in_block(config, steps), strict=True
+    ):
+        kept.append(take(part, absent[:, None] + torch.arange(size, device=steps.device), dim=3))
+    return kept[0], kept[1]
 
 
-def absent_in_block(config: SMTConfig, step: int) -> tuple[int, int]:
+def absent_in_block(config: SMTConfig, step: Index) -> tuple[Index, Index]:
     """How many tokens and slots at the start of the window of ``step``'s block lie before the sequence (``stride``)."""
-    if config.empty_slots == "zero":
-        return 0, 0 if config.writes else config.n_ssm_outputs
-    start, _ = config.window.visible_tokens(config.window.block_end(config.window.block_of(step)))
-    n_slots = config.window.writes_before(step) if config.writes else 0
-    return max(0, -start), max(0, config.n_ssm_outputs - n_slots)
+    n_tokens, _ = existing(config, config.window.block_end(config.window.block_of(step)) + 1)
+    _, n_slots = existing(config, step)
+    return config.m_input_tokens - n_tokens, config.n_ssm_outputs - at_most(config.n_ssm_outputs, n_slots)

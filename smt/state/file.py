@@ -11,9 +11,10 @@ from torch import Tensor
 
 from smt.config import SMTConfig
 from smt.runtime.files import tensors_writer, write_files
-from smt.state.layout import state_shapes
+from smt.state.layout import KEYS_AND_VALUES, stacked, state_shapes, without_entries
 
-FORMAT = "smt.state/1"
+# Files of the earlier format, in which every layer has tensors of its own, are read.
+FORMAT, EARLIER = "smt.state/2", "smt.state/1"
 
 
 def write_state(path: str | Path, config: SMTConfig, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
@@ -40,9 +41,16 @@ def read_state(path: str | Path, device: torch.device | str = "cpu") -> tuple[SM
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, EARLIER):
         raise ValueError(f"{path} is not a saved state: its metadata has format {metadata.get('format')!r}, not {FORMAT!r}")
     config, steps = _read(path, metadata)
+    if metadata["format"] == EARLIER:
+        try:
+            tensors = stacked(tensors)
+        except KeyError as error:
+            raise ValueError(f"{path} lacks the tensor {error}") from error
+        except RuntimeError as error:
+            raise ValueError(f"{path} must have layers of one shape: {error}") from error
     _check(path, config, steps, tensors)
     return config, steps, tensors
 
@@ -68,8 +76,10 @@ def _check(path: Path, config: SMTConfig, steps: list[int], tensors: dict[str, T
     shapes = state_shapes(config)
     for name in sorted(tensors.keys() ^ shapes.keys()):
         raise ValueError(f"{path} {'has an unknown' if name in tensors else 'lacks the'} tensor {name!r}")
+    if config.encoding != "stream" and not any(tensors[name].numel() for name in KEYS_AND_VALUES):
+        shapes |= {name: without_entries(shapes[name]) for name in KEYS_AND_VALUES}
     for name, shape in shapes.items():
-        expected = (len(steps), *shape)
+        expected = shape.of(len(steps))
         if tuple(tensors[name].shape) != expected:
             raise ValueError(f"{path} must have {name!r} of shape {expected}, got {tuple(tensors[name].shape)}")
         if not tensors[name].is_floating_point():

@@ -1,55 +1,85 @@
-"""What a state holds: the tensors of one row, their shapes by name, and how many of their entries exist."""
+"""What a state holds: its tensors by name, with their shapes, and how many of their entries exist."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from smt.config import SMTConfig
+from smt_kernels.window import Index
 
 
-@dataclass(frozen=True, eq=False)
-class KeyValues:
-    """Keys and values that one decoder layer keeps. What stands at entries that do not exist is never attended.
+class Shape(NamedTuple):
+    """The shape of a tensor that holds all layers and rows of a kind: (*layers, B, *row)."""
 
-    Attributes:
-        token_k, token_v: in ``stream`` (B, m, H_kv, D), a ring of the last tokens; in ``stride`` (B, m, H_kv, D), the tokens of
-            the block's window from its first existing one on; in ``token`` empty, (B, 0, H_kv, D).
-        slot_k, slot_v: (B, n, H_kv, D), in ``stream`` a ring; in ``stride`` the slots that the block sees, oldest first; in
-            ``token`` the same, right-aligned as in the window.
+    layers: tuple[int, ...]
+    row: tuple[int, ...]
+
+    def of(self, batch_size: int) -> tuple[int, ...]:
+        """With ``batch_size`` rows."""
+        return (*self.layers, batch_size, *self.row)
+
+
+# Which dimension of each tensor counts the rows.
+ROWS = {"tokens": 0, "slots": 0, "conv": 1, "ssm": 1, "kv_tokens": 2, "kv_slots": 2}
+KEYS_AND_VALUES = ("kv_tokens", "kv_slots")
+
+
+def state_shapes(config: SMTConfig) -> dict[str, Shape]:
+    """The shape of every tensor of a state, by the names of ``SMTState.tensors``."""
+    memory, decoder = (config.ssm_n_layers,), (config.transformer_n_layers, 2)
+    heads = config.n_kv_heads, config.head_dim
+    return {
+        "tokens": Shape((), (config.m_input_tokens, config.d_model)),
+        "slots": Shape((), (config.n_state_slots, config.d_model)),
+        "conv": Shape(memory, (config.ssm_d_inner, config.ssm_d_conv - 1)),
+        "ssm": Shape(memory, (config.ssm_d_inner, config.ssm_d_state)),
+        "kv_tokens": Shape(decoder, (0 if config.encoding == "token" else config.m_input_tokens, *heads)),
+        "kv_slots": Shape(decoder, (config.n_ssm_outputs, *heads)),
+    }
+
+
+def without_entries(shape: Shape) -> Shape:
+    """The shape of keys and values that have not been formed: no entry of any row."""
+    return shape._replace(row=(0, *shape.row[1:]))
+
+
+def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state as they are, of one whose layers have a tensor each (``smt.state/1``).
+
+    Raises:
+        KeyError: a tensor is missing.
     """
 
-    token_k: Tensor
-    token_v: Tensor
-    slot_k: Tensor
-    slot_v: Tensor
+    def layers(name: str) -> Tensor:
+        of_layers = [tensors[name.format(0)]]
+        while (following := tensors.get(name.format(len(of_layers)))) is not None:
+            of_layers.append(following)
+        return torch.stack(of_layers)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name here. Not by ``vars``: torch.compile follows it through a frozen class from 2.12 on only."""
-        return {"token_k": self.token_k, "token_v": self.token_v, "slot_k": self.slot_k, "slot_v": self.slot_v}
-
-
-def state_shapes(config: SMTConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of one row of every tensor of a state, by the names of ``SMTState.tensors``."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "tokens": (config.m_input_tokens, config.d_model),
-        "slots": (config.n_state_slots, config.d_model),
-    }
-    for index in range(config.ssm_n_layers):
-        shapes[f"conv.{index}"] = (config.ssm_d_inner, config.ssm_d_conv - 1)
-        shapes[f"ssm.{index}"] = (config.ssm_d_inner, config.ssm_d_state)
-    heads = config.n_kv_heads, config.head_dim
-    for index in range(config.transformer_n_layers):
-        for name in KeyValues.__dataclass_fields__:
-            n_tokens = 0 if config.encoding == "token" else config.m_input_tokens
-            shapes[f"layers.{index}.{name}"] = (n_tokens if name.startswith("token") else config.n_ssm_outputs, *heads)
-    return shapes
+    named = {"tokens": tensors["tokens"], "slots": tensors["slots"], "conv": layers("conv.{}"), "ssm": layers("ssm.{}")}
+    for kind in ("token", "slot"):
+        named[f"kv_{kind}s"] = torch.stack([layers(f"layers.{{}}.{kind}_{part}") for part in "kv"], dim=1)
+    return named
 
 
-def existing(config: SMTConfig, step: int) -> tuple[int, int]:
+def existing(config: SMTConfig, step: Index) -> tuple[Index, Index]:
     """How many tokens and slots of a state exist after ``step`` steps."""
-    n_slots = config.window.writes_made(step)
+    none = step * 0
+    n_slots = config.window.writes_made(step) if config.writes else none
     if config.empty_slots == "zero":  # the entries before the first are there, as zeros
-        step, n_slots = config.m_input_tokens, n_slots + config.n_ssm_outputs
-    return min(step, config.m_input_tokens), min(n_slots, config.n_state_slots) if config.writes else 0
+        step, n_slots = none + config.m_input_tokens, n_slots + config.n_ssm_outputs * config.writes
+    return at_most(config.m_input_tokens, step), at_most(config.n_state_slots, n_slots)
+
+
+def seen(config: SMTConfig, step: Index) -> tuple[Index, Index]:
+    """How many tokens and slots of the window of ``step`` exist."""
+    return existing(config, step + 1)[0], at_most(config.n_ssm_outputs, existing(config, step)[1])
+
+
+def at_most(limit: int, value: Index) -> Index:
+    """``value``, or ``limit`` where it is above."""
+    return value.clamp(max=limit) if isinstance(value, Tensor) else min(limit, value)

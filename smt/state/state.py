@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smt.config import SMTConfig
 from smt.state.file import read_state, write_state
-from smt.state.layout import KeyValues, state_shapes
+from smt.state.layout import KEYS_AND_VALUES, ROWS, state_shapes, without_entries
 
 # The fields of a configuration that give the state its shape or its meaning.
 _BINDING = (
@@ -27,25 +27,34 @@ class SMTState:
     """A value: passing it to a model does not change it, unless the call is told ``overwrite_state=True``.
 
     Rows are independent and may have come to different steps. Rings (``smt.state.rings``) hold the step t of a token at t % m
-    and slot w at w % (n + G - 1).
+    and slot w at w % (n + G - 1). The L decoder layers and M Mamba layers lie one behind the other in one tensor of each kind.
 
     Attributes:
         config: the configuration it belongs to.
         steps: tokens seen so far, one count per row.
+        device_steps: (B,) int64, the same where the tensors are, so that nothing need be copied there at any step.
         tokens: (B, m, d), ring of the embeddings of the last m tokens; zeros before the first.
         slots: (B, n + G - 1, d), ring of the last slots; zeros before the first.
-        conv: per Mamba layer, (B, E, C - 1) the last inputs of its convolution.
-        ssm: per Mamba layer, (B, E, N) its SSM state.
-        layers: what each decoder layer keeps.
+        conv: (M, B, E, C - 1), the last inputs of each Mamba layer's convolution.
+        ssm: (M, B, E, N), each one's SSM state.
+        kv_tokens: (L, 2, B, m, H_kv, D), keys and values that each decoder layer keeps of tokens. In ``stream`` a ring of the
+            last ones; in ``stride`` those of the block's window from its first existing one on; in ``token`` none, m = 0.
+        kv_slots: (L, 2, B, n, H_kv, D), those of slots. In ``stream`` a ring; in ``stride`` the slots that the block sees,
+            oldest first; in ``token`` the same, right-aligned as in the window.
+
+    What stands at entries that do not exist is never attended. ``stride`` and ``token`` need keys and values for single steps
+    alone; training does not form them (``has_keys``), and the first such step then does.
     """
 
     config: SMTConfig
     steps: tuple[int, ...]
+    device_steps: Tensor
     tokens: Tensor
     slots: Tensor
-    conv: tuple[Tensor, ...]
-    ssm: tuple[Tensor, ...]
-    layers: tuple[KeyValues, ...]
+    conv: Tensor
+    ssm: Tensor
+    kv_tokens: Tensor
+    kv_slots: Tensor
 
     @classmethod
     def initial(
@@ -64,7 +73,7 @@ class SMTState:
         """
         dtypes = _dtypes(dtype, attention_dtype)
         tensors = {
-            name: torch.zeros(batch_size, *shape, device=device, dtype=dtypes[_kind(name)])
+            name: torch.zeros(shape.of(batch_size), device=device, dtype=dtypes[name])
             for name, shape in state_shapes(config).items()
         }
         return cls.from_tensors(config, (0,) * batch_size, tensors)
@@ -72,34 +81,24 @@ class SMTState:
     @classmethod
     def from_tensors(cls, config: SMTConfig, steps: Sequence[int], tensors: dict[str, Tensor]) -> SMTState:
         """The inverse of ``tensors``."""
-        kept = KeyValues.__dataclass_fields__
-        layers = range(config.transformer_n_layers)
-        return cls(
-            config=config,
-            steps=tuple(steps),
-            tokens=tensors["tokens"],
-            slots=tensors["slots"],
-            conv=tuple(tensors[f"conv.{index}"] for index in range(config.ssm_n_layers)),
-            ssm=tuple(tensors[f"ssm.{index}"] for index in range(config.ssm_n_layers)),
-            layers=tuple(KeyValues(**{name: tensors[f"layers.{index}.{name}"] for name in kept}) for index in layers),
-        )
+        device = tensors["tokens"].device
+        if len(set(steps)) == 1:  # filled in there; a list would be copied
+            device_steps = torch.full((len(steps),), steps[0], dtype=torch.int64, device=device)
+        else:
+            device_steps = torch.tensor(list(steps), dtype=torch.int64, device=device)
+        return cls(config=config, steps=tuple(steps), device_steps=device_steps, **tensors)
 
     @staticmethod
     def size_in_bytes(
         config: SMTConfig, batch_size: int, dtype: torch.dtype, attention_dtype: torch.dtype | None = None
     ) -> int:
-        """What ``n_bytes`` gives for every state of these sizes, at any step."""
+        """What ``n_bytes`` gives for every state of these sizes, at any step, if it ``has_keys``."""
         dtypes = _dtypes(dtype, attention_dtype)
-        return sum(batch_size * prod(shape) * dtypes[_kind(name)].itemsize for name, shape in state_shapes(config).items())
+        return sum(prod(shape.of(batch_size)) * dtypes[name].itemsize for name, shape in state_shapes(config).items())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name: ``tokens``, ``slots``, ``conv.0``, ..., ``ssm.0``, ..., ``layers.0.token_k``, ..."""
-        named = {"tokens": self.tokens, "slots": self.slots}
-        for kind in ("conv", "ssm"):
-            named.update((f"{kind}.{index}", tensor) for index, tensor in enumerate(getattr(self, kind)))
-        for index, layer in enumerate(self.layers):
-            named.update((f"layers.{index}.{name}", tensor) for name, tensor in layer.tensors().items())
-        return named
+        """What is remembered, by name: ``tokens``, ``slots``, ``conv``, ``ssm``, ``kv_tokens``, ``kv_slots``."""
+        return {name: getattr(self, name) for name in ROWS}
 
     @property
     def batch_size(self) -> int:
@@ -117,50 +116,66 @@ class SMTState:
             raise ValueError(f"the rows of state must be at the same step, got steps {self.steps}")
         return self.steps[0]
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether the keys and values that single steps go on from have been formed."""
+        shapes = state_shapes(self.config)
+        return all(getattr(self, name).shape == shapes[name].of(self.batch_size) for name in KEYS_AND_VALUES)
+
+    def without_keys(self) -> SMTState:
+        """The same without them (``stride`` and ``token``)."""
+        shapes = state_shapes(self.config)
+        empty = {
+            name: getattr(self, name).new_empty(without_entries(shapes[name]).of(self.batch_size)) for name in KEYS_AND_VALUES
+        }
+        return replace(self, **empty)
+
     def detach(self) -> SMTState:
         """The same values with no gradient history (truncated backpropagation through time)."""
-        return self._map(Tensor.detach)
+        return self._map(lambda name, tensor: tensor.detach())
 
     def clone(self) -> SMTState:
         """A copy in tensors of its own."""
-        return self._map(Tensor.clone)
+        return self._map(lambda name, tensor: tensor.clone())
 
     def to(self, *args: object, **kwargs: object) -> SMTState:
         """Every tensor moved as by ``Tensor.to``; SSM states stay in fp32 at least."""
-        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()}
-        for name, tensor in self.tensors().items():
-            if _kind(name) == "ssm":
-                wide = torch.promote_types(moved[name].dtype, torch.float32)
-                moved[name] = tensor.to(moved[name].device, wide)
-        return self.from_tensors(self.config, self.steps, moved)
+
+        def moved(name: str, tensor: Tensor) -> Tensor:
+            there = tensor.to(*args, **kwargs)
+            return tensor.to(there.device, torch.promote_types(there.dtype, torch.float32)) if name == "ssm" else there
+
+        state = self._map(moved)
+        return replace(state, device_steps=self.device_steps.to(state.tokens.device))
 
     def in_dtype(self, dtype: torch.dtype) -> SMTState:
         """As a model of another dtype has it; keys and values that autocast has left in a dtype of their own stay in it."""
         moved = self.to(dtype)
-        return moved if self.layers[0].slot_k.dtype == self.tokens.dtype else replace(moved, layers=self.layers)
+        if self.kv_slots.dtype == self.tokens.dtype:
+            return moved
+        return replace(moved, kv_tokens=self.kv_tokens, kv_slots=self.kv_slots)
 
     def cast_like(self, other: SMTState) -> SMTState:
         """Every tensor in the dtype that it has in ``other``."""
-        wanted = other.tensors()
-        cast = {name: tensor.to(wanted[name].dtype) for name, tensor in self.tensors().items()}
-        return self.from_tensors(self.config, self.steps, cast)
+        return self._map(lambda name, tensor: tensor.to(getattr(other, name).dtype))
 
     def rows(self, index: Tensor | Sequence[int]) -> SMTState:
         """The rows that ``index`` (int64) names, in that order; a row may come several times (beam search)."""
         index = torch.as_tensor(index)
         here = index.to(self.tokens.device)  # once: each copy to a GPU waits for it
-        chosen = self._map(lambda tensor: tensor.index_select(0, here))
-        return replace(chosen, steps=tuple(self.steps[row] for row in index.tolist()))
+        chosen = self._map(lambda name, tensor: tensor.index_select(ROWS[name], here))
+        alike = len(set(self.steps)) == 1  # and nothing to read from the device
+        steps = self.steps[:1] * len(index) if alike else tuple(self.steps[row] for row in index.tolist())
+        return replace(chosen, steps=steps, device_steps=self.device_steps.index_select(0, here))
 
     def overwrite_rows(self, index: Sequence[int], rows: SMTState) -> SMTState:
         """This state with the rows ``index`` replaced by ``rows``, in the same tensors."""
         where = torch.tensor(index, device=self.tokens.device)
-        theirs = rows.tensors()
-        written = {name: tensor.index_copy_(0, where, theirs[name]) for name, tensor in self.tensors().items()}
+        written = self._map(lambda name, tensor: tensor.index_copy_(ROWS[name], where, getattr(rows, name)))
         steps = list(self.steps)
         for row, step in zip(index, rows.steps, strict=True):
             steps[row] = step
-        return self.from_tensors(self.config, steps, written)
+        return replace(written, steps=tuple(steps), device_steps=self.device_steps.index_copy(0, where, rows.device_steps))
 
     @staticmethod
     def join(states: Sequence[SMTState]) -> SMTState:
@@ -173,9 +188,14 @@ class SMTState:
             raise ValueError("join needs at least one state")
         for state in states[1:]:
             state.check(states[0].config, state.batch_size)
-        parts = [state.tensors() for state in states]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return SMTState.from_tensors(states[0].config, [step for state in states for step in state.steps], joined)
+        if not all(state.has_keys for state in states):
+            states = [state.without_keys() for state in states]
+        joined = states[0]._map(lambda name, _: torch.cat([getattr(state, name) for state in states], dim=ROWS[name]))
+        return replace(
+            joined,
+            steps=tuple(step for state in states for step in state.steps),
+            device_steps=torch.cat([state.device_steps for state in states]),
+        )
 
     def n_bytes(self) -> int:
         """Bytes that the tensors hold."""
@@ -200,14 +220,12 @@ class SMTState:
         if self.batch_size != batch_size:
             raise ValueError(f"state has {self.batch_size} rows, input_ids has {batch_size}")
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> SMTState:
-        return self.from_tensors(self.config, self.steps, {name: function(tensor) for name, tensor in self.tensors().items()})
-
-
-def _kind(name: str) -> str:
-    return name.split(".")[0]
+    def _map(self, function: Callable[[str, Tensor], Tensor]) -> SMTState:
+        return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})
 
 
 def _dtypes(dtype: torch.dtype, attention_dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    attention_dtype = attention_dtype or dtype
     wide = torch.promote_types(dtype, torch.float32)
-    return {"tokens": dtype, "slots": dtype, "conv": dtype, "ssm": wide, "layers": attention_dtype or dtype}
+    own = {"ssm": wide, "kv_tokens": attention_dtype, "kv_slots": attention_dtype}
+    return {name: own.get(name, dtype) for name in ROWS}

@@ -142,3 +142,37 @@ def test_bad_sizes_are_named(arguments, error, message):
 def test_static_memory_has_no_write_steps(function):
     with pytest.raises(ValueError, match="static memory"):
         getattr(WindowSpec(15, 50, None), function)(3)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_what_is_made_for_the_canonical_step_serves_at_every_later_one_of_its_kind(spec, group):
+    length = 2 * spec.stride * group + 1
+    complete = max(spec.n_tokens, spec.stride * (spec.n_memory + group - 1) + 1)
+
+    def from_there(first):
+        """What exists before a step, and what the next ones and their writes see of it, counted from the step and its slots."""
+        written = spec.writes_made(first)
+        exist = min(first, spec.n_tokens), min(written, spec.n_memory + group - 1)
+        writes = range(written, spec.writes_made(first + length))
+        return (
+            exist,
+            [[max(0, token) - first for token in spec.visible_tokens(step)] for step in range(first, first + length)],
+            [[max(0, slot) - written for slot in spec.visible_slots(step)] for step in range(first, first + length)],
+            [[max(0, slot) - written for slot in spec.pooled_slots(write, group)] for write in writes],
+            [spec.write_step(write) - first for write in writes],
+            [spec.block_end(spec.block_of(step)) - first for step in range(first, first + length)],
+        )
+
+    for first in [*range(0, 60, 7), *range(complete - 2, complete + 3), 10**6 + 17, 10**6 + 17 + spec.stride, 2**40 + 5]:
+        canonical = spec.canonical_step(first, group)
+        assert canonical <= first and spec.canonical_step(canonical, group) == canonical
+        assert from_there(canonical) == from_there(first)
+        assert spec.canonical_step(canonical) == spec.canonical_step(first), "and in groups of one they are of one kind"
+    steps = range(complete, complete + 3 * spec.stride * group)
+    assert len({spec.canonical_step(step, group) for step in steps}) == spec.stride * group
+    assert {spec.canonical_step(step, group) for step in steps[:: spec.stride * group]} == {complete}
+
+
+def test_static_memory_looks_the_same_from_every_step_that_sees_all_tokens():
+    static = WindowSpec(4, 7, None)
+    assert [static.canonical_step(step) for step in (0, 6, 7, 8, 10**9)] == [0, 6, 7, 7, 7]

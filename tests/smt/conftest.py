@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from smt.model.decoder import GATE_RATE, Decoder
+from smt.model.decoder import Decoder
+from smt.model.layers import GATE_RATE
 
 initialise = Decoder.initialise
 

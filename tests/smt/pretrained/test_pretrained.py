@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, MambaConfig, MambaForCausalLM
 
 from smt import SMTConfig, StrideMemoryTransformer
-from smt.model.decoder import Span
+from smt.model.windows import Span
 from smt.pretrained.loading import config_of
 from smt.pretrained.sources import open_source
 from smt.state.state import SMTState
@@ -75,7 +75,7 @@ def test_the_decoder_on_a_window_is_gpt2_on_it(encoding, form):
     n_queries = 1 if encoding == "token" else window.stride
     with torch.no_grad():
         spans = Span(tokens, step - window.n_tokens + 1), Span(slots, newest)
-        ours, _ = model.decoder.encode_windows(*spans, step - n_queries + 1, [step + 1] * 3)
+        ours, _ = model.decoder.encode_windows(*spans, step - n_queries + 1, [step + 1] * 3, keep=False)
         theirs = getattr(source, "transformer", source)(inputs_embeds=torch.cat([slots, tokens], dim=1)).last_hidden_state
     torch.testing.assert_close(ours, theirs[:, -n_queries:], rtol=1e-5, atol=1e-5)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smt.state.rings import from_ring, last_entries, take, to_ring
+from smt.state.rings import ends, from_ring, last_entries, take, to_ring
 
 
 def naive(values, first, stops, size):
@@ -21,20 +21,24 @@ def naive(values, first, stops, size):
 def test_rings_equal_writing_one_entry_after_the_other(size, first, lengths):
     values = torch.randn(3, 9, 2)
     stops = [first + length for length in lengths]
-    ring = to_ring(values, first, stops, size)
+    newest = last_entries(values, ends(first, stops, values.device), size)
+    ring = to_ring(newest, torch.tensor(stops[:1] if len(set(stops)) == 1 else stops))
     assert torch.equal(ring, naive(values, first, stops, size))
+    layers = to_ring(torch.stack([newest, -newest]), torch.tensor(stops), dim=2)
+    assert torch.equal(layers, torch.stack([ring, -ring]))
     for row, (stop, length) in enumerate(zip(stops, lengths, strict=True)):
-        count = min(length, size)
+        count, stop = min(length, size), torch.tensor([stop])
         newest = values[row : row + 1, length - count : length]
         assert torch.equal(from_ring(ring[row : row + 1], stop, count), newest)
-        assert torch.equal(last_entries(ring, torch.tensor([row]), torch.tensor([stop]), count), newest)
+        assert torch.equal(from_ring(ring, stop, count, rows=torch.tensor([row])), newest)
+        of_layers = from_ring(layers[:, row : row + 1], stop, count, dim=2)
+        assert torch.equal(of_layers, torch.stack([newest, -newest]))
 
 
 def test_a_ring_of_no_entries_stays_empty():
-    values = torch.randn(2, 5, 3)
-    ring = to_ring(values, 0, [5, 5], 0)
-    assert ring.shape == (2, 0, 3) and from_ring(ring, 5, 0).shape == (2, 0, 3)
-    assert last_entries(ring, torch.tensor([0, 1]), torch.tensor([5, 5]), 0).shape == (2, 0, 3)
+    ring = to_ring(last_entries(torch.randn(2, 5, 3), 5, 0), torch.tensor([5]))
+    assert ring.shape == (2, 0, 3) and from_ring(ring, torch.tensor([5]), 0).shape == (2, 0, 3)
+    assert from_ring(ring, torch.tensor([5, 5]), 0, rows=torch.tensor([0, 1])).shape == (2, 0, 3)
 
 
 def test_positions_outside_give_zeros():

@@ -100,9 +100,9 @@ def test_detach_cuts_the_gradient_and_keeps_the_values():
     model = build(encoding="stream")
     ids = torch.randint(VOCAB, (1, 80))
     state = model(ids[:, :40])[1].state
-    assert state.slots.requires_grad and state.layers[0].token_k.requires_grad
+    assert state.slots.requires_grad and state.kv_tokens.requires_grad
     cut = state.detach()
-    assert not any(tensor.requires_grad for tensor in (cut.tokens, cut.slots, *cut.conv, *cut.ssm, cut.layers[0].token_k))
+    assert not any(tensor.requires_grad for tensor in cut.tensors().values())
     assert torch.equal(model(ids[:, 40:], state=state)[0], model(ids[:, 40:], state=cut)[0])
 
 
@@ -178,13 +178,49 @@ def test_a_state_keeps_its_dtypes_under_autocast(encoding):
         logits, aux = model(ids[:, :30])
         for step in range(30, 40):
             logits, aux = model(ids[:, step : step + 1], aux.state)
-    dtypes = {name.split(".")[0]: tensor.dtype for name, tensor in aux.state.tensors().items()}
     float32, bfloat16 = torch.float32, torch.bfloat16
-    assert dtypes == {"tokens": float32, "slots": float32, "conv": float32, "ssm": float32, "layers": bfloat16}
+    for name, tensor in aux.state.tensors().items():
+        assert tensor.dtype == (bfloat16 if name.startswith("kv") else float32), name
     assert aux.state.n_bytes() == SMTState.size_in_bytes(model.config, 2, float32, bfloat16)
     assert (logits[:, -1] - whole[:, -1]).abs().max() < 0.1 * whole.std()
     with torch.no_grad():
         model(ids[:, :1], aux.state)  # and it goes on without autocast
+
+
+@pytest.mark.parametrize("encoding", ["token", "stride"])
+def test_what_training_leaves_has_no_keys_and_single_steps_form_them(encoding, tmp_path):
+    model = build(encoding=encoding)
+    ids = torch.randint(VOCAB, (3, 80))
+    mask = torch.ones(3, 40, dtype=torch.long)
+    mask[1, :7] = mask[2, :31] = 0
+    state = model(ids[:, :40], attention_mask=mask)[1].state.detach()
+    assert not state.has_keys and state.kv_slots.numel() == state.kv_tokens.numel() == 0
+    state.save(tmp_path / "state")
+    assert SMTState.load(tmp_path / "state").kv_slots.shape == state.kv_slots.shape
+    with torch.no_grad():
+        formed = model(ids[:, :40], attention_mask=mask)[1].state
+        assert formed.has_keys and not SMTState.join([formed, state]).has_keys
+        taken = torch.tensor([[1], [1], [0]])  # the row that takes nothing has its keys formed as well
+        first, aux = model(ids[:, 40:41], state, attention_mask=taken)
+        expected, of_formed = model(ids[:, 40:41], formed, attention_mask=taken)
+        torch.testing.assert_close(first[:2], expected[:2], rtol=1e-5, atol=1e-5)
+        for step in range(41, 60):
+            following, aux = model(ids[:, step : step + 1], aux.state)
+            expected, of_formed = model(ids[:, step : step + 1], of_formed.state)
+            torch.testing.assert_close(following, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
+def test_a_piece_without_a_write_leaves_a_state_that_may_be_overwritten_alone(encoding):
+    model = build(encoding=encoding)
+    ids = torch.randint(VOCAB, (2, 60))
+    with torch.no_grad():
+        before = model(ids[:, :40])[1].state
+        kept = before.clone()
+        state = model(ids[:, 40:44], before)[1].state
+        for step in range(44, 50):
+            state = model(ids[:, step : step + 1], state, overwrite_state=True)[1].state
+    assert all(torch.equal(tensor, kept.tensors()[name]) for name, tensor in before.tensors().items())
 
 
 def test_a_state_of_another_config_is_refused():

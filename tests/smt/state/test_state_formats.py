@@ -50,9 +50,9 @@ def test_a_state_of_inference_mode_goes_on_outside_of_it(encoding, overwrite):
 def test_an_ssm_state_stays_in_fp32_at_least():
     _, aux = build()(torch.randint(37, (1, 9)))
     low = aux.state.to(torch.bfloat16)
-    assert low.tokens.dtype == torch.bfloat16 and low.ssm[0].dtype == torch.float32
-    assert torch.equal(low.ssm[0], aux.state.ssm[0])
-    assert aux.state.to(torch.float64).ssm[0].dtype == torch.float64
+    assert low.tokens.dtype == torch.bfloat16 and low.ssm.dtype == torch.float32
+    assert torch.equal(low.ssm, aux.state.ssm)
+    assert aux.state.to(torch.float64).ssm.dtype == torch.float64
 
 
 def test_states_compare_by_identity():

@@ -23,7 +23,7 @@ class TestLoop:
 
         def forward(self, input_ids, state, *, targets):
             if state is not None:
-                assert not state.tokens.requires_grad and not any(kv.token_k.requires_grad for kv in state.layers)
+                assert not state.tokens.requires_grad and not state.kv_tokens.requires_grad
             steps_before.append(0 if state is None else state.step)
             return forward_of(self, input_ids, state, targets=targets)
 
