@@ -161,7 +161,7 @@ class SMTState:
 
     def rows(self, index: Tensor | Sequence[int]) -> SMTState:
         """The rows that ``index`` (int64) names, in that order; a row may come several times (beam search)."""
-        index = torch.as_tensor(index)
+        index = index if isinstance(index, Tensor) else torch.tensor(index, device="cpu")
         here = index.to(self.tokens.device)  # once: each copy to a GPU waits for it
         chosen = self._map(lambda name, tensor: tensor.index_select(ROWS[name], here))
         alike = len(set(self.steps)) == 1  # and nothing to read from the device
