@@ -7,6 +7,8 @@ over the rows of all processes and all batches that it accumulates,
     (sum of nats / targets that the loss counts) * (steps that are read / steps of full batches)
 
 so that all its targets weigh the same, wherever they are, and a step in which rows wait weighs less than a full one.
+
+On a GPU the next step is launched before the numbers of this one are read (``taken_step``), so that the device always has work.
 """
 
 from __future__ import annotations
