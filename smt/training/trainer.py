@@ -25,6 +25,7 @@ from torch import Tensor
 from smt.data.parts import Parts
 from smt.data.walk import Batch, DocumentWalk
 from smt.evaluation.perplexity import Evaluation
+from smt.runtime.device import sent
 from smt.state.carried import CarriedStates
 from smt.training.checkpoints import Snapshot
 from smt.training.clock import Clock, schedule
@@ -32,7 +33,7 @@ from smt.training.objective import ChunkLoss
 from smt.training.parameter_groups import parameter_groups
 from smt.training.progress import LOSS_STEPS, Progress
 from smt.training.settings import DataConfig, TrainingConfig
-from smt.training.shapes import full_shape, sent
+from smt.training.shapes import full_shape
 from smt.training.sharding import is_sharded, placed_like, whole
 from smt.training.taken_step import HostCopy, TakenStep
 
