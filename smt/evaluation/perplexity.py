@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smt.data.walk import Batch
+from smt.runtime.device import sent
 from smt.state.carried import CarriedStates
 
 Sum = Callable[[Tensor], Tensor]
@@ -79,7 +80,7 @@ def evaluate(objective: nn.Module, batches: Iterable[Batch], n_bytes: int, *, to
     try:
         for batch in batches:
             reading, state = states.continued(batch)
-            loss, state = objective(reading.input_ids.to(device), reading.targets.to(device), state)
+            loss, state = objective(sent(reading.input_ids, device), sent(reading.targets, device), state)
             states.keep(batch, state)
             losses.append(loss)
             counts.append(reading.n_targets)

@@ -1,8 +1,9 @@
-"""Where a command computes."""
+"""Where a command computes, and how what it reads gets there."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def find_device(name: str) -> torch.device:
@@ -20,3 +21,8 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but PyTorch finds no GPU; use --device cpu")
     return device
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``; a GPU copies it when it comes to it, and nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Batches on their way to a device: of one shape for all steps, and sent without a wait."""
+"""Batches of one shape for all steps, which a device has compiled or chosen for once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from smt.data.walk import IGNORE_INDEX, Batch
 
@@ -31,8 +30,3 @@ def full_shape(batch: Batch, length: int) -> Batch:
         reset=torch.where(reading, batch.reset, begins),
         documents=batch.documents.clamp(min=0),
     )
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on ``device``; a GPU copies it when it comes to it, and nobody waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -7,6 +7,8 @@ over the rows of all processes and all batches that it accumulates,
     (sum of nats / targets that the loss counts) * (steps that are read / steps of full batches)
 
 so that all its targets weigh the same, wherever they are, and a step in which rows wait weighs less than a full one.
+
+On a GPU the next step is launched before the numbers of this one are read (``taken_step``), so that the device always has work.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from smt.data.parts import Parts
 from smt.data.walk import Batch, DocumentWalk
 from smt.evaluation.perplexity import Evaluation
+from smt.runtime.device import sent
 from smt.state.carried import CarriedStates
 from smt.training.checkpoints import Snapshot
 from smt.training.clock import Clock, schedule
@@ -30,7 +33,7 @@ from smt.training.objective import ChunkLoss
 from smt.training.parameter_groups import parameter_groups
 from smt.training.progress import LOSS_STEPS, Progress
 from smt.training.settings import DataConfig, TrainingConfig
-from smt.training.shapes import full_shape, sent
+from smt.training.shapes import full_shape
 from smt.training.sharding import is_sharded, placed_like, whole
 from smt.training.taken_step import HostCopy, TakenStep
 

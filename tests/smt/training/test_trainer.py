@@ -7,6 +7,7 @@ import pytest
 import torch
 from same_training import TASKS, assert_same_training, trained
 from tiny_training import DATA, MODEL, random_documents, recorded_batches, train_tiny, trainer_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.data.walk import IGNORE_INDEX
@@ -14,6 +15,16 @@ from smt.evaluation.perplexity import Evaluation
 from smt.training.clock import Clock
 from smt.training.objective import ChunkLoss
 from smt.training.settings import TrainingConfig
+
+
+class Reads(TorchDispatchMode):
+    """How many numbers that a device would compute are read while a step is launched; those of batches are on the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
+        return function(*args, **(kwargs or {}))
 
 
 class TestLoop:
@@ -127,7 +138,9 @@ class TestLoop:
             """How many steps are unread after each."""
             batches, unread = iter(trainer._walk), []
             for step in range(first, last):
-                trainer._step(batches, step / n_steps, is_first=step == first)
+                with Reads() as reads:
+                    trainer._step(batches, step / n_steps, is_first=step == first)
+                assert not (trainer._reads_late and reads.count)
                 unread.append(len(trainer._taken))
             trainer._finish_steps()
             return unread
