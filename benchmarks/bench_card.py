@@ -82,10 +82,10 @@ def with_ratio(row: Row, before: list[Row]) -> Row:
 
 def line(row: Row) -> str:
     """One row, as it is printed."""
-    return "  ".join((row.section, row.case, row.shape, *cells(row)))
+    return "  ".join((row.section, row.case, row.shape, *as_cells(row)))
 
 
-def cells(row: Row) -> list[str]:
+def as_cells(row: Row) -> list[str]:
     """Time, host, tokens per second, memory, ratio and note of a row, as its tables show them."""
     if row.seconds is None:
         return ["not measured", "", "", "", "", row.note]
@@ -116,7 +116,7 @@ def as_markdown(document: dict) -> str:
     for section in dict.fromkeys(row.section for row in rows):
         lines += ["", f"## {section}", ""]
         lines += ["| case | shape | time | host | tokens/s | peak | ratio | |", "|---|---|---|---|---|---|---|---|"]
-        lines += [f"| {' | '.join((row.case, row.shape, *cells(row)))} |" for row in rows if row.section == section]
+        lines += [f"| {' | '.join((row.case, row.shape, *as_cells(row)))} |" for row in rows if row.section == section]
     return "\n".join(lines) + "\n"
 
 
