@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from attention_cases import AttentionSizes, flex_attention
@@ -44,7 +45,8 @@ def check_attention(sizes: AttentionSizes, implementation: str, *, backward: boo
             return {"out": out}
         return {"out": out, **dict(zip(NAMES, torch.autograd.grad(out, tensors, grad_out.to(out.dtype)), strict=True))}
 
-    exact = results("reference", [tensor.detach().double().requires_grad_(backward) for tensor in inputs])
+    in_double = [tensor.detach().double().requires_grad_(backward) for tensor in inputs]
+    exact = functools.partial(results, "reference", in_double)
     _compare(f"stream_attention, {implementation}", results(implementation, inputs), exact, results("reference", inputs))
 
 
@@ -74,8 +76,8 @@ def check_models(config: SMTConfig, device: torch.device) -> None:
         fast = _loss_and_gradients(model, input_ids)
         with use_backend("reference"):
             plain = _loss_and_gradients(model, input_ids)
-            exact = _loss_and_gradients(model.double(), input_ids)
-        _compare(f"model with {changes}", fast, exact, plain)
+            exact = functools.partial(_loss_and_gradients, model.double(), input_ids)
+            _compare(f"model with {changes}", fast, exact, plain)
 
 
 def check_decoding(config: SMTConfig, encodings: Sequence[str], device: torch.device) -> None:
@@ -104,15 +106,19 @@ def check_decoding(config: SMTConfig, encodings: Sequence[str], device: torch.de
                 logits, aux = model(input_ids[:, step : step + 1], aux.state, overwrite_state=True)
                 pieces.append(logits)
             plain = model(input_ids)[0]
-            exact = model.double()(input_ids)[0]
-        _compare(f"decoding, {encoding}", {"logits": torch.cat(pieces, dim=1)}, {"logits": exact}, {"logits": plain})
+            exact = functools.partial(_logits, model.double(), input_ids)
+            _compare(f"decoding, {encoding}", {"logits": torch.cat(pieces, dim=1)}, exact, {"logits": plain})
 
 
-def _compare(what: str, actual: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+def _compare(what: str, actual: dict[str, Tensor], exact: Callable[[], dict[str, Tensor]], plain: dict[str, Tensor]) -> None:
     try:
         assert_within_budget(actual, exact, plain)
     except AssertionError as error:
         raise WrongResult(f"{what}: {error}") from error
+
+
+def _logits(model: StrideMemoryTransformer, input_ids: Tensor) -> dict[str, Tensor]:
+    return {"logits": model(input_ids)[0]}
 
 
 def _loss_and_gradients(model: StrideMemoryTransformer, input_ids: Tensor) -> dict[str, Tensor]:

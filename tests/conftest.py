@@ -1,19 +1,23 @@
 """What every test runs under: the device, the interpreter where there is no GPU, threads, one seed per test.
 
 Without a CUDA device, Triton kernels run in their interpreter, mended by ``smt_kernels.testing.interpreter``; with one,
-they run natively, and ``TRITON_INTERPRET=1 pytest`` asks for the interpreter all the same. Two markers name needs:
+they run natively, and ``TRITON_INTERPRET=1 pytest`` asks for the interpreter all the same. Three markers name needs:
 
     triton        triton must be installed (every parametrisation with the triton backend carries it)
     interpreter   kernels must be interpreted, because their memory accesses are counted
+    cuda          kernels must run natively
 
-A test whose need is not met is deselected, and the last lines of the report say how many and why.
+A test whose need is not met is deselected, and the last lines of the report say how many and why. A fourth names a choice:
+``pytest -m native`` is every kernel in every dtype and mode, with few distinct ones to compile.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import random
+import re
 import signal
 import sys
 import zlib
@@ -39,8 +43,10 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network
 
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 _NEEDS = {
     "triton": (TRITON_INSTALLED, "triton is not installed"),
+    "cuda": (DEVICE == "cuda", "no kernel runs natively here"),
     "interpreter": (INTERPRETED, "kernels run natively here; set TRITON_INTERPRET=1 to count what they read and write"),
 }
 _deselected: Counter[str] = Counter()
@@ -51,8 +57,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name, (_, unmet) in _NEEDS.items():
-        config.addinivalue_line("markers", f"{name}: deselected when {unmet}")
     for line in deprecations.filters():
         config.addinivalue_line("filterwarnings", line)
 
@@ -63,6 +67,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    astray = [item.nodeid for item in items if _launches_kernels(item) and "device" not in item.fixturenames]
+    if astray:
+        raise pytest.UsageError(
+            "these tests ask for triton and not for the fixture 'device', and would hand a GPU's kernels tensors of the CPU "
+            "(triton(launches=False) marks those that launch none):\n" + "\n".join(astray)
+        )
     kept, dropped = [], []
     for item in items:
         unmet = [reason for name, (met, reason) in _NEEDS.items() if not met and item.get_closest_marker(name)]
@@ -71,6 +81,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+def _launches_kernels(item: pytest.Item) -> bool:
+    """Whether a test that also runs natively launches kernels, by its markers or by the backend that its body names."""
+    if item.get_closest_marker("interpreter"):
+        return False
+    if marker := item.get_closest_marker("triton"):
+        return marker.kwargs.get("launches", True)
+    # What hypothesis made of a function has its own source at the end.
+    return bool(re.search(r"""(backend=|use_backend\()"triton\"""", inspect.getsource(inspect.unwrap(item.function))))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -103,10 +123,10 @@ def no_deprecations() -> Iterator[None]:
     assert not messages
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # so that tests of hypothesis may take it
 def device() -> str:
     """Where the tests of this run put their tensors: ``cuda`` when kernels run natively, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+    return DEVICE
 
 
 @pytest.fixture(scope="session", autouse=True)

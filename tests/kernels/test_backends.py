@@ -125,7 +125,7 @@ def test_compiled_code_follows_use_backend():
             assert last_choice("window_attention").backend == (name or "blocked")
 
 
-@pytest.mark.triton
+@pytest.mark.triton(launches=False)
 @pytest.mark.parametrize(
     "capability, backend", [((7, 0), "blocked"), ((7, 5), "blocked"), ((8, 0), "triton"), ((9, 0), "triton")]
 )
@@ -175,7 +175,7 @@ def test_triton_refuses_a_head_that_its_kernel_does_not_take(operation, device):
     assert last_choice(operation).backend == "blocked"
 
 
-@pytest.mark.triton
+@pytest.mark.triton(launches=False)
 @pytest.mark.parametrize("operation", ATTENTIONS)
 def test_the_limit_of_a_kernel_is_that_of_its_launch_table(operation):
     assert backends.TRITON_LIMITS[operation] == launch.HEADS[-1]
@@ -185,7 +185,7 @@ def test_no_choice_is_known_before_the_first_call():
     assert last_choice("an operation that never ran") is None
 
 
-@pytest.mark.triton
+@pytest.mark.triton(launches=False)
 def test_triton_on_a_cpu_and_what_counts_it_say_how_to_get_the_interpreter():
     code = (
         "import torch; from smt_kernels import window_attention\n"
@@ -202,7 +202,7 @@ def test_triton_on_a_cpu_and_what_counts_it_say_how_to_get_the_interpreter():
     assert "RuntimeError: smt_kernels.testing.interpreter needs TRITON_INTERPRET=1, set before the first import" in done.stderr
 
 
-@pytest.mark.triton
+@pytest.mark.triton(launches=False)
 def test_interpreted_kernels_are_right_without_importing_the_testing_kit():
     code = (
         "import torch; from smt_kernels import window_attention\n"
@@ -234,11 +234,11 @@ def test_importing_and_running_need_neither_triton_nor_a_gpu():
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", TRITON])
-def test_autocast_does_not_reach_into_an_operation(backend):
+def test_autocast_does_not_reach_into_an_operation(backend, device):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator).requires_grad_()
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_()
 
     tokens, w_q, w_k = random(2, 40, 16), random(16, 16), random(16, 16)
     q, k, v, memory_k, memory_v = random(1, 40, 2, 16), random(1, 40, 2, 16), random(1, 40, 2, 16), *random(2, 1, 2, 2, 16)
@@ -246,7 +246,7 @@ def test_autocast_does_not_reach_into_an_operation(backend):
     writes = {"window": window, "first_write": 0, "n_writes": 2}
 
     def results(*, autocast):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             assert ((tokens @ w_q).dtype == torch.bfloat16) == autocast
             pooled, weights = attention_pool_sequence(tokens, None, w_q, w_k, **writes, backend=backend)
             streamed = stream_attention(q, k, v, memory_k, memory_v, window=window, backend=backend)

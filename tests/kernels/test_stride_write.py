@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -80,7 +81,7 @@ def test_the_formulas_of_the_design_computed_one_number_at_a_time(backend, case,
 
 
 @pytest.mark.parametrize("gate", ["none", "random"])
-@pytest.mark.parametrize(("case", "dtype"), in_turn(WIDE_CASES, DTYPES, dtype_id))
+@pytest.mark.parametrize(("case", "dtype"), in_turn(WIDE_CASES, DTYPES, dtype_id, native=(0, 1)))
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backend, case, gate, dtype, device):
     assert_problem_within_budget(make_problem(case, dtype, device, gate), backend)
@@ -92,15 +93,14 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backen
     batch=st.integers(1, 2),
     writes=st.integers(1, 9),
     width=st.integers(33, 100),
-    state=st.integers(1, 20),
-    taps=st.integers(1, 6),
+    state=st.sampled_from([3, 16]),  # a kernel of its own for each
+    taps=st.sampled_from([1, 5]),
     rank=st.integers(1, 9),
     gate=st.sampled_from(["none", "random"]),
     dtype=st.sampled_from(DTYPES[1:]),
 )
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_any_shape_is_within_budget(backend, batch, writes, width, state, taps, rank, gate, dtype):
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+def test_any_shape_is_within_budget(backend, batch, writes, width, state, taps, rank, gate, dtype, device):
     torch.manual_seed(width)
     assert_problem_within_budget(make_problem(Case(batch, writes, width, state, taps, rank), dtype, device, gate), backend)
 
@@ -169,15 +169,15 @@ def test_gradients_are_right_when_only_one_result_is_used(backend, used, device)
         grads = torch.autograd.grad(out, inputs, problem.grads[used].to(dtype), allow_unused=True)
         return {n: torch.zeros_like(i) if g is None else g for n, i, g in zip(INPUTS, inputs, grads, strict=True)}
 
-    exact = gradients("reference", torch.float64)
     if backend == "triton":
+        exact = functools.partial(gradients, "reference", torch.float64)
         assert_within_budget(gradients(backend, torch.float32), exact, gradients("reference", torch.float32))
     else:
-        assert_equal_in_double(gradients(backend, torch.float64), exact, terms=8 * 64)
+        assert_equal_in_double(gradients(backend, torch.float64), gradients("reference", torch.float64), terms=8 * 64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_it_is_the_middle_of_the_mamba_block_of_transformers(backend):
+def test_it_is_the_middle_of_the_mamba_block_of_transformers(backend, device):
     config = MambaConfig(
         hidden_size=16, state_size=8, conv_kernel=4, expand=2, time_step_rank=3, num_hidden_layers=1, vocab_size=8
     )
@@ -202,12 +202,13 @@ def test_it_is_the_middle_of_the_mamba_block_of_transformers(backend):
         "a": -torch.exp(mixer.A_log),
         "d": mixer.D,
     }
+    inputs = {name: value.to(device) for name, value in inputs.items()}  # the block stays where its own kernels are not
     weights = (mixer.conv1d.weight, mixer.conv1d.bias, mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias)
     weights += (mixer.A_log, mixer.D)
     grad = torch.randn_like(seen["y"])
 
     def named(y: Tensor) -> dict[str, Tensor]:
-        grads = torch.autograd.grad(y, weights, grad.to(y.dtype), retain_graph=True)
+        grads = torch.autograd.grad(y, weights, grad.to(y), retain_graph=True)
         return {"y": y.detach()} | {f"d_{name}": value for name, value in zip(WEIGHTS, grads, strict=True)}
 
     ours = named(stride_write(**inputs, backend=backend)[0])

@@ -68,18 +68,26 @@ def compare(
         assert torch.allclose(made[made > 0].flatten(), theirs.flatten(), atol=1e-5)
 
 
+# Every value of a switch with every value of each other.
 @pytest.mark.filterwarnings("ignore:stride")
-@pytest.mark.parametrize("write_group", [1, 4, 16])
-@pytest.mark.parametrize("pooling_norm", [True, False], ids=["norm", "no-norm"])
-@pytest.mark.parametrize("pool_source", ["window", "tokens"])
-@pytest.mark.parametrize("empty_slots", ["mask", "zero"])
+@pytest.mark.parametrize(
+    ("write_group", "empty_slots", "pool_source", "pooling_norm"),
+    [
+        (1, "mask", "window", False),
+        (1, "zero", "tokens", True),
+        (4, "mask", "tokens", True),
+        (4, "zero", "window", False),
+        (16, "mask", "window", True),
+        (16, "zero", "tokens", False),
+    ],
+)
 @pytest.mark.parametrize("encoding", ["token", "stride"])
 def test_forward_equals_the_naive_loop(encoding, empty_slots, pool_source, pooling_norm, write_group):
     # 71 steps of window 4 + 10: 17 writes, so that groups of 16 are passed and both halves fill up on the way.
     compare(71, 4, 10, 4, encoding, empty_slots, pool_source, pooling_norm, write_group)
 
 
-@pytest.mark.parametrize("length", [1, 2, 16, 17, 18, 49, 66, 300])
+@pytest.mark.parametrize("length", [1, 17, 66, 200])
 @pytest.mark.parametrize("encoding", ["token", "stride"])
 def test_forward_equals_the_naive_loop_in_the_published_window(encoding, length):
     compare(length, 15, 50, 16, encoding, "mask", "window", True, 8)

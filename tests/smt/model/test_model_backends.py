@@ -11,10 +11,9 @@ from smt import SMTConfig, StrideMemoryTransformer
 from smt_kernels import last_choice, use_backend
 from smt_kernels.backends import TRITON_LIMITS
 
-TRITON = pytest.param("triton", marks=pytest.mark.triton)
-BACKENDS = ["blocked", TRITON]
 ENCODINGS = ["token", "stride", "stream"]
 LENGTH = 40  # four writes of stride 8 in groups of two, and windows whose halves are partly empty
+SHORT = 18  # two writes: every token has a window of its own, which takes the interpreter long
 
 
 @pytest.fixture
@@ -41,13 +40,12 @@ def model(request, device):
     return StrideMemoryTransformer(config).to(device)
 
 
-def every_encoding(*options):
-    return pytest.mark.parametrize(
-        "model",
-        [{"encoding": encoding, **chosen} for encoding in ENCODINGS for chosen in options or [{}]],
-        ids=lambda chosen: "-".join(map(str, chosen.values())),
-        indirect=True,
-    )
+def on(backend, switches):
+    marks = [pytest.mark.triton] if backend == "triton" else []
+    return pytest.param(switches, backend, id="-".join(map(str, [*switches.values(), backend])), marks=marks)
+
+
+FROM_THE_WINDOW, FROM_TOKENS = {"pool_source": "window"}, {"pool_source": "tokens", "empty_slots": "zero"}
 
 
 def loss_and_gradients(model, ids):
@@ -55,10 +53,18 @@ def loss_and_gradients(model, ids):
     return [loss.detach(), aux.state.slots.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@every_encoding({"pool_source": "window"}, {"pool_source": "tokens", "empty_slots": "zero"})
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    [
+        *(on("blocked", {"encoding": name, **switches}) for name in ENCODINGS for switches in (FROM_THE_WINDOW, FROM_TOKENS)),
+        on("triton", {"encoding": "token", **FROM_THE_WINDOW}),
+        on("triton", {"encoding": "stride", **FROM_TOKENS}),
+        on("triton", {"encoding": "stream", **FROM_THE_WINDOW}),
+    ],
+    indirect=["model"],
+)
 def test_every_backend_gives_the_loss_and_gradients_of_the_reference(model, backend, device):
-    ids = torch.randint(61, (2, LENGTH), device=device)
+    ids = torch.randint(61, (2, SHORT if model.config.encoding == "token" else LENGTH), device=device)
     exact_model = copy.deepcopy(model).double()
     with use_backend("reference"):
         exact = loss_and_gradients(exact_model, ids)
@@ -83,8 +89,12 @@ def relative_error(results, exact):
     return torch.stack(errors).norm().item()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@every_encoding()
+# The compiler sees the same operators on either backend (test_operators.py).
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    [*(on("blocked", {"encoding": name}) for name in ENCODINGS), on("triton", {"encoding": "stream"})],
+    indirect=["model"],
+)
 def test_a_training_step_compiles_whole_on_every_backend(model, backend, device):
     ids = torch.randint(61, (1, 20), device=device)
     parameters = list(model.parameters())
@@ -97,7 +107,18 @@ def test_a_training_step_compiles_whole_on_every_backend(model, backend, device)
         torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.triton
+@pytest.mark.cuda
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("model", [{"encoding": name} for name in ENCODINGS], ids=ENCODINGS, indirect=True)
+def test_training_steps_repeat_bit_for_bit_on_cuda(model, dtype, device):
+    ids = torch.randint(61, (8, 4 * LENGTH), device=device)  # every token often: its gradient is a sum
+    with torch.autocast(device, dtype, enabled=dtype is not None):
+        first, second = loss_and_gradients(model, ids), loss_and_gradients(model, ids)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.triton(launches=False)
 def test_every_operation_has_a_kernel():
     operations = {"window_attention", "stream_attention", "attention_pool", "attention_pool_sequence", "stride_write"}
     assert operations <= set(TRITON_LIMITS)
