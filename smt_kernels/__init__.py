@@ -4,6 +4,7 @@ from smt_kernels.attention_pool import attention_pool, attention_pool_sequence
 from smt_kernels.backends import BACKENDS, BackendChoice, last_choice, use_backend
 from smt_kernels.stream_attention import stream_attention
 from smt_kernels.stream_attention_decode import stream_attention_decode
+from smt_kernels.stride_memory import Memory, MemoryWeights, stride_memory
 from smt_kernels.stride_write import stride_write
 from smt_kernels.window import WindowSpec
 from smt_kernels.window_attention import window_attention
@@ -11,12 +12,15 @@ from smt_kernels.window_attention import window_attention
 __all__ = [
     "BACKENDS",
     "BackendChoice",
+    "Memory",
+    "MemoryWeights",
     "WindowSpec",
     "attention_pool",
     "attention_pool_sequence",
     "last_choice",
     "stream_attention",
     "stream_attention_decode",
+    "stride_memory",
     "stride_write",
     "use_backend",
     "window_attention",

@@ -28,6 +28,7 @@ TRITON_LIMITS: dict[str, int | None] = {
     "attention_pool_sequence": None,
     "stream_attention": 256,
     "stream_attention_decode": 256,
+    "stride_memory": None,
     "stride_write": None,
     "window_attention": 256,
 }

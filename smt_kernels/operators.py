@@ -41,7 +41,7 @@ def register(empty: Callable[..., Any], *, outputs: int = 1, kept: int = 0, grad
     Args:
         empty: takes the arguments and the backend and returns the results, uninitialised: what fake tensors compute. Its
             annotations make the schema: tensors, numbers, and NamedTuples and dataclasses of them. The first is a tensor.
-        outputs: so many results come first that gradients go through, of which the first has the dtype of the first tensor.
+        outputs: so many results come first that gradients go through.
         kept: so many results, the last ones, are kept for ``backward``.
         gradients: so many tensors come first among the arguments that have gradients; 0: there is no ``backward``.
     """
@@ -128,7 +128,7 @@ class _Operation:
 
     def _fake_backward(self, *leaves: Any) -> tuple[Tensor, ...]:
         tensors = leaves[self._outputs + len(self._kept.leaves) :][: self._gradients]
-        return tuple(tensors[0].new_empty(0 if tensor is None else tensor.shape) for tensor in tensors)
+        return tuple(tensors[0].new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
@@ -137,7 +137,7 @@ class _Operation:
         tensors = (leaf for leaf, is_tensor in zip(leaves, self._is_tensor, strict=True) if is_tensor)
         ctx.save_for_backward(*tensors, *output[len(output) - len(self._kept.leaves) :])
         ctx.numbers = [leaf for leaf, is_tensor in zip(leaves, self._is_tensor, strict=True) if not is_tensor]
-        ctx.shape = output[0].shape
+        ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
 
     def _formula(self, backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
         """The gradients of all leaves, given those of the results and what ``_setup_context`` has saved."""
@@ -147,7 +147,7 @@ class _Operation:
             of_tensors, of_numbers = iter(tensors), iter(ctx.numbers)
             leaves = [next(of_tensors if is_tensor else of_numbers) for is_tensor in self._is_tensor]
             first, *others = grads[: self._outputs]
-            first = leaves[0].new_zeros(ctx.shape) if first is None else first
+            first = leaves[0].new_zeros(ctx.shape, dtype=ctx.dtype) if first is None else first
             found = backward(first, *others, *of_kept, *leaves, ctx.backend)
             found = [None if leaf is None else grad for leaf, grad in zip(leaves, found, strict=False)]
             return *found, *(None for _ in range(len(leaves) + 1 - len(found)))  # and none of the backend

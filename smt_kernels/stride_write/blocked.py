@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt_kernels.precision import LOG2_E, accumulation
-from smt_kernels.stride_write.kept import KeptBlocked, kept_size_blocked
+from smt_kernels.stride_write.kept import KeptBlocked, kept_of, kept_size
 from smt_kernels.stride_write.reference import Weights
 
 # Elements of the states that are worked on at a time. On a CPU they stay in cache and their buffers are reused; elsewhere
@@ -33,14 +33,14 @@ def forward(
     x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Weights, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E), both states after K, and
-    ``kept_size_blocked`` elements for ``backward``.
+    ``kept_size`` elements for ``backward``.
     """
     order = None if gate is None else _order_of(gate)
     weights = Weights(*map(accumulation, parameters))
     rank = weights.dt_proj_weight.shape[1]
-    n_projected = len(weights.x_proj_weight)
-    buffer = weights.d.new_empty(kept_size_blocked(x, conv_state, n_projected))
-    kept = KeptBlocked.views(buffer, x, conv_state, n_projected)
+    sizes = len(weights.x_proj_weight), weights.a.shape[1]
+    buffer = weights.d.new_empty(kept_size("blocked", x, conv_state, *sizes))
+    kept = kept_of("blocked", buffer, x, conv_state, *sizes)
 
     torch.cat([accumulation(conv_state).permute(2, 0, 1), _to_front(x, order)], out=kept.inputs)
     taps = weights.conv_weight.T[:, None, None]
@@ -88,7 +88,7 @@ def backward(
     order = None if gate is None else _order_of(gate)
     weights = Weights(*map(accumulation, parameters))
     rank = weights.dt_proj_weight.shape[1]
-    kept = KeptBlocked.views(buffer, x, conv_state, len(weights.x_proj_weight))
+    kept = kept_of("blocked", buffer, x, conv_state, len(weights.x_proj_weight), weights.a.shape[1])
 
     z, grad = _to_front(z, order), _to_front(grad_y, order)
     dz = torch.ops.aten.silu_backward(grad * kept.inner, z)
