@@ -53,8 +53,8 @@ def encode_chunk(
     new = memory(
         tokens.values,
         old_slots,
-        state.conv,
-        state.ssm,
+        torch.stack(state.conv),
+        torch.stack(state.ssm),
         first_step=tokens.first,
         first_slot=written - n_slots,
         writes=writes,
@@ -78,8 +78,8 @@ def encode_chunk(
         steps=tuple(stops),
         tokens=to_ring(tokens.values, tokens.first, stops, config.m_input_tokens),
         slots=to_ring(slots.values, slots.first, slot_stops, config.n_state_slots),
-        conv=new.conv,
-        ssm=new.ssm,
+        conv=new.conv.unbind(),
+        ssm=new.ssm.unbind(),
         layers=layers,
     )
     weights = new.weights

@@ -77,7 +77,7 @@ def _write(memory: StrideMemory, decoder: Decoder, state: SMTState, writers: Seq
     conv, ssm = state.conv, state.ssm
     if not everyone:
         conv, ssm = (tuple(tensor[rows] for tensor in tensors) for tensors in (conv, ssm))
-    slots, conv, ssm = memory.ssm(pooled[:, None], conv, ssm, memory.ssm.prepare())
+    slots, conv, ssm = memory.ssm(pooled[:, None], torch.stack(conv), torch.stack(ssm), memory.ssm.prepare())
     for old, new in zip((*state.conv, *state.ssm), (*conv, *ssm), strict=True):
         if everyone:
             old.copy_(new)
