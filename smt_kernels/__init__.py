@@ -5,6 +5,7 @@ from smt_kernels.backends import BACKENDS, BackendChoice, last_choice, use_backe
 from smt_kernels.linear_cross_entropy import linear_cross_entropy
 from smt_kernels.stream_attention import stream_attention
 from smt_kernels.stream_attention_decode import stream_attention_decode
+from smt_kernels.stride_memory import Memory, MemoryWeights, stride_memory
 from smt_kernels.stride_write import stride_write
 from smt_kernels.window import WindowSpec
 from smt_kernels.window_attention import window_attention
@@ -12,6 +13,8 @@ from smt_kernels.window_attention import window_attention
 __all__ = [
     "BACKENDS",
     "BackendChoice",
+    "Memory",
+    "MemoryWeights",
     "WindowSpec",
     "attention_pool",
     "attention_pool_sequence",
@@ -19,6 +22,7 @@ __all__ = [
     "linear_cross_entropy",
     "stream_attention",
     "stream_attention_decode",
+    "stride_memory",
     "stride_write",
     "use_backend",
     "window_attention",

@@ -29,6 +29,7 @@ TRITON_LIMITS: dict[str, int | None] = {
     "linear_cross_entropy": None,
     "stream_attention": 256,
     "stream_attention_decode": 256,
+    "stride_memory": None,
     "stride_write": None,
     "window_attention": 256,
 }

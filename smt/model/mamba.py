@@ -6,29 +6,18 @@ Parameter names and shapes are those of Hugging Face's ``MambaModel``, so its we
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.model.rms_norm import RMSNorm
-from smt.model.shared_linear import SharedLinear
-from smt.model.weights import matrix_and_bias, parameters_of
+from smt.model.weights import is_plain, matrix_and_bias, parameters_of
 from smt_kernels import stride_write
 
 NORM_EPS = 1e-5
 # Mamba (Gu & Dao, 2023), section 3.6: time steps start log-uniform in this range.
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
-
-
-@dataclass(frozen=True, eq=False)
-class Parameters:
-    """What a mixer works with, formed once for all groups of writes of a pass: projections and ``stride_write``'s weights."""
-
-    in_proj: SharedLinear
-    out_proj: SharedLinear
-    write: dict[str, Tensor]
 
 
 class MambaMixer(nn.Module):
@@ -47,8 +36,8 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
-    def prepare(self, name: str) -> Parameters:
-        """What ``forward`` needs of the weights.
+    def prepare(self, name: str) -> dict[str, Tensor]:
+        """The weights of ``stride_write``, formed once for all groups of writes of a pass.
 
         Args:
             name: of this mixer in the model.
@@ -60,7 +49,7 @@ class MambaMixer(nn.Module):
         x_proj_weight, _ = matrix_and_bias(self.x_proj, self.d_inner, f"{name}.x_proj")
         dt_proj_weight, dt_proj_bias = matrix_and_bias(self.dt_proj, self.rank, f"{name}.dt_proj")
         wide = torch.promote_types(torch.promote_types(self.A_log.dtype, self.D.dtype), torch.float32)
-        write = {
+        return {
             "conv_weight": conv_weight[:, 0],
             "conv_bias": conv_bias,
             "x_proj_weight": x_proj_weight,
@@ -69,16 +58,20 @@ class MambaMixer(nn.Module):
             "a": -torch.exp(self.A_log.to(wide)),
             "d": self.D,
         }
-        return Parameters(SharedLinear(self.in_proj), SharedLinear(self.out_proj), write)
 
     def forward(
-        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters, gate: Tensor | None = None
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: dict[str, Tensor], gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, K, d), states (B, E, C - 1) and (B, E, N), gate (B, K) -> (B, K, d) and both states after K steps."""
-        u, z = parameters.in_proj(x).chunk(2, dim=-1)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
         # Under autocast the projections are in low precision and the weights are not, which stride_write takes as they are.
-        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **parameters.write, gate=gate)
-        return parameters.out_proj(y), conv_state, ssm_state
+        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights, gate=gate)
+        return self.out_proj(y), conv_state, ssm_state
+
+    def is_plain(self) -> bool:
+        """Whether a call does nothing but its formula, with the matrices of both projections."""
+        projections = self.in_proj, self.out_proj
+        return is_plain(self, MambaMixer) and all(is_plain(each, nn.Linear) and each.bias is None for each in projections)
 
 
 class MambaLayer(nn.Module):
@@ -90,11 +83,15 @@ class MambaLayer(nn.Module):
         self.mixer = MambaMixer(config)
 
     def forward(
-        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Parameters, gate: Tensor | None = None
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: dict[str, Tensor], gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``MambaMixer.forward``."""
-        update, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, parameters, gate)
+        update, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, weights, gate)
         return x + update, conv_state, ssm_state
+
+    def is_plain(self) -> bool:
+        """As ``MambaMixer.is_plain``."""
+        return is_plain(self, MambaLayer) and is_plain(self.norm, RMSNorm) and self.mixer.is_plain()
 
 
 class MambaStack(nn.Module):
@@ -105,22 +102,32 @@ class MambaStack(nn.Module):
         self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.ssm_n_layers))
         self.norm_f = RMSNorm(config.d_model, eps=NORM_EPS)
 
-    def prepare(self) -> list[Parameters]:
+    def is_plain(self) -> bool:
+        """Whether ``forward`` is all that a call does, and nobody has put anything else in the place of a part or around it."""
+        own = is_plain(self, MambaStack) and is_plain(self.norm_f, RMSNorm)
+        return own and all(isinstance(layer, MambaLayer) and layer.is_plain() for layer in self.layers)
+
+    def prepare(self) -> list[dict[str, Tensor]]:
         """What ``forward`` needs of each layer; errors as ``MambaMixer.prepare``."""
         return [layer.mixer.prepare(f"memory.ssm.layers.{index}.mixer") for index, layer in enumerate(self.layers)]
 
+    def stacked(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights that ``stride_memory`` takes of the layers, (L, ...), matrices in ``dtype``; errors as ``prepare``."""
+        prepared, mixers = self.prepare(), [layer.mixer for layer in self.layers]
+        names = {"x_proj": "x_proj_weight", "dt_proj": "dt_proj_weight", "dt_bias": "dt_proj_bias"}
+        names |= {name: name for name in ("conv_weight", "conv_bias", "a", "d")}
+        stacked = {name: torch.stack([weights[theirs] for weights in prepared]) for name, theirs in names.items()}
+        stacked |= {name: torch.stack([getattr(mixer, name).weight for mixer in mixers]) for name in ("in_proj", "out_proj")}
+        stacked |= {name: stacked[name].to(dtype) for name in ("x_proj", "dt_proj", "in_proj", "out_proj")}
+        return stacked | {"norm": torch.stack([layer.norm.weight for layer in self.layers]), "norm_f": self.norm_f.weight}
+
     def forward(
-        self,
-        x: Tensor,
-        conv: Tensor,
-        ssm: Tensor,
-        parameters: list[Parameters],
-        gate: Tensor | None = None,
+        self, x: Tensor, conv: Tensor, ssm: Tensor, weights: list[dict[str, Tensor]], gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, K, d), conv (M, B, E, C - 1), ssm (M, B, E, N), gate (B, K) -> slots (B, K, d) and the states after K steps."""
+        """x (B, K, d), states (L, B, E, C - 1) and (L, B, E, N), gate (B, K) -> slots (B, K, d) and the states after K steps."""
         new_conv, new_ssm = [], []
-        for layer, conv_state, ssm_state, prepared in zip(self.layers, conv, ssm, parameters, strict=True):
-            x, conv_state, ssm_state = layer(x, conv_state, ssm_state, prepared, gate)
+        for layer, *state, prepared in zip(self.layers, conv, ssm, weights, strict=True):
+            x, conv_state, ssm_state = layer(x, *state, prepared, gate)
             new_conv.append(conv_state)
             new_ssm.append(ssm_state)
         return self.norm_f(x), torch.stack(new_conv), torch.stack(new_ssm)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smt.config import SMTConfig
 from smt.model.mamba import MambaStack
 from smt.model.weights import matrix_and_bias
-from smt_kernels import WindowSpec, attention_pool_sequence
+from smt_kernels import MemoryWeights, WindowSpec, attention_pool_sequence, stride_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Written:
 
     Attributes:
         slots: (B, K, d) the new slots, oldest first.
-        conv, ssm: (M, B, E, C - 1) and (M, B, E, N), the states of the Mamba layers after the last write.
+        conv, ssm: the states of the Mamba layers after the last write, (L, B, E, C - 1) and (L, B, E, N).
         weights: (B, K, W) pooling weights before dropout, slots first; None when not asked for.
     """
 
@@ -52,11 +52,18 @@ class AttentionPooling(nn.Module):
         w_k, _ = matrix_and_bias(self.w_k, self.d_model, "memory.pooling.w_k")
         return w_q, w_k
 
+    def draw_mask(self, like: Tensor, n_writes: int, size: int) -> Tensor | None:
+        """The factors (B, K, W) of the weights of ``n_writes`` writes of ``size`` entries; None where there is no dropout."""
+        if not self.training or self.dropout == 0:
+            return None
+        return F.dropout(like.new_ones(like.shape[0], n_writes, size), self.dropout)
+
     def forward(
         self,
         tokens: Tensor,
         slots: Tensor | None,
         projections: tuple[Tensor, Tensor],
+        dropout_mask: Tensor | None,
         *,
         window: WindowSpec,
         first_step: int,
@@ -66,12 +73,8 @@ class AttentionPooling(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """tokens (B, T, d) from ``first_step``, slots (B, K, d) from ``first_slot`` -> pooled (B, len(writes), d), weights.
 
-        ``projections`` are formed once for all groups of writes of a pass.
+        ``projections`` are formed, and ``dropout_mask`` is drawn, once for all groups of writes of a pass.
         """
-        dropout_mask = None
-        if self.training and self.dropout > 0:
-            size = window.n_tokens + (0 if slots is None else window.n_memory)
-            dropout_mask = F.dropout(tokens.new_ones(tokens.shape[0], len(writes), size), self.dropout)
         return attention_pool_sequence(
             tokens,
             slots,
@@ -126,45 +129,89 @@ class StrideMemory(nn.Module):
         Args:
             tokens: (B, T, d) embeddings of the steps from ``first_step`` on, at least up to the last write's.
             slots: (B, K, d) the slots before the first write, from ``first_slot`` on.
-            conv, ssm: (M, B, E, C - 1) and (M, B, E, N), the Mamba layers' states before the first write.
+            conv, ssm: the Mamba layers' states before the first write, (L, B, E, C - 1) and (L, B, E, N).
             writes: indices of the writes to make.
             gate: (B, len(writes)) bool, which of them each row makes; None: all. A row's states are those after its own last
                 write, and the slots of writes that it does not make mean nothing.
         """
+        size = self.config.window_size
+        if not writes:
+            empty = (tokens.new_zeros(tokens.shape[0], 0, width) for width in (self.config.d_model, size))
+            new_slots, weights = empty
+            return Written(new_slots, conv, ssm, weights if return_weights else None)
+        device = tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
         pools_slots = self.config.pool_source == "window" and self.config.n_ssm_outputs > 0
-        groups = self._groups(writes) if pools_slots else [writes] if writes else []
-        ranges = [self._pooled_tokens(group, first_step) for group in groups]
-        parameters, projections = self.ssm.prepare(), self.pooling.projections()
+        tokens, slots = tokens.to(dtype), slots.to(dtype) if pools_slots else None
+        mask = self.pooling.draw_mask(tokens, len(writes), size if pools_slots else self.config.m_input_tokens)
+        make = self._fused if self.ssm.is_plain() else self._by_parts
+        new_slots, conv, ssm, weights = make(tokens, slots, conv, ssm, first_step, writes, gate, mask)
+        return Written(new_slots, conv, ssm, F.pad(weights, (size - weights.shape[-1], 0)) if return_weights else None)
+
+    def _fused(
+        self,
+        tokens: Tensor,
+        slots: Tensor | None,
+        conv: Tensor,
+        ssm: Tensor,
+        first_step: int,
+        writes: range,
+        gate: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All writes as one operation, which takes the weights of layers that are then not called."""
+        w_q, w_k = (weight.to(tokens.dtype) for weight in self.pooling.projections())
+        return stride_memory(
+            tokens,
+            slots,
+            conv,
+            ssm,
+            MemoryWeights(w_q=w_q, w_k=w_k, **self.ssm.stacked(tokens.dtype)),
+            window=self.config.window,
+            first_write=writes.start,
+            n_writes=len(writes),
+            write_group=self.config.write_group,
+            first_step=first_step,
+            normalise=self.pooling.normalise,
+            gate=gate,
+            dropout_mask=mask,
+        )
+
+    def _by_parts(
+        self,
+        tokens: Tensor,
+        slots: Tensor | None,
+        conv: Tensor,
+        ssm: Tensor,
+        first_step: int,
+        writes: range,
+        gate: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, called module by module: where one is hooked, wrapped or another than it was built as."""
+        weights, projections = self.ssm.prepare(), [weight.to(tokens.dtype) for weight in self.pooling.projections()]
         new_slots, all_weights = [], []
-        for group, (start, _), span in zip(groups, ranges, _Spans.apply(tokens, ranges), strict=True):
-            pooled, weights = self.pooling(
-                span,
-                slots if pools_slots and slots.shape[1] else None,
+        for group in [writes] if slots is None else self._groups(writes):
+            part = slice(group.start - writes.start, group.stop - writes.start)
+            start, stop = self._pooled_tokens(group, first_step)
+            pooled, of_pooling = self.pooling(
+                tokens[:, start:stop],
+                slots,
                 projections,
+                None if mask is None else mask[:, part],
                 window=self.config.window,
                 first_step=first_step + start,
-                first_slot=first_slot,
+                first_slot=0 if slots is None else group.start - slots.shape[1],
                 writes=group,
                 group=self.config.write_group,
             )
-            of_group = None if gate is None else gate[:, group.start - writes.start : group.stop - writes.start]
-            written, conv, ssm = self.ssm(pooled, conv, ssm, parameters, of_group)
+            written, conv, ssm = self.ssm(pooled, conv, ssm, weights, None if gate is None else gate[:, part])
             new_slots.append(written)
-            if return_weights:
-                all_weights.append(F.pad(weights, (self.config.window_size - weights.shape[-1], 0)))
-            if pools_slots:
+            all_weights.append(of_pooling)
+            if slots is not None:
                 # Pooling never looks further back than the state does.
-                excess = max(0, slots.shape[1] + len(group) - self.config.n_state_slots)
-                slots = torch.cat([slots, written], dim=1)[:, excess:]
-                first_slot += excess
-        empty = tokens.new_zeros(tokens.shape[0], 0, self.config.d_model)
-        empty_weights = tokens.new_zeros(tokens.shape[0], 0, self.config.window_size)
-        return Written(
-            slots=torch.cat(new_slots, dim=1) if new_slots else empty,
-            conv=conv,
-            ssm=ssm,
-            weights=(torch.cat(all_weights, dim=1) if all_weights else empty_weights) if return_weights else None,
-        )
+                slots = torch.cat([slots, written.to(slots.dtype)], dim=1)[:, -self.config.n_state_slots :]
+        return torch.cat(new_slots, dim=1), conv, ssm, torch.cat(all_weights, dim=1)
 
     def _groups(self, writes: range) -> list[range]:
         """``writes`` cut where a group ends."""
@@ -177,22 +224,3 @@ class StrideMemory(nn.Module):
         window = self.config.window
         start, _ = window.visible_tokens(window.write_step(writes.start))
         return max(start - first_step, 0), window.write_step(writes[-1]) + 1 - first_step
-
-
-class _Spans(torch.autograd.Function):
-    """Overlapping slices of a sequence, whose gradients are added into one buffer.
-
-    Plain slices would each build a gradient of the whole sequence: quadratic in its length.
-    """
-
-    @staticmethod
-    def forward(ctx, sequence: Tensor, ranges: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.ranges = sequence.shape, ranges
-        return tuple(sequence[:, start:stop].clone() for start, stop in ranges)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].new_zeros(ctx.shape)
-        for (start, stop), grad in zip(ctx.ranges, grads, strict=True):
-            total[:, start:stop] += grad
-        return total, None

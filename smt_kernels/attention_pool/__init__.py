@@ -136,11 +136,11 @@ def attention_pool_sequence(
         checks.shape("slots", slots, {"B": batch, "K": None, "d": width}, may_be_empty=("K",))
         checks.like("slots", slots, "tokens", tokens)
     _check_projections("tokens", tokens, w_q, w_k)
-    _check_timeline(window, first_write, n_writes, write_group, first_step, first_slot, length)
+    timeline = Timeline(first_write, n_writes, write_group, first_step, first_slot)
+    check_timeline(window, timeline, length)
     size = window.n_tokens if slots is None else window.size
     _check_dropout("tokens", tokens, dropout_mask, {"B": batch, "n_writes": n_writes, "W": size})
     backend = backends.choose("attention_pool_sequence", tokens, backend)
-    timeline = Timeline(first_write, n_writes, write_group, first_step, first_slot)
     if backend == "reference":
         settings = {"window": window, "timeline": timeline, "normalise": normalise}
         mask = None if dropout_mask is None else dropout_mask.detach()
@@ -182,9 +182,9 @@ def _check_dropout(model_name: str, model: Tensor, dropout_mask: Tensor | None, 
         checks.like("dropout_mask", dropout_mask, model_name, model)
 
 
-def _check_timeline(
-    window: WindowSpec, first_write: int, n_writes: int, write_group: int, first_step: int, first_slot: int, length: int
-) -> None:
+def check_timeline(window: WindowSpec, timeline: Timeline, length: int) -> None:
+    """Raise TypeError or ValueError unless all writes can be made, with ``length`` tokens held."""
+    first_write, n_writes, write_group, first_step, first_slot = timeline
     if not isinstance(window, WindowSpec):
         raise TypeError(f"window must be a WindowSpec, got {type(window).__name__}")
     if window.stride is None:

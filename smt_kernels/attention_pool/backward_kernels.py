@@ -14,6 +14,7 @@ import triton.language as tl
 
 from smt_kernels.attention_pool.forward_kernels import VARYING, inverse_rms, normalised, normalised_products, square_sums
 from smt_kernels.attention_pool.strips import (
+    place_of,
     rows,
     rows_of,
     seen,
@@ -29,7 +30,7 @@ from smt_kernels.tiles import dot, load, store
 @triton.jit(do_not_specialize=VARYING)
 def query_backward_kernel(
     tokens, slots, exists, grad_pooled, grad_weights, weights, dropout, du, d_weights, delta, share,
-    strides_tokens, strides_slots, stride_exists, strides_grad, scale,
+    strides_tokens, strides_slots, strides_place, stride_exists, strides_grad, scale,
     n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +38,7 @@ def query_backward_kernel(
     # One for each warp, but for chunks of 256, which the compilers of triton 3.6 to 3.8 would then squeeze into 128 registers.
     SLICES: tl.constexpr = 8 if CHUNK > 256 else min(4, CHUNK // 16)
     i_chunk = tl.program_id(1)
-    i_row, o_window, m_window, o_place = strip(n_windows, P)
+    i_row, o_window, m_window, o_place = strip(n_windows, strides_place, P)
     o_token, o_slot = starts(o_window, token_start, stride, slot_start, phase, group)
     source = tokens, slots, strides_tokens, strides_slots
     held = n_tokens, n_memory, held_tokens, held_slots, exists, i_row * stride_exists
@@ -77,7 +78,7 @@ def query_backward_kernel(
 
 @triton.jit
 def _gather(
-    is_slot, o_index, i_row, first, stop, n_windows, held, timeline, saved, strides_grad, scale, i_chunk,
+    is_slot, o_index, i_row, first, stop, held, timeline, saved, strides_place, strides_grad, scale, i_chunk,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """One chunk of dx^ of E entries from the windows ``first`` to ``stop``, and by how many windows each entry is seen."""
@@ -88,7 +89,7 @@ def _gather(
     for i_start in range(first, stop, P):
         o_window = i_start + tl.arange(0, P)
         m_window = o_window < stop
-        o_place = i_row * n_windows + o_window
+        o_place = place_of(i_row, o_window, strides_place)
         o_token, o_slot = starts(o_window, *timeline)
         o_position, _, m_seen = seen(
             is_slot, o_index[:, None], o_token[None, :], o_slot[None, :], m_window[None, :], held
@@ -113,11 +114,14 @@ def _gather(
 @triton.jit(do_not_specialize=VARYING)
 def entries_backward_kernel(
     tokens, slots, exists, grad_pooled, u, d_mean, weights, d_weights, delta, share, dropout, d_tokens, d_slots,
-    strides_tokens, strides_slots, stride_exists, strides_grad, strides_d_tokens, strides_d_slots, scale,
+    strides_tokens, strides_slots, strides_place, stride_exists, strides_grad, strides_d_tokens, strides_d_slots, scale,
     n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
-    NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
+    NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    """dx of E tokens or E slots of a row; the programs of a row's tokens come first. Zeros where no window sees an entry."""
+    """dx of E tokens or E slots of a row; the programs of a row's tokens come first. Zeros where no window sees an entry.
+
+    ``ADDS``: it is added to what is there.
+    """
     token_blocks = tl.cdiv(held_tokens, E)
     n_blocks = token_blocks + tl.cdiv(held_slots, E)
     i_row = (tl.program_id(0) // n_blocks).to(tl.int64)
@@ -134,7 +138,7 @@ def entries_backward_kernel(
     saved = grad_pooled, u, d_mean, weights, d_weights, delta, share, dropout
     first, stop = windows_that_see(i_first, i_first + E - 1, is_slot, n_windows, n_tokens, n_memory, *timeline)
     b_dx, b_seen = _gather(
-        is_slot, o_index, i_row, first, stop, n_windows, held, timeline, saved, strides_grad, scale,
+        is_slot, o_index, i_row, first, stop, held, timeline, saved, strides_place, strides_grad, scale,
         i_chunk, WIDTH, CHUNK, P, E,
     )  # fmt: skip
     if NORMALISE:
@@ -144,7 +148,7 @@ def entries_backward_kernel(
         for i in range(1, CHUNKS):
             i_other = (i_chunk + i) % CHUNKS
             b_other_dx, _ = _gather(
-                is_slot, o_index, i_row, first, stop, n_windows, held, timeline, saved, strides_grad,
+                is_slot, o_index, i_row, first, stop, held, timeline, saved, strides_place, strides_grad,
                 scale, i_other, WIDTH, CHUNK, P, E,
             )  # fmt: skip
             b_other = load(p_x, b_seen > 0, i_other, WIDTH, CHUNK).to(tl.float32)  # [E, CHUNK]
@@ -152,4 +156,7 @@ def entries_backward_kernel(
             b_along += tl.sum(b_other * b_other_dx, axis=1)
         b_inverse = inverse_rms(b_squares, WIDTH, NORMALISE)
         b_dx = (b_dx - b_x * (b_inverse * b_inverse * b_along / WIDTH)[:, None]) * b_inverse[:, None]
-    store(p_dx, o_index < tl.where(is_slot, held_slots, held_tokens), i_chunk, b_dx, WIDTH, CHUNK)
+    m_held = o_index < tl.where(is_slot, held_slots, held_tokens)
+    if ADDS:
+        b_dx += load(p_dx, m_held, i_chunk, WIDTH, CHUNK).to(tl.float32)
+    store(p_dx, m_held, i_chunk, b_dx, WIDTH, CHUNK)

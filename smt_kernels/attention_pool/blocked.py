@@ -55,17 +55,35 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens (B, T, d), slots (B, K, d; empty for None), w_q and w_k (d_k, d), each in the dtype of its input."""
     tokens, slots = inputs.tokens, inputs.slots
-    projections = accumulation(inputs.w_q), accumulation(inputs.w_k)
     d_tokens, d_slots = (None if t is None else t.new_zeros(t.shape, dtype=kept.u.dtype) for t in (tokens, slots))
-    d_projections = []
+    d_query, du = entries_backward(grad_pooled, grad_weights, kept, inputs, window, timeline, normalise, d_tokens, d_slots)
+    dw_q, dw_k = d_query.flatten(0, 1).T @ kept.mean.flatten(0, 1), kept.query.flatten(0, 1).T @ du.flatten(0, 1)
+    d_slots = tokens.new_empty(0) if slots is None else d_slots
+    return tuple(total.to(tokens.dtype) for total in (d_tokens, d_slots, dw_q, dw_k))
+
+
+def entries_backward(
+    grad_pooled: Tensor,
+    grad_weights: Tensor | None,
+    kept: Kept,
+    inputs: Inputs,
+    window: WindowSpec,
+    timeline: Timeline,
+    normalise: bool,
+    d_tokens: Tensor,
+    d_slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Add to d_tokens (B, T, d) and d_slots (B, K, d), in the accumulation dtype; returns the gradients of query and u."""
+    projections = accumulation(inputs.w_q), accumulation(inputs.w_k)
+    found = []
     for run in _runs(inputs, window, timeline):
         grads = accumulation(grad_pooled[:, run.writes]), run.dense(grad_weights), run.dense(inputs.dropout)
         of_run = Kept(run.dense(kept.weights), *(part[:, run.writes] for part in kept[1:]))
-        dx, dw_q, dw_k = _pool_backward(*grads, run.gather(inputs), *projections, run.layout.average, of_run, normalise)
+        dx, *of_windows = _pool_backward(*grads, run.gather(inputs), *projections, run.layout.average, of_run, normalise)
         run.add_back(dx, d_tokens, d_slots)
-        d_projections = [dw_q, dw_k] if not d_projections else [d_projections[0].add_(dw_q), d_projections[1].add_(dw_k)]
-    d_slots = tokens.new_empty(0) if slots is None else d_slots
-    return tuple(total.to(tokens.dtype) for total in (d_tokens, d_slots, *d_projections))
+        found.append(of_windows)
+    d_query, du = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return d_query, du
 
 
 def _pool(
@@ -95,8 +113,8 @@ def _pool_backward(
     kept: Kept,
     normalise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (B, L, d), w_q and w_k from those of pooled (B, P, d) and weights (B, P, L)."""
-    weights, mean, query, u = kept
+    """Gradients of x (B, L, d), query and u from those of pooled (B, P, d) and weights (B, P, L)."""
+    weights, u = kept.weights, kept.u
     inverse = _inverse_rms(x, normalise)
     factor = inverse if dropout is None else dropout * inverse
     d_weights = torch.bmm(grad_pooled, x.mT).mul_(factor)
@@ -107,14 +125,12 @@ def _pool_backward(
     du = torch.bmm(d_scores, x)
     d_query = du @ w_k.T
     d_mean = d_query @ w_q
-    dw_q = d_query.flatten(0, 1).T @ mean.flatten(0, 1)
-    dw_k = query.flatten(0, 1).T @ du.flatten(0, 1)
     dx = torch.bmm((weights * factor).mT, grad_pooled).baddbmm_(d_scores.mT, u)
     dx.baddbmm_((average * inverse).expand_as(weights).mT, d_mean)
     if normalise:
         along = torch.linalg.vecdot(x, dx)[:, None].mul_(inverse).mul_(inverse)
         dx.addcmul_(x, along.mT, value=-1.0 / x.shape[-1])
-    return dx, dw_q, dw_k
+    return dx, d_query, du
 
 
 def _inverse_rms(x: Tensor, normalise: bool) -> Tensor:

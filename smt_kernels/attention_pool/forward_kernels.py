@@ -17,7 +17,7 @@ from smt_kernels.tiles import LOG2_E, dot, load, store
 
 EPS: tl.constexpr = tl.constexpr(REFERENCE_EPS)
 # They change from call to call; compiling anew where one happens to be 1 or a multiple of 16 would not pay.
-VARYING = [*Strips._fields[1:], "stride_exists"]
+VARYING = [*Strips._fields[1:], "stride_exists", "strides_place"]
 
 
 @triton.jit
@@ -67,13 +67,13 @@ def normalised_products(
 
 @triton.jit(do_not_specialize=VARYING)
 def mean_kernel(
-    tokens, slots, exists, mean, strides_tokens, strides_slots, stride_exists,
+    tokens, slots, exists, mean, strides_tokens, strides_slots, strides_place, stride_exists,
     n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """mean = average of the normalised entries that each window of a strip sees."""
     i_chunk = tl.program_id(1)
-    i_row, o_window, m_window, o_place = strip(n_windows, P)
+    i_row, o_window, m_window, o_place = strip(n_windows, strides_place, P)
     o_token, o_slot = starts(o_window, token_start, stride, slot_start, phase, group)
     source = tokens, slots, strides_tokens, strides_slots
     held = n_tokens, n_memory, held_tokens, held_slots, exists, i_row * stride_exists
@@ -98,14 +98,15 @@ def mean_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def pool_kernel(
-    tokens, slots, exists, u, dropout, pooled, weights, strides_tokens, strides_slots, stride_exists, scale,
+    tokens, slots, exists, u, dropout, pooled, weights, strides_tokens, strides_slots, strides_place, stride_exists,
+    scale,
     n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """weights = softmax(scale u . x^) and pooled = (weights dropout) X^ of the windows of a strip."""
     SLICES: tl.constexpr = 8 if CHUNK > 128 else min(4, CHUNK // 16)  # one for each warp
     i_chunk = tl.program_id(1)
-    i_row, o_window, m_window, o_place = strip(n_windows, P)
+    i_row, o_window, m_window, o_place = strip(n_windows, strides_place, P)
     o_token, o_slot = starts(o_window, token_start, stride, slot_start, phase, group)
     source = tokens, slots, strides_tokens, strides_slots
     held = n_tokens, n_memory, held_tokens, held_slots, exists, i_row * stride_exists

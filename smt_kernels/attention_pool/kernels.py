@@ -14,6 +14,8 @@ each program reads the whole width for scores and norms, and writes its own chun
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -35,15 +37,23 @@ def forward(inputs: Inputs, window: WindowSpec, timeline: Timeline, normalise: b
     """Returns pooled (B, n_writes, d) and what ``backward`` needs."""
     inputs, timeline = Inputs(*inputs), Timeline(*timeline)  # plain tuples where compiled ahead of time
     strips = strips_of(inputs, window, timeline)
-    tokens, rows, width = inputs.tokens, strips[:2], inputs.tokens.shape[-1]
-    mean, pooled = tokens.new_empty((*rows, width)), tokens.new_empty((*rows, width))
-    weights = tokens.new_empty((*rows, strips.n_memory + strips.n_tokens), dtype=torch.float32)
-    _launch(mean_kernel, inputs, strips, normalise, mean=mean)
-    query = mean @ inputs.w_q.T
-    u = query @ inputs.w_k
-    results = {"pooled": pooled, "weights": weights, "scale": len(inputs.w_q) ** -0.5}
-    _launch(pool_kernel, inputs, strips, normalise, u=u, dropout=_packed(inputs.dropout), **results)
-    return pooled, Kept(weights, mean, query, u)
+    tokens, (batch, n_writes) = inputs.tokens, strips[:2]
+    width, rank = tokens.shape[-1], len(inputs.w_q)
+    weights = tokens.new_empty((batch, n_writes, strips.n_memory + strips.n_tokens), dtype=torch.float32)
+    pooled, mean, query, u = (tokens.new_empty((batch, n_writes, size)) for size in (width, width, rank, width))
+    kept = Kept(weights, mean, query, u)
+    pool(inputs, strips, (n_writes, 1), normalise, Kept(*(tensor.flatten(0, 1) for tensor in kept)), pooled.flatten(0, 1))
+    return pooled, kept
+
+
+def pool(inputs: Inputs, strips: Strips, strides_place: tuple[int, int], normalise: bool, kept: Kept, pooled: Tensor) -> None:
+    """Fill ``pooled`` (windows, d) and what is kept of each window, which lie at ``strides_place`` of row and window."""
+    results = {"strides_place": strides_place, "dropout": _packed(inputs.dropout)}
+    _launch(mean_kernel, inputs, strips, normalise, mean=kept.mean, strides_place=strides_place)
+    torch.mm(kept.mean, inputs.w_q.T, out=kept.query)
+    torch.mm(kept.query, inputs.w_k, out=kept.u)
+    results |= {"pooled": pooled, "weights": kept.weights, "scale": len(inputs.w_q) ** -0.5}
+    _launch(pool_kernel, inputs, strips, normalise, u=kept.u, **results)
 
 
 def backward(
@@ -57,22 +67,91 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens (B, T, d), slots (B, K, d; empty for None), w_q and w_k (d_k, d), each in the dtype of its input."""
     inputs, timeline = Inputs(*inputs), Timeline(*timeline)  # plain tuples where compiled ahead of time
-    weights, mean, query, u = kept
-    tokens, slots, w_q, w_k = inputs[:4]
     strips = strips_of(inputs, window, timeline)
-    du, d_weights = torch.empty_like(u), torch.empty_like(weights)
-    delta, share = (weights.new_empty(strips[:2]) for _ in range(2))
+    tokens, slots = inputs.tokens, inputs.slots
+    kept = Kept(*(tensor.flatten(0, 1) for tensor in kept))
+    grads = PoolGradients.empty(kept)
+    place = strips.n_windows, 1
     d_tokens = tokens.new_empty(tokens.shape)
     d_slots = d_tokens if slots is None else slots.new_empty(slots.shape)  # without slots, no program takes any
-    both = {"grad_pooled": grad_pooled, "strides_grad": grad_pooled.stride()[:2], "weights": weights, "scale": len(w_q) ** -0.5}
-    both |= {"dropout": _packed(inputs.dropout), "d_weights": d_weights, "delta": delta, "share": share}
-    _launch(query_backward_kernel, inputs, strips, normalise, **both, grad_weights=_packed(grad_weights), du=du)
-    d_query = du @ w_k.T
-    both |= {"u": u, "d_mean": d_query @ w_q, "d_tokens": d_tokens, "d_slots": d_slots}
-    both |= {"strides_d_tokens": d_tokens.stride()[:2], "strides_d_slots": d_slots.stride()[:2]}
-    _launch(entries_backward_kernel, inputs, strips, normalise, **both)
-    dw_q, dw_k = (x.flatten(0, 1).mT @ y.flatten(0, 1) for x, y in ((d_query, mean), (query, du)))
+    query_backward(grad_pooled, grad_weights, inputs, strips, place, normalise, kept, grads)
+    entries_backward(grad_pooled, inputs, strips, place, normalise, kept, grads, d_tokens, d_slots)
+    dw_q, dw_k = projections_backward(kept, grads)
     return d_tokens, tokens.new_empty(0) if slots is None else d_slots, dw_q, dw_k
+
+
+class PoolGradients(NamedTuple):
+    """Of each window: gradients, and what the gradients of entries need besides."""
+
+    weights: Tensor  # (windows, W)
+    mean: Tensor  # (windows, d)
+    query: Tensor  # (windows, d_k)
+    u: Tensor  # (windows, d)
+    delta: Tensor  # (windows,), a . dw
+    share: Tensor  # (windows,), that of an entry in the mean
+
+    @classmethod
+    def empty(cls, kept: Kept) -> PoolGradients:
+        return cls(*map(torch.empty_like, kept), *(kept.weights.new_empty(len(kept.weights)) for _ in range(2)))
+
+
+def query_backward(
+    grad_pooled: Tensor,
+    grad_weights: Tensor | None,
+    inputs: Inputs,
+    strips: Strips,
+    strides_place: tuple[int, int],
+    normalise: bool,
+    kept: Kept,
+    grads: PoolGradients,
+) -> None:
+    """Fill ``grads`` from those of pooled (B, n_writes, d; any strides) and of the weights (windows, W)."""
+    named = _of_windows(grad_pooled, inputs, strides_place, kept, grads)
+    _launch(query_backward_kernel, inputs, strips, normalise, **named, grad_weights=_packed(grad_weights), du=grads.u)
+    torch.mm(grads.u, inputs.w_k.T, out=grads.query)
+    torch.mm(grads.query, inputs.w_q, out=grads.mean)
+
+
+def entries_backward(
+    grad_pooled: Tensor,
+    inputs: Inputs,
+    strips: Strips,
+    strides_place: tuple[int, int],
+    normalise: bool,
+    kept: Kept,
+    grads: PoolGradients,
+    d_tokens: Tensor,
+    d_slots: Tensor,
+    *,
+    adds: bool = False,
+) -> None:
+    """Fill, or with ``adds`` add to, d_tokens (B, T, d) and d_slots (B, K, d): those of the entries that ``strips`` holds."""
+    named = _of_windows(grad_pooled, inputs, strides_place, kept, grads)
+    named |= {"u": kept.u, "d_mean": grads.mean, "d_tokens": d_tokens, "d_slots": d_slots, "ADDS": adds}
+    named |= {"strides_d_tokens": d_tokens.stride()[:2], "strides_d_slots": d_slots.stride()[:2]}
+    _launch(entries_backward_kernel, inputs, strips, normalise, **named)
+
+
+def projections_backward(kept: Kept, grads: PoolGradients) -> tuple[Tensor, Tensor]:
+    """The gradients of w_q and w_k from those of all windows."""
+    return grads.query.mT @ kept.mean, kept.query.mT @ grads.u
+
+
+def _of_windows(
+    grad_pooled: Tensor, inputs: Inputs, strides_place: tuple[int, int], kept: Kept, grads: PoolGradients
+) -> dict[str, object]:
+    """What both backward launches take."""
+    return {
+        "grad_pooled": grad_pooled,
+        "strides_grad": grad_pooled.stride()[:2],
+        "strides_place": strides_place,
+        "weights": kept.weights,
+        "d_weights": grads.weights,
+        "delta": grads.delta,
+        "share": grads.share,
+        "dropout": _packed(inputs.dropout),
+        "scale": len(inputs.w_q) ** -0.5,
+    }
 
 
 def _packed(tensor: Tensor | None) -> Tensor | None:

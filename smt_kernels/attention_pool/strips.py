@@ -76,12 +76,18 @@ def rows_of(is_slot, slots, tokens, strides_slots, strides_tokens, i_row, o_inde
 
 
 @triton.jit
-def strip(n_windows, P: tl.constexpr):
+def strip(n_windows, strides_place, P: tl.constexpr):
     """The row of this program, its windows in the row, which of them there are, and their place among those of all rows."""
     n_strips = tl.cdiv(n_windows, P)
     i_row = (tl.program_id(0) // n_strips).to(tl.int64)
     o_window = tl.program_id(0) % n_strips * P + tl.arange(0, P)
-    return i_row, o_window, o_window < n_windows, i_row * n_windows + o_window
+    return i_row, o_window, o_window < n_windows, place_of(i_row, o_window, strides_place)
+
+
+@triton.jit
+def place_of(i_row, o_window, strides_place):
+    """Where what is stored per window lies, counted in windows: rows one after the other, or windows of all rows."""
+    return i_row * strides_place[0] + o_window * strides_place[1]
 
 
 @triton.jit

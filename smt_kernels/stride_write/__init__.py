@@ -9,9 +9,10 @@ The folder, in the order to read it:
     kept.py          what a forward pass keeps for its backward pass
     blocked.py       the same for all K at once but for the recurrence, for any device
     blocks.py        the parts of the formula that kernels share, and their launch with its settings
-    kernels.py       the Triton backend: a single write in one launch; several, cut at the products
-    convolution.py   what comes before the products, forward and backward
-    scan.py          what comes behind them, forward and backward
+    kernels.py       the Triton backend: a single write in one launch; several as convolution and scan
+    convolution.py   what comes before W_x and that product, forward and backward
+    scan.py          what comes behind it, forward, parallel in time
+    scan_backward.py and backward
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from smt_kernels import backends, checks
 from smt_kernels.operators import register
 from smt_kernels.precision import accumulation_dtype
-from smt_kernels.stride_write.kept import KEPT_SIZE
+from smt_kernels.stride_write.kept import kept_size
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.reference import stride_write as reference
 
@@ -121,7 +122,7 @@ def _empty(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, K, E), both states after K, and what is kept, a buffer in float32 or float64."""
-    size = KEPT_SIZE[backend](x, conv_state, len(weights.x_proj_weight))
+    size = kept_size(backend, x, conv_state, len(weights.x_proj_weight), ssm_state.shape[2])
     results = (tensor.new_empty(tensor.shape) for tensor in (x, conv_state, ssm_state))
     return *results, x.new_empty(size, dtype=accumulation_dtype(x.dtype))
 

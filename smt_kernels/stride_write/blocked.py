@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt_kernels.precision import LOG2_E, accumulation
-from smt_kernels.stride_write.kept import KeptBlocked, kept_size_blocked
+from smt_kernels.stride_write.kept import KeptBlocked, kept_of, kept_size
 from smt_kernels.stride_write.reference import Weights
 
 # Elements of the states that are worked on at a time. On a CPU they stay in cache and their buffers are reused; elsewhere
@@ -33,18 +33,25 @@ def forward(
     x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Weights, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E), both states after K, and
-    ``kept_size_blocked`` elements for ``backward``.
+    ``kept_size`` elements for ``backward``.
     """
-    order = None if gate is None else _order_of(gate)
     weights = Weights(*map(accumulation, parameters))
-    rank = weights.dt_proj_weight.shape[1]
-    n_projected = len(weights.x_proj_weight)
-    buffer = weights.d.new_empty(kept_size_blocked(x, conv_state, n_projected))
-    kept = KeptBlocked.views(buffer, x, conv_state, n_projected)
+    sizes = len(weights.x_proj_weight), weights.a.shape[1]
+    buffer = weights.d.new_empty(kept_size("blocked", x, conv_state, *sizes))
+    kept = kept_of("blocked", buffer, x, conv_state, *sizes)
+    halves = (accumulation(half).transpose(0, 1) for half in (x, z))
+    y, new_conv, new_ssm = write(*halves, conv_state, ssm_state, weights, order_of(gate), kept)
+    return _owned(y.transpose(0, 1), x), _copy(new_conv, conv_state), _copy(new_ssm, ssm_state), buffer
 
+
+def write(
+    x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Weights, order: Order | None, kept: KeptBlocked
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, z (K, B, E) and weights in the accumulation dtype -> y (K, B, E) and both states, (B, E, .), after K; fills ``kept``."""
+    n_writes, rank = len(x), weights.dt_proj_weight.shape[1]
     torch.cat([accumulation(conv_state).permute(2, 0, 1), _to_front(x, order)], out=kept.inputs)
     taps = weights.conv_weight.T[:, None, None]
-    torch.sum(_by_tap(kept.inputs, x.shape[1]) * taps, dim=0, out=kept.conv).add_(weights.conv_bias)
+    torch.sum(_by_tap(kept.inputs, n_writes) * taps, dim=0, out=kept.conv).add_(weights.conv_bias)
     torch.ops.aten.silu.out(kept.conv, out=kept.u)
     torch.matmul(kept.u, weights.x_proj_weight.T, out=kept.projected)
     torch.matmul(kept.projected[..., :rank], weights.dt_proj_weight.T, out=kept.dt_input).add_(weights.dt_proj_bias)
@@ -61,15 +68,14 @@ def forward(
         size = part.stop - part.start
         scan.run(part, states[: size + 1], decay[:size])
         kept.inner[part] += _rows(scan.c[part], states[1 : size + 1])
-        if part.stop < x.shape[1]:
+        if part.stop < n_writes:
             states[0] = states[size]
     y = kept.inner * F.silu(_to_front(z, order))
-    new_conv, new_ssm = kept.inputs[x.shape[1] :], states[size]
+    new_conv, new_ssm = kept.inputs[n_writes:], states[size]
     if order is not None:
         new_conv = kept.inputs.gather(0, order.conv_rows(conv_state))
         new_ssm = torch.where(order.count[0, :, :, None] > 0, new_ssm, initial)  # bit for bit, even the sign of a zero
-    new_conv, new_ssm = new_conv.permute(1, 2, 0), new_ssm.mT
-    return _owned(_to_place(y, order), x), _copy(new_conv, conv_state), _copy(new_ssm, ssm_state), buffer
+    return _to_place(y, order), new_conv.permute(1, 2, 0), new_ssm.mT
 
 
 def backward(
@@ -85,17 +91,61 @@ def backward(
     gate: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, z, conv_state, ssm_state and of each of ``Weights``, each in the dtype of its input."""
-    order = None if gate is None else _order_of(gate)
     weights = Weights(*map(accumulation, parameters))
-    rank = weights.dt_proj_weight.shape[1]
-    kept = KeptBlocked.views(buffer, x, conv_state, len(weights.x_proj_weight))
+    kept = kept_of("blocked", buffer, x, conv_state, len(weights.x_proj_weight), weights.a.shape[1])
+    grad, z_wide = (accumulation(tensor).transpose(0, 1) for tensor in (grad_y, z))
+    found = write_backward(grad, grad_conv, grad_ssm, z_wide, ssm_state, weights, order_of(gate), kept)
+    low = kept.projected[..., : weights.dt_proj_weight.shape[1]]
+    grads = (
+        found.x.transpose(0, 1).clone(),  # it is a part of two gradients, and none may share memory
+        found.z.transpose(0, 1),
+        found.conv_state.permute(1, 2, 0).clone(),
+        found.ssm_state.mT,
+        found.conv_weight,
+        found.conv.sum((0, 1)),
+        found.projected.flatten(0, 1).T @ kept.u.flatten(0, 1),
+        found.dt_input.flatten(0, 1).T @ low.flatten(0, 1),
+        found.dt_input.sum((0, 1)),
+        found.a.mT,
+        found.d,
+    )
+    inputs = x, z, conv_state, ssm_state, *parameters
+    return tuple(_owned(grad, model) for grad, model in zip(grads, inputs, strict=True))
 
+
+class WriteGradients(NamedTuple):
+    """Those of activations, from which those of the larger weights are products, and of the smaller weights."""
+
+    x: Tensor  # (K, B, E)
+    z: Tensor  # (K, B, E)
+    conv_state: Tensor  # (C - 1, B, E)
+    ssm_state: Tensor  # (B, N, E)
+    conv: Tensor  # (K, B, E); this, projected and dt_input lie as what is kept does
+    projected: Tensor  # (K, B, R + 2 N)
+    dt_input: Tensor  # (K, B, E)
+    conv_weight: Tensor  # (E, C)
+    a: Tensor  # (N, E)
+    d: Tensor  # (E,)
+
+
+def write_backward(
+    grad_y: Tensor,
+    grad_conv: Tensor | None,
+    grad_ssm: Tensor | None,
+    z: Tensor,
+    ssm_state: Tensor,
+    weights: Weights,
+    order: Order | None,
+    kept: KeptBlocked,
+) -> WriteGradients:
+    """From grad_y (K, B, E) and those of both states, (B, E, .); z and weights in the accumulation dtype."""
+    rank = weights.dt_proj_weight.shape[1]
     z, grad = _to_front(z, order), _to_front(grad_y, order)
     dz = torch.ops.aten.silu_backward(grad * kept.inner, z)
     d_inner = grad * F.silu(z)
     d_projected = torch.empty_like(kept.projected)
     scan = _Scan(kept, weights.a)
-    states, decay = scan.buffers(x.shape[1])
+    states, decay = scan.buffers(len(z))
     states[0] = accumulation(ssm_state).mT
     for part in scan.parts():
         scan.run(part, states[part.start : part.stop + 1], decay[part])
@@ -108,25 +158,22 @@ def backward(
     du = (d_projected @ weights.x_proj_weight).addcmul_(d_inner, weights.d).addcmul_(d_scan.written, kept.dt)
     d_conv = torch.ops.aten.silu_backward(du, kept.conv)
     d_inputs, d_conv_weight = _conv_backward(d_conv, kept.inputs, weights.conv_weight, grad_conv, order)
-    history = conv_state.shape[2]
-    grads = (
-        _to_place(d_inputs[history:], order).clone(),  # d_inputs is of two gradients, and none may share memory
-        _to_place(dz, order),
-        d_inputs[:history].permute(1, 2, 0).clone(),
-        d_scan.initial.mT,
-        d_conv_weight,
-        d_conv.sum((0, 1)),
-        d_projected.flatten(0, 1).T @ kept.u.flatten(0, 1),
-        d_dt.flatten(0, 1).T @ kept.projected[..., :rank].flatten(0, 1),
-        d_dt.sum((0, 1)),
-        d_scan.a.mT,
-        (d_inner * kept.u).sum((0, 1)),
+    history = len(d_inputs) - len(z)
+    return WriteGradients(
+        x=_to_place(d_inputs[history:], order),
+        z=_to_place(dz, order),
+        conv_state=d_inputs[:history],
+        ssm_state=d_scan.initial,
+        conv=d_conv,
+        projected=d_projected,
+        dt_input=d_dt,
+        conv_weight=d_conv_weight,
+        a=d_scan.a,
+        d=(d_inner * kept.u).sum((0, 1)),
     )
-    inputs = x, z, conv_state, ssm_state, *parameters
-    return tuple(_owned(grad, model) for grad, model in zip(grads, inputs, strict=True))
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
     """How the gated-on writes of each row are moved to its front and back."""
 
     off: Tensor  # (K, B, 1), where the gate is off
@@ -141,31 +188,33 @@ class _Order(NamedTuple):
         return (self.count + torch.arange(history, device=conv_state.device)[:, None, None]).expand(-1, batch, width)
 
 
-def _order_of(gate: Tensor) -> _Order:
+def order_of(gate: Tensor | None) -> Order | None:
+    """The order of the writes of ``gate`` (B, K); None where all happen."""
+    if gate is None:
+        return None
     gate = gate.T[..., None]
     off = ~gate
     if len(gate) == 1:
-        return _Order(off, off, gate.long(), None, None)
+        return Order(off, off, gate.long(), None, None)
     passed = gate.cumsum(0)
     behind = torch.arange(len(gate), device=gate.device)[:, None, None] >= passed[-1:]
-    return _Order(off, behind, passed[-1:], off.to(torch.uint8).argsort(dim=0, stable=True), (passed - 1).clamp_(min=0))
+    return Order(off, behind, passed[-1:], off.to(torch.uint8).argsort(dim=0, stable=True), (passed - 1).clamp_(min=0))
 
 
-def _to_front(x: Tensor, order: _Order | None) -> Tensor:
-    """x (B, K, E) as (K, B, E) in the accumulation dtype, each row's gated-on writes first and zeros behind them."""
-    x = accumulation(x).transpose(0, 1)
+def _to_front(x: Tensor, order: Order | None) -> Tensor:
+    """x (K, B, E), each row's gated-on writes first and zeros behind them."""
     if order is None:
         return x
     x = x.masked_fill(order.off, 0.0)
     return x if order.to_front is None else x.gather(0, order.to_front.expand_as(x))
 
 
-def _to_place(x: Tensor, order: _Order | None) -> Tensor:
-    """The inverse of ``_to_front``: x (K, B, E) as (B, K, E), back in place and 0 where the gate is off."""
+def _to_place(x: Tensor, order: Order | None) -> Tensor:
+    """The inverse of ``_to_front``: back in place, and 0 where the gate is off."""
     if order is not None:
         x = x if order.to_place is None else x.gather(0, order.to_place.expand_as(x))
         x = x.masked_fill(order.off, 0.0)
-    return x.transpose(0, 1)
+    return x
 
 
 class _ScanGradients(NamedTuple):
@@ -253,7 +302,7 @@ def _by_tap(inputs: Tensor, n_writes: int) -> Tensor:
 
 
 def _conv_backward(
-    d_conv: Tensor, inputs: Tensor, conv_weight: Tensor, grad_conv: Tensor | None, order: _Order | None
+    d_conv: Tensor, inputs: Tensor, conv_weight: Tensor, grad_conv: Tensor | None, order: Order | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the conv inputs (C - 1 + K, B, E) and weight (E, C), from d_conv (K, B, E) and that of the new state."""
     n_writes, n_taps = len(d_conv), conv_weight.shape[1]

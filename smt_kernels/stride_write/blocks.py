@@ -1,4 +1,4 @@
-"""What the kernels of the SSM write share: the parts of its formula, how a program finds its gate and channels, and launches.
+"""What the kernels of the SSM write share: the parts of its formula, how a program finds its channels, and launch settings.
 
 Names: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block of values, with its shape behind it; E, N, R are block sizes. A conv
 window is a tuple of C blocks [E], oldest first: an entry shifts from name to name, not from thread to thread.
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels import launch as launching
-from smt_kernels.launch import compiler_options, launch
+from smt_kernels.launch import compiler_options
 
 
 @triton.jit
@@ -59,15 +59,6 @@ def shift(window, on, TAPS: tl.constexpr):
 def advance(b_h, b_dt, b_u, b_b, b_rate):
     """decay h + dt u b, with rate = a / ln 2."""
     return tl.exp2(b_dt[:, None] * b_rate) * b_h + (b_dt * b_u)[:, None] * b_b[None, :]  # [E, N]
-
-
-@triton.jit
-def is_on(gate, strides_gate, i_row, i_write, exists):
-    """Whether a write happens, if it ``exists`` at all; without a gate, every one that exists does."""
-    on = exists
-    if gate is not None:
-        on = tl.load(gate + i_row * strides_gate[0] + i_write * strides_gate[1], mask=exists, other=0)
-    return on
 
 
 @triton.jit
@@ -118,16 +109,18 @@ class BlockSettings:
         return compiler_options(self.num_warps, num_stages=1)
 
 
-# Chosen by the rules of ``smt_kernels.launch``: no spills for N = 16 states of bf16 or fp32, save for a register of the
-# backward scan in triton 3.6 on sm_90. Every kernel works on blocks of E, whose size follows from what else a block holds: the
-# scans (E, N) states, a single write (R + 2 N, E) products.
-# Small blocks: a row of E = 1536 makes 48 programs of a scan, so that a few rows fill a GPU.
+# Chosen by the rules of ``smt_kernels.launch``: no spills for N = 16 states of bf16 or fp32. Every kernel works on blocks of E,
+# whose size follows from what else a block holds: the scans (T, E, N) states, the convolutions (rows, E) inputs, a single write
+# (R + 2 N, E) products.
 _GPU = {
     "single_write": BlockSettings(num_warps=8, elements=12288),
-    "convolution": BlockSettings(num_warps=2, elements=128),
-    "convolution_backward": BlockSettings(num_warps=4, elements=128),
-    "scan": BlockSettings(num_warps=2, elements=512),
-    "scan_backward": BlockSettings(num_warps=4, elements=256),
+    "convolution": BlockSettings(num_warps=4, elements=2048),
+    "convolution_backward": BlockSettings(num_warps=4, elements=2048),
+    "conv_state": BlockSettings(num_warps=4, elements=256),
+    "scan": BlockSettings(num_warps=4, elements=4096),
+    "carry": BlockSettings(num_warps=4, elements=1024),
+    "local_backward": BlockSettings(num_warps=4, elements=4096),
+    "scan_backward": BlockSettings(num_warps=4, elements=2048),
 }
 
 # The interpreter takes as long for a large block as for a small one.
@@ -137,15 +130,6 @@ _INTERPRETER = BlockSettings(num_warps=1, elements=8192)
 def settings(kernel: str, device: torch.device) -> BlockSettings:
     """Settings of ``kernel`` on ``device``; the same on every GPU, where none of these kernels uses matrix units."""
     return _INTERPRETER if launching.architecture_family(device) == "interpreter" else _GPU[kernel]
-
-
-def launch_over_channels(name: str, kernel: triton.JITFunction, model: Tensor, /, **arguments: object) -> None:
-    """Launch ``kernel`` once per row and block of E of ``model`` (B, K, E), of which it gets K and E."""
-    chosen = settings(name, model.device)
-    batch, n_writes, width = model.shape
-    block = chosen.width(arguments.get("N", 1))
-    grid = batch, triton.cdiv(width, block)
-    launch(kernel, grid, model.device, **arguments, n_writes=n_writes, width=width, E=block, **chosen.options)
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...]:

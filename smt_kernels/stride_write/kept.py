@@ -1,39 +1,26 @@
-"""What a forward pass keeps for its backward pass, so that nothing of the size of x is computed again: views of one buffer.
-
-Apart from the implementations, because the size of the buffer is asked for where triton may not be installed.
-"""
+"""What ``stride_write`` keeps, by backend; with it, nothing of the size of x is computed again backward but softplus and SiLU."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from smt_kernels.kept import Part, buffer_size, parts_of
 from smt_kernels.precision import accumulation_dtype
+
+# Most writes that one program of the scan walks over.
+CHUNK = 32
 
 
 class Kept(NamedTuple):
-    """Of the kernels: in the dtype of x and contiguous. Where the gate is off, all are 0."""
+    """Of the kernels; time comes first. Where the gate is off, all but ``starts`` are 0."""
 
-    u: Tensor  # (B, K, E)
-    dt_product: Tensor  # (B, K, E), W_dt low
-    projected: Tensor  # (B, K, R + 2 N), W_x u: low, b, c
-
-    @classmethod
-    def views(cls, buffer: Tensor, x: Tensor, n_projected: int) -> Kept:
-        """``buffer``, of ``kept_size`` elements, cut into its parts."""
-        batch, n_writes, _ = x.shape
-        shapes = cls(x.shape, x.shape, (batch, n_writes, n_projected))
-        sizes = [math.prod(shape) for shape in shapes]
-        parts = buffer.view(x.dtype)[: sum(sizes)].split(sizes)
-        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
-
-
-def kept_size(x: Tensor, conv_state: Tensor, n_projected: int) -> int:
-    """Elements of float32 that hold what ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
-    batch, n_writes, width = x.shape
-    return -(-batch * n_writes * (2 * width + n_projected) * x.itemsize // accumulation_dtype(x.dtype).itemsize)
+    u: Tensor  # (K, B, E) in the dtype of x
+    dt_product: Tensor  # (K, B, E) in the dtype of x, W_dt low
+    projected: Tensor  # (K, B, R + 2 N), W_x u: low, b, c
+    starts: Tensor  # (chunks, B, E, N), the states before each chunk of more than one
 
 
 class KeptBlocked(NamedTuple):
@@ -47,21 +34,33 @@ class KeptBlocked(NamedTuple):
     dt: Tensor  # (K, B, E)
     inner: Tensor  # (K, B, E), c . h + d u
 
-    @classmethod
-    def views(cls, buffer: Tensor, x: Tensor, conv_state: Tensor, n_projected: int) -> KeptBlocked:
-        """``buffer``, of ``kept_size_blocked`` elements, cut into its parts."""
-        batch, n_writes, width = x.shape
-        like_x = n_writes, batch, width
-        inputs, projected = (n_writes + conv_state.shape[2], batch, width), (n_writes, batch, n_projected)
-        shapes = cls(inputs, like_x, like_x, projected, like_x, like_x, like_x)
-        parts = buffer.split([math.prod(shape) for shape in shapes])
-        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
 
-
-def kept_size_blocked(x: Tensor, conv_state: Tensor, n_projected: int) -> int:
-    """Elements that ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
+def _parts(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> dict[str, Part]:
     batch, n_writes, width = x.shape
-    return batch * (n_writes * (6 * width + n_projected) + conv_state.shape[2] * width)
+    like_x = Part((n_writes, batch, width), x.dtype)
+    n_chunks = -(-n_writes // CHUNK) if n_writes > CHUNK else 0
+    projected = Part((n_writes, batch, n_projected), torch.float32)
+    return Kept(like_x, like_x, projected, Part((n_chunks, batch, width, n_state), torch.float32))._asdict()
 
 
-KEPT_SIZE = {"blocked": kept_size_blocked, "triton": kept_size}
+def _parts_blocked(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> dict[str, Part]:
+    (batch, n_writes, width), dtype = x.shape, accumulation_dtype(x.dtype)
+    like_x = Part((n_writes, batch, width), dtype)
+    inputs = Part((n_writes + conv_state.shape[2], batch, width), dtype)
+    projected = Part((n_writes, batch, n_projected), dtype)
+    return KeptBlocked(inputs, like_x, like_x, projected, like_x, like_x, like_x)._asdict()
+
+
+_BACKENDS = {"triton": (Kept, _parts), "blocked": (KeptBlocked, _parts_blocked)}
+
+
+def kept_size(backend: str, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> int:
+    """Elements, in the accumulation dtype of x, that hold what ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
+    parts = _BACKENDS[backend][1](x, conv_state, n_projected, n_state)
+    return buffer_size(parts, accumulation_dtype(x.dtype))
+
+
+def kept_of(backend: str, buffer: Tensor, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> Kept | KeptBlocked:
+    """A buffer of ``kept_size`` elements cut into its parts."""
+    kind, parts = _BACKENDS[backend]
+    return kind(**parts_of(buffer, parts(x, conv_state, n_projected, n_state)))

@@ -1,18 +1,17 @@
-"""The SSM write in Triton: one launch for a single write; for several, kernels around the matrix library's small products.
+"""The SSM write in Triton: one launch for a single write; for several, convolution and scan.
 
     u = silu(conv(x));  (low, b, c) = W_x u;  dt = softplus(W_dt low + bias)
     h_k = exp(dt_k a) h_{k-1} + dt_k b_k u_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
 
 A single write, where launches cost more than arithmetic, is parallel in rows only: no dt is known before W_x has met all of u,
-so one program has all of a row, and walks over E twice. Several writes are cut at the products, and everything between is
-parallel in rows and blocks of E:
+so one program has all of a row, and walks over E twice. Several writes are cut at W_x, and everything is
+parallel in rows, in blocks of E and in time:
 
-    forward    convolution | W_x, W_dt | scan
-    backward   scan backward | W_dt, W_x | convolution backward
+    forward    convolution with its share of W_x | scan with W_dt
+    backward   scan backward with its share of W_dt | convolution backward with W_x
 
 The forward pass keeps u and both products for the backward pass. Sums over rows and over blocks of E are left as one partial
-sum per program, added up by the library: no atomics. Where the gate is off, u is 0, hence b and c; dt is set to 0; the states
-pass.
+sum per program: no atomics. Where the gate is off, u is 0, hence b and c; dt is set to 0; the states pass.
 """
 # ruff: noqa: RUF005  (Triton knows the sum of two tuples, not the unpacking of one)
 
@@ -28,9 +27,9 @@ from smt_kernels.stride_write.blocks import (
     advance,
     channels,
     convolve,
-    is_on,
     load,
     load_columns,
+    partial_sums,
     settings,
     shift,
     silu,
@@ -39,10 +38,20 @@ from smt_kernels.stride_write.blocks import (
     store_columns,
     strides,
 )
-from smt_kernels.stride_write.convolution import convolution, convolution_backward
-from smt_kernels.stride_write.kept import Kept, kept_size
+from smt_kernels.stride_write.convolution import (
+    Order,
+    conv_blocks,
+    conv_states,
+    conv_states_backward,
+    convolution,
+    convolution_backward,
+    order_of,
+    tap_sums,
+)
+from smt_kernels.stride_write.kept import CHUNK, Kept, kept_of, kept_size
 from smt_kernels.stride_write.reference import Weights
-from smt_kernels.stride_write.scan import scan, scan_backward
+from smt_kernels.stride_write.scan import scan, scan_block
+from smt_kernels.stride_write.scan_backward import ScanGradients, scan_backward
 from smt_kernels.tiles import LOG2_E
 
 
@@ -53,17 +62,31 @@ def forward(
     ``kept_size`` elements for ``backward``.
     """
     weights = Weights(*(weight.contiguous() for weight in parameters))
-    n_projected = len(weights.x_proj_weight)
-    buffer = x.new_empty(kept_size(x, conv_state, n_projected), dtype=torch.float32)
-    kept = Kept.views(buffer, x, n_projected)
+    sizes = len(weights.x_proj_weight), weights.a.shape[1]
+    buffer = x.new_empty(kept_size("triton", x, conv_state, *sizes), dtype=torch.float32)
+    kept = kept_of("triton", buffer, x, conv_state, *sizes)
     if x.shape[1] == 1:
         return *_single_write(x, z, conv_state, ssm_state, weights, gate, kept), buffer
-    new_conv_state = convolution(x, conv_state, weights, gate, kept.u)
-    low = kept.projected[..., : weights.dt_proj_weight.shape[1]]
-    _multiply(kept.u, weights.x_proj_weight.T, kept.projected)
-    _multiply(low, weights.dt_proj_weight.T, kept.dt_product)
-    y, new_ssm_state = scan(z, ssm_state, kept, weights, gate)
+    y, new_conv_state, new_ssm_state = (model.new_empty(model.shape) for model in (x, conv_state, ssm_state))
+    order, inputs = order_of(gate), x.transpose(0, 1)
+    partials = write_rows(inputs, conv_state, order, weights, kept.u, range(len(inputs)))
+    conv_states(inputs[None], conv_state[None], order, new_conv_state[None])
+    scan(z.transpose(0, 1), gate, kept, partials, weights, ssm_state, y.transpose(0, 1), new_ssm_state)
     return y, new_conv_state, new_ssm_state, buffer
+
+
+def write_rows(x: Tensor, conv_state: Tensor, order: Order | None, weights: Weights, u: Tensor, writes: range) -> Tensor:
+    """Fill u (K, B, E) of ``writes`` from x (K, B, E); returns partial sums (any number, len(writes), B, R + 2 N) of W_x u.
+
+    Of many rows the library's product, which is one launch more, moves far less than partial sums would.
+    """
+    batch, wide = x.shape[1], len(weights.x_proj_weight)
+    if len(writes) <= CHUNK:
+        partials = partial_sums(x, conv_blocks(x.shape[2], x.device), len(writes), batch, wide)
+        convolution(x, conv_state, order, weights, u, partials, writes)
+        return partials
+    convolution(x, conv_state, order, weights, u, None, writes)
+    return (u[writes.start : writes.stop].flatten(0, 1) @ weights.x_proj_weight.to(x.dtype).T).view(1, len(writes), batch, wide)
 
 
 def backward(
@@ -80,20 +103,47 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, z, conv_state, ssm_state and of each of the seven weights, each in the dtype of its input."""
     weights = Weights(*(weight.contiguous() for weight in parameters))
-    kept = Kept.views(buffer, x, len(weights.x_proj_weight))
-    d_z, d_ssm, d_u, d_dt, d_bc, d_dt_bias, d_a, d_d = scan_backward(grad_y, grad_ssm, z, ssm_state, kept, weights, gate)
-    d_projected = torch.cat([d_dt @ weights.dt_proj_weight.to(x.dtype), d_bc.to(x.dtype)], dim=-1)
-    d_u_projected = d_projected @ weights.x_proj_weight.to(x.dtype)
-    d_x, d_conv, d_conv_weight, d_conv_bias = convolution_backward(d_u, d_u_projected, grad_conv, x, conv_state, weights, gate)
-    low = kept.projected[..., : weights.dt_proj_weight.shape[1]]
-    d_x_proj, d_dt_proj = (grad.flatten(0, 1).T @ t.flatten(0, 1) for grad, t in ((d_projected, kept.u), (d_dt, low)))
-    d_weights = d_conv_weight, d_conv_bias, d_x_proj, d_dt_proj, d_dt_bias, d_a, d_d
-    return d_x, d_z, d_conv, d_ssm, *(grad.to(weight.dtype) for grad, weight in zip(d_weights, parameters, strict=True))
+    (batch, n_writes, width), (wide, n_state) = x.shape, (len(weights.x_proj_weight), weights.a.shape[1])
+    kept = kept_of("triton", buffer, x, conv_state, wide, n_state)
+    starts = kept.starts if len(kept.starts) else ssm_state[None]
+    blocks = triton.cdiv(width, scan_block("scan_backward", n_writes, n_state, x.device))
+    d_x, d_z = (model.new_empty(model.shape) for model in (x, z))
+    grads = ScanGradients(
+        z=d_z.transpose(0, 1),
+        u=torch.empty_like(kept.u),
+        dt_product=torch.empty_like(kept.u),
+        projected=partial_sums(x, blocks, n_writes, batch, wide),
+        ssm_state=ssm_state.new_empty(ssm_state.shape),
+        bias=partial_sums(x, len(starts), batch, width),
+        a=partial_sums(x, len(starts), batch, width, n_state),
+        d=partial_sums(x, len(starts), batch, width),
+    )
+    order = order_of(gate)
+    scan_backward(grad_y.transpose(0, 1), grad_ssm, z.transpose(0, 1), gate, kept, weights, starts, grads, adds=False)
+    d_projected = kept.u.new_empty(n_writes, batch, wide)
+    d_taps = partial_sums(x, tap_sums(n_writes, batch), width, weights.conv_weight.shape[1] + 1)
+    partials = fewer(grads.projected)
+    convolution_backward(
+        x.transpose(0, 1), conv_state, order, weights, partials, grad_conv, grads.u, d_projected, d_x.transpose(0, 1), d_taps,
+        range(n_writes), adds=False,
+    )  # fmt: skip
+    d_conv = conv_state.new_empty(conv_state.shape)
+    conv_states_backward(
+        grads.u[None], None if grad_conv is None else grad_conv[None], order, weights.conv_weight[None], d_conv[None]
+    )
+    d_taps = d_taps.sum(0)
+    low = kept.projected[..., : wide - 2 * n_state].to(x.dtype)
+    d_x_proj, d_dt_proj = (
+        grad.flatten(0, 1).T @ rows.flatten(0, 1) for grad, rows in ((d_projected, kept.u), (grads.dt_product, low))
+    )
+    d_weights = d_taps[:, :-1], d_taps[:, -1], d_x_proj, d_dt_proj, *(sums.sum((0, 1)) for sums in grads[-3:])
+    d_weights = (grad.to(weight.dtype).contiguous() for grad, weight in zip(d_weights, parameters, strict=True))
+    return d_x, d_z, d_conv, grads.ssm_state, *d_weights
 
 
-def _multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """out = x y for x (B, K, I), y (I, J) and out (B, K, J), in the dtype of x."""
-    torch.mm(x.flatten(0, 1), y.to(x.dtype), out=out.flatten(0, 1))
+def fewer(partials: Tensor) -> Tensor:
+    """Partial sums (blocks, K, B, R + 2 N), added up once where there are many rows, before many programs need them."""
+    return partials.sum(0, keepdim=True) if partials.shape[1] > CHUNK else partials
 
 
 @triton.jit
@@ -108,7 +158,9 @@ def _single_write_kernel(
     u, dt_product and projected are for the backward pass only.
     """
     i_row = tl.program_id(0).to(tl.int64)
-    on = is_on(gate, strides_gate, i_row, 0, True)
+    on = True
+    if gate is not None:
+        on = tl.load(gate + i_row * strides_gate[0]) != 0
     n_blocks = tl.cdiv(width, E)
     o_r, o_n = tl.arange(0, R), tl.arange(0, N)
     m_r, m_n = o_r < RANK, o_n < STATE
@@ -186,7 +238,9 @@ def _single_write(
         y=y,
         new_conv_state=new_conv_state,
         new_ssm_state=new_ssm_state,
-        **kept._asdict(),
+        u=kept.u,
+        dt_product=kept.dt_product,
+        projected=kept.projected,
         strides_x=x.stride(),
         strides_z=z.stride(),
         strides_conv=conv_state.stride(),

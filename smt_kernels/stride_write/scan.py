@@ -1,255 +1,311 @@
-"""The recurrence over K gated writes with its skip and output gate, forward and backward.
+"""The recurrence over gated writes, with the product of dt before it and skip and output gate behind it: forward.
 
-    h_k = exp(dt_k a) h_{k-1} + dt_k u_k b_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
-    dh_k = exp(dt_{k+1} a) dh_{k+1} + c_k dy_k silu(z_k)
+    dt = softplus(W_dt low + bias);   h_k = exp(dt_k a) h_{k-1} + dt_k u_k b_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
 
-The backward pass computes the states again: it writes one to memory every ``STEPS`` writes (none up to ``STEPS`` writes) and
-holds those of one segment of ``STEPS`` writes in registers. ``STEPS`` is 1 for a single write and else ``SEGMENT``, beyond the
-last write without effect: shorter segments for the few writes between would be kernels more, and those spill registers.
+Parallel in time: h is the second part of a running product, (p, h) then (q, g) = (p q, q h + g), which needs no order. So a
+program takes ``STEPS`` writes at once as blocks [T, E, N], of which each thread holds all T, and a chunk of at most ``CHUNK``
+writes in a short loop. More writes than that are three launches:
+
+    every chunk from a state of zero: its last state, and the sum of its dt, since the product of its decays is exp(a sum dt)
+    the state before each chunk, from those two: ``carry``
+    every chunk from its true state
+
+Rows are counted with time first, k B + b, so that the rows of any run of writes lie together.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.stride_write.blocks import (
-    advance,
-    channels,
-    is_on,
-    launch_over_channels,
-    load,
-    partial_sums,
-    settings,
-    silu,
-    silu_gradient,
-    softplus,
-    store,
-    strides,
-)
-from smt_kernels.stride_write.kept import Kept
+from smt_kernels.launch import launch
+from smt_kernels.stride_write.blocks import channels, load, settings, silu, softplus, store, strides
+from smt_kernels.stride_write.kept import CHUNK, Kept
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.tiles import LOG2_E
 
-# Most writes whose states the backward pass holds in registers.
-SEGMENT = 8
+# Writes that a program takes at once.
+STEPS = 8
+# Columns of W_x u that are multiplied, and partial sums that are added, at a time.
+COLUMNS: tl.constexpr = tl.constexpr(16)
+SUMMED: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def _load_write(u, dt_product, projected, b_bias, on, o_write, o_e, m_e, o_n, m_n, width, rank, STATE: tl.constexpr):
-    """u, dt before its softplus, dt, b and c of write ``o_write``, counted over all rows; all but the second 0 if it is off."""
-    b_u = load(u + o_write * width + o_e, m_e & on)  # [E]
-    b_dt_input = load(dt_product + o_write * width + o_e, m_e & on) + b_bias  # [E]
-    b_dt = tl.where(on, softplus(b_dt_input), 0.0)  # [E]
-    p_b = projected + o_write * (rank + 2 * STATE) + rank + o_n
-    return b_u, b_dt_input, b_dt, load(p_b, m_n & on), load(p_b + STATE, m_n & on)
+def then(decay, h, next_decay, next_h):
+    """Two stretches of the recurrence one after the other."""
+    return decay * next_decay, next_decay * h + next_h
 
 
-@triton.jit(do_not_specialize=["n_writes"])
-def _scan_kernel(
-    z, ssm_state, gate, u, projected, dt_product, dt_proj_bias, a, d, y, new_ssm_state,
-    strides_z, strides_ssm, strides_gate, n_writes, width, rank,
-    STATE: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+@triton.jit
+def row_of(i_first, n_steps, n_batch, i_batch, T: tl.constexpr):
+    """Which of T writes from ``i_first`` on there are, their numbers and their rows."""
+    o_step = i_first + tl.arange(0, T)
+    return o_step < n_steps, o_step, (o_step * n_batch + i_batch).to(tl.int64)
+
+
+@triton.jit
+def is_on(gate, strides_gate, i_batch, o_step, m_step):
+    """Which of the writes that exist happen."""
+    on = m_step
+    if gate is not None:
+        on = tl.load(gate + i_batch * strides_gate[0] + o_step * strides_gate[1], mask=m_step, other=0) != 0
+    return on
+
+
+@triton.jit
+def summed(pointers, stride, mask, PARTIALS: tl.constexpr):
+    """The sum of ``PARTIALS`` partial sums, each in a block like ``pointers``."""
+    if PARTIALS == 1:
+        return load(pointers, mask)
+    b_sum = tl.zeros(pointers.shape, dtype=tl.float32)
+    for i in tl.static_range(0, PARTIALS, SUMMED):
+        o_partial = (i + tl.arange(0, SUMMED))[:, None, None].to(tl.int64)
+        b_sum += tl.sum(load(pointers[None] + o_partial * stride, mask[None] & (o_partial < PARTIALS)), axis=0)
+    return b_sum
+
+
+@triton.jit
+def first_of(b_x, T: tl.constexpr):
+    """The first of T blocks [T, E, N]."""
+    return tl.sum(tl.where((tl.arange(0, T) == 0)[:, None, None], b_x, 0.0), axis=0)
+
+
+@triton.jit
+def last_of(b_x, T: tl.constexpr):
+    return tl.sum(tl.where((tl.arange(0, T) == T - 1)[:, None, None], b_x, 0.0), axis=0)
+
+
+@triton.jit
+def states_of(b_decay, b_written, b_h, o_t, T: tl.constexpr):
+    """The states after each of T writes [T, E, N], from the one before them [E, N]."""
+    b_written += tl.where((o_t == 0)[:, None, None], b_decay * b_h[None], 0.0)
+    _, b_states = tl.associative_scan((b_decay, b_written), 0, then)
+    return b_states
+
+
+@triton.jit(do_not_specialize=["n_writes", "stride_partials"])
+def scan_kernel(
+    z, gate, u, partials, dt_proj_weight, dt_proj_bias, a, d, starts, projected, dt_product, y, ends, sums,
+    strides_z, strides_gate, strides_starts, strides_y, stride_partials, n_batch, n_writes, width,
+    RANK: tl.constexpr, STATE: tl.constexpr, PARTIALS: tl.constexpr,
+    CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The recurrence over the K writes of one row and block of E, with skip and output gate."""
-    i_row = tl.program_id(0).to(tl.int64)
+    """One chunk of one batch row and block of E.
+
+    From ``partials`` the products of low, b, c and dt are formed and stored; without them they are loaded. Without ``starts``
+    the chunk begins with zeros; ``ends`` and ``sums`` get the state after it and the sum of its dt, ``y`` its outputs.
+    """
+    i_chunk, i_batch = tl.program_id(0) // n_batch, (tl.program_id(0) % n_batch).to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n = tl.arange(0, N)
+    o_n, o_t, o_r = tl.arange(0, N), tl.arange(0, T), tl.arange(0, COLUMNS)
     m_n = o_n < STATE
     m_state = m_e[:, None] & m_n[None, :]
-    b_bias, b_d = load(dt_proj_bias + o_e, m_e), load(d + o_e, m_e)  # [E]
+    WIDE: tl.constexpr = RANK + 2 * STATE
+    b_bias = load(dt_proj_bias + o_e, m_e)  # [E]
     b_rate = load(a + o_e[:, None] * STATE + o_n[None, :], m_state) * LOG2_E  # [E, N]
-    p_ssm = ssm_state + i_row * strides_ssm[0] + o_e[:, None] * strides_ssm[1] + o_n[None, :] * strides_ssm[2]
-    b_h = load(p_ssm, m_state)  # [E, N]
-    p_z = z + i_row * strides_z[0] + o_e
-    for i_write in range(n_writes):
-        on = is_on(gate, strides_gate, i_row, i_write, True)
-        o_write = i_row * n_writes + i_write
-        b_u, _, b_dt, b_b, b_c = _load_write(
-            u, dt_product, projected, b_bias, on, o_write, o_e, m_e, o_n, m_n, width, rank, STATE
-        )
-        b_h = tl.where(on, advance(b_h, b_dt, b_u, b_b, b_rate), b_h)
-        b_inner = tl.sum(b_h * b_c[None, :], axis=1) + b_d * b_u  # [E]
-        store(y + o_write * width + o_e, tl.where(on, b_inner * silu(load(p_z, m_e & on)), 0.0), m_e)
-        p_z += strides_z[1]
-    store(new_ssm_state + (i_row * width + o_e)[:, None] * STATE + o_n[None, :], b_h, m_state)
+    b_first = tl.zeros([E, N], dtype=tl.float32)
+    if starts is not None:
+        p_start = starts + i_chunk * strides_starts[0] + i_batch * strides_starts[1]
+        b_first = load(p_start + o_e[:, None] * strides_starts[2] + o_n[None, :] * strides_starts[3], m_state)
+    b_h = b_first
+    b_sum = tl.zeros([E], dtype=tl.float32)
+    any_on = False
+    n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
+    for i_first in range(i_chunk * CHUNK, n_steps, T):
+        m_step, o_step, o_row = row_of(i_first, n_steps, n_batch, i_batch, T)
+        on = is_on(gate, strides_gate, i_batch, o_step, m_step)
+        any_on = any_on | (tl.max(on.to(tl.int32), axis=0) > 0)
+        m_row = m_step[:, None] & m_e[None, :]
+        m_columns = m_step[:, None] & m_n[None, :]
+        p_row = o_row[:, None] * width + o_e[None, :]
+        p_projected = projected + o_row[:, None] * WIDE
+        if partials is not None:
+            p_partial = partials + o_row[:, None] * WIDE
+            b_product = tl.zeros([T, E], dtype=tl.float32)
+            for i in tl.static_range(0, RANK, COLUMNS):
+                m_low = m_step[:, None] & (i + o_r < RANK)[None, :]
+                b_low = summed(p_partial + i + o_r[None, :], stride_partials, m_low, PARTIALS)  # [T, COLUMNS]
+                p_weight = dt_proj_weight + o_e[:, None] * RANK + i + o_r[None, :]
+                b_weight = load(p_weight, m_e[:, None] & (i + o_r < RANK)[None, :])  # [E, COLUMNS]
+                b_product += tl.sum(b_low[:, None, :] * b_weight[None, :, :], axis=2)
+                if tl.program_id(1) == 0:
+                    store(p_projected + i + o_r[None, :], b_low, m_low)
+            b_b = summed(p_partial + RANK + o_n[None, :], stride_partials, m_columns, PARTIALS)  # [T, N]
+            b_c = summed(p_partial + RANK + STATE + o_n[None, :], stride_partials, m_columns, PARTIALS)
+            if tl.program_id(1) == 0:
+                store(p_projected + RANK + o_n[None, :], b_b, m_columns)
+                store(p_projected + RANK + STATE + o_n[None, :], b_c, m_columns)
+            # What the backward pass reads, rounding included.
+            b_product = b_product.to(dt_product.dtype.element_ty)
+            store(dt_product + p_row, b_product, m_row)
+            b_product = b_product.to(tl.float32)
+        else:
+            b_product = load(dt_product + p_row, m_row)
+            b_b = load(p_projected + RANK + o_n[None, :], m_columns)
+            b_c = load(p_projected + RANK + STATE + o_n[None, :], m_columns)
+        b_dt = tl.where(on[:, None], softplus(b_product + b_bias[None, :]), 0.0)  # [T, E]
+        b_u = load(u + p_row, m_row)
+        b_decay = tl.exp2(b_dt[:, :, None] * b_rate[None])  # [T, E, N]
+        b_states = states_of(b_decay, (b_dt * b_u)[:, :, None] * b_b[:, None, :], b_h, o_t, T)
+        b_h = last_of(b_states, T)
+        if sums is not None:
+            b_sum += tl.sum(b_dt, axis=0)
+        if y is not None:
+            b_inner = tl.sum(b_states * b_c[:, None, :], axis=2) + load(d + o_e, m_e)[None, :] * b_u  # [T, E]
+            p_z = z + o_step[:, None].to(tl.int64) * strides_z[0] + i_batch * strides_z[1] + o_e[None, :]
+            b_y = tl.where(on[:, None], b_inner * silu(load(p_z, m_row & on[:, None])), 0.0)
+            store(y + o_step[:, None].to(tl.int64) * strides_y[0] + i_batch * strides_y[1] + o_e[None, :], b_y, m_row)
+    o_end = tl.program_id(0).to(tl.int64) * width + o_e
+    if ends is not None:
+        # Bit for bit, even the sign of a zero, where nothing is written.
+        store(ends + o_end[:, None] * STATE + o_n[None, :], tl.where(any_on, b_h, b_first), m_state)
+    if sums is not None:
+        store(sums + o_end, b_sum, m_e)
 
 
-@triton.jit(do_not_specialize=["n_writes", "n_segments"])
-def _scan_backward_kernel(
-    grad_y, grad_ssm, z, ssm_state, gate, u, projected, dt_product, dt_proj_bias, a, d, checkpoints,
-    d_z, d_u, d_dt_product, d_bc, d_ssm, d_bias, d_a, d_d,
-    strides_grad_y, strides_grad_ssm, strides_z, strides_ssm, strides_gate, n_writes, n_segments, width, rank,
-    STATE: tl.constexpr, E: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr,
+@triton.jit(do_not_specialize=["n_chunks"])
+def carry_kernel(
+    first, ends, sums, a, starts, last, strides_first, n_batch, n_chunks, width,
+    STATE: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients through output gate, skip and recurrence of one row and block of E, in segments of ``STEPS`` writes.
+    """From what each chunk makes of zeros, ``ends``, and the sum of its dt: what each begins with, and what the last leaves.
 
-    d_u is what does not pass through W_x; d_bc (blocks of E, B, K, 2 N), d_bias, d_d (B, E) and d_a (B, E, N) are partial sums.
+    Backward (``REVERSE``) the last chunk is the first, and states are gradients of states.
     """
-    i_row = tl.program_id(0).to(tl.int64)
+    i_batch = tl.program_id(0).to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n = tl.arange(0, N)
+    o_n, o_t = tl.arange(0, N), tl.arange(0, T)
     m_n = o_n < STATE
     m_state = m_e[:, None] & m_n[None, :]
     o_state = o_e[:, None] * STATE + o_n[None, :]
-    b_bias, b_d = load(dt_proj_bias + o_e, m_e), load(d + o_e, m_e)  # [E]
-    b_a = load(a + o_state, m_state)  # [E, N]
-    b_rate = b_a * LOG2_E
-    p_ssm = ssm_state + i_row * strides_ssm[0] + o_e[:, None] * strides_ssm[1] + o_n[None, :] * strides_ssm[2]
-    b_h = load(p_ssm, m_state)  # [E, N]
-    p_checkpoint = checkpoints + i_row * (n_segments - 1) * width * STATE + o_state
-    for i_segment in range(n_segments - 1):
-        store(p_checkpoint, b_h, m_state)
-        p_checkpoint += width * STATE
-        for i_write in range(i_segment * STEPS, (i_segment + 1) * STEPS):
-            on = is_on(gate, strides_gate, i_row, i_write, True)
-            b_u, _, b_dt, b_b, _ = _load_write(
-                u, dt_product, projected, b_bias, on, i_row * n_writes + i_write, o_e, m_e, o_n, m_n, width, rank, STATE
-            )
-            b_h = advance(b_h, b_dt, b_u, b_b, b_rate)
-    tl.debug_barrier()  # a thread may read what another one has written
-
-    b_dh = tl.zeros([E, N], dtype=tl.float32)
-    if grad_ssm is not None:
-        p_grad = grad_ssm + i_row * strides_grad_ssm[0] + o_e[:, None] * strides_grad_ssm[1]
-        b_dh += load(p_grad + o_n[None, :] * strides_grad_ssm[2], m_state)
-    b_da = tl.zeros([E, N], dtype=tl.float32)
-    b_dd = tl.zeros([E], dtype=tl.float32)
-    b_dbias = tl.zeros([E], dtype=tl.float32)
-    for i_done in range(n_segments):
-        first_write = (n_segments - 1 - i_done) * STEPS
-        if i_done > 0:
-            p_checkpoint -= width * STATE
-            b_h = load(p_checkpoint, m_state)
-        states = (b_h,)  # before the segment and after each of its writes
-        for i_step in tl.static_range(STEPS):
-            i_write = first_write + i_step
-            on = is_on(gate, strides_gate, i_row, i_write, i_write < n_writes)
-            b_u, _, b_dt, b_b, _ = _load_write(
-                u, dt_product, projected, b_bias, on, i_row * n_writes + i_write, o_e, m_e, o_n, m_n, width, rank, STATE
-            )
-            states += (advance(states[i_step], b_dt, b_u, b_b, b_rate),)
-
-        for i_step in tl.static_range(STEPS - 1, -1, -1):
-            i_write = first_write + i_step
-            o_write = i_row * n_writes + i_write
-            exists = i_write < n_writes
-            on = is_on(gate, strides_gate, i_row, i_write, exists)
-            m_write, m_on = m_e & exists, m_e & on
-            b_u, b_dt_input, b_dt, b_b, b_c = _load_write(
-                u, dt_product, projected, b_bias, on, o_write, o_e, m_e, o_n, m_n, width, rank, STATE
-            )
-            b_z = load(z + i_row * strides_z[0] + i_write * strides_z[1] + o_e, m_on)  # [E]
-            b_dy = load(grad_y + i_row * strides_grad_y[0] + i_write * strides_grad_y[1] + o_e, m_on)  # [E]
-            b_inner = tl.sum(states[i_step + 1] * b_c[None, :], axis=1) + b_d * b_u  # [E]
-            b_dinner = b_dy * silu(b_z)  # [E]
-            b_dh += b_dinner[:, None] * b_c[None, :]
-            b_dwritten = tl.sum(b_dh * b_b[None, :], axis=1)  # [E], of dt u
-            b_db = tl.sum(b_dh * (b_dt * b_u)[:, None], axis=0)  # [N]
-            b_dc = tl.sum(states[i_step + 1] * b_dinner[:, None], axis=0)  # [N]
-            b_dh *= tl.exp2(b_dt[:, None] * b_rate)
-            b_drate = b_dh * states[i_step]  # [E, N], of dt a
-            b_da += b_drate * b_dt[:, None]
-            b_ddt = tl.sum(b_drate * b_a, axis=1) + b_dwritten * b_u  # [E]
-            b_ddt_input = tl.where(on, b_ddt * tl.sigmoid(b_dt_input), 0.0)  # [E]
-            b_dd += b_dinner * b_u
-            b_dbias += b_ddt_input
-            o_out = o_write * width + o_e
-            store(d_z + o_out, b_dy * b_inner * silu_gradient(b_z), m_write)
-            store(d_u + o_out, b_dinner * b_d + b_dwritten * b_dt, m_write)
-            store(d_dt_product + o_out, b_ddt_input, m_write)
-            o_partial = (tl.program_id(1) * tl.num_programs(0) + i_row) * n_writes + i_write
-            p_bc = d_bc + o_partial * 2 * STATE + o_n
-            store(p_bc, b_db, m_n & exists)
-            store(p_bc + STATE, b_dc, m_n & exists)
-
-    o_e += i_row * width
-    o_state += i_row * width * STATE
-    store(d_ssm + o_state, b_dh, m_state)
-    store(d_a + o_state, b_da, m_state)
-    store(d_d + o_e, b_dd, m_e)
-    store(d_bias + o_e, b_dbias, m_e)
+    b_rate = load(a + o_state, m_state) * LOG2_E  # [E, N]
+    b_h = tl.zeros([E, N], dtype=tl.float32)
+    if first is not None:
+        p_first = first + i_batch * strides_first[0] + o_e[:, None] * strides_first[1] + o_n[None, :] * strides_first[2]
+        b_h = load(p_first, m_state)
+    i_start = n_chunks - 1 if REVERSE else 0
+    store(starts + (i_start * n_batch + i_batch) * width * STATE + o_state, b_h, m_state)
+    for i_first in range(0, n_chunks, T):
+        o_done = i_first + o_t
+        o_chunk = n_chunks - 1 - o_done if REVERSE else o_done
+        o_place = (o_chunk * n_batch + i_batch) * width
+        m_chunk = o_done < n_chunks
+        b_dt = load(sums + o_place[:, None] + o_e[None, :], m_chunk[:, None] & m_e[None, :])  # [T, E]
+        m_ends = m_chunk[:, None, None] & m_state[None]
+        b_ends = load(ends + o_place[:, None, None] * STATE + o_state[None], m_ends)  # [T, E, N]
+        b_states = states_of(tl.exp2(b_dt[:, :, None] * b_rate[None]), b_ends, b_h, o_t, T)
+        b_h = last_of(b_states, T)
+        o_next = o_place + (-n_batch if REVERSE else n_batch) * width
+        m_next = (o_done + 1 < n_chunks)[:, None, None] & m_state[None]
+        store(starts + o_next[:, None, None] * STATE + o_state[None], b_states, m_next)
+    store(last + i_batch * width * STATE + o_state, b_h, m_state)
 
 
 def scan(
     z: Tensor,
-    ssm_state: Tensor,
-    kept: Kept,
-    weights: Weights,
     gate: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """z (B, K, E), ssm_state (B, E, N) -> y (B, K, E) and the state after K."""
-    y, new_ssm_state = z.new_empty(z.shape), ssm_state.new_empty(ssm_state.shape)
-    inputs = _inputs(z, ssm_state, kept, weights, gate)
-    launch_over_channels("scan", _scan_kernel, z, **inputs, y=y, new_ssm_state=new_ssm_state)
-    return y, new_ssm_state
+    kept: Kept,
+    partials: Tensor,
+    weights: Weights,
+    ssm_state: Tensor,
+    y: Tensor,
+    new_ssm_state: Tensor,
+) -> None:
+    """From z (K, B, E), u and the partial sums of W_x u (any number, K, B, R + 2 N) to y (K, B, E) and the state after K.
+
+    Fills what else is kept. ssm_state and new_ssm_state are (B, E, N), the second contiguous; the gate is (B, K).
+    """
+    n_writes, batch, width = z.shape
+    n_chunks = triton.cdiv(n_writes, CHUNK)
+    inputs = scan_inputs(z, gate, kept, weights, "scan")
+    inputs |= {"u": kept.u, "dt_proj_weight": weights.dt_proj_weight, "d": weights.d}
+    inputs |= {"strides_y": y.stride()[:2], "stride_partials": partials.stride(0)}
+    products = {"partials": partials, "PARTIALS": len(partials)}
+    if n_chunks == 1:
+        starts = {"starts": ssm_state, "strides_starts": (0, *ssm_state.stride())}
+        launch_scan(scan_kernel, "scan", 1, **inputs, **products, **starts, y=y, ends=new_ssm_state, sums=None)
+        return
+    ends, sums = torch.empty_like(kept.starts), kept.starts.new_empty(kept.starts.shape[:3])
+    nothing = {"starts": None, "strides_starts": (0, 0, 0, 0), "y": None}
+    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **products, **nothing, ends=ends, sums=sums)
+    carry(ssm_state, ends, sums, weights.a, kept.starts, new_ssm_state, reverse=False)
+    starts = {"starts": kept.starts, "strides_starts": kept.starts.stride()}
+    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **starts, partials=None, PARTIALS=1, y=y, ends=None, sums=None)
 
 
-def scan_backward(
-    grad_y: Tensor,
-    grad_ssm: Tensor | None,
-    z: Tensor,
-    ssm_state: Tensor,
-    kept: Kept,
-    weights: Weights,
-    gate: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Gradients of z, ssm_state, u, dt_product, of b and c as one (B, K, 2 N), and of dt_proj_bias, a and d."""
-    (batch, n_writes, width), n_state = z.shape, weights.a.shape[1]
-    inputs = _inputs(z, ssm_state, kept, weights, gate)
-    steps = 1 if n_writes == 1 else SEGMENT
-    n_segments = triton.cdiv(n_writes, steps)
-    blocks = triton.cdiv(width, settings("scan_backward", z.device).width(inputs["N"]))
-    d_z, d_u, d_dt = (z.new_empty(z.shape) for _ in range(3))
-    d_ssm = ssm_state.new_empty(ssm_state.shape)
-    d_bc = partial_sums(z, blocks, batch, n_writes, 2 * n_state)
-    d_bias, d_a, d_d = (partial_sums(z, batch, *weight.shape) for weight in weights[-3:])
-    launch_over_channels(
-        "scan_backward",
-        _scan_backward_kernel,
-        z,
-        **inputs,
-        grad_y=grad_y,
-        grad_ssm=grad_ssm,
-        checkpoints=partial_sums(z, batch, n_segments - 1, width, n_state),
-        d_z=d_z,
-        d_u=d_u,
-        d_dt_product=d_dt,
-        d_bc=d_bc,
-        d_ssm=d_ssm,
-        d_bias=d_bias,
-        d_a=d_a,
-        d_d=d_d,
-        strides_grad_y=grad_y.stride(),
-        strides_grad_ssm=strides(grad_ssm),
-        n_segments=n_segments,
-        STEPS=steps,
+def carry(first: Tensor | None, ends: Tensor, sums: Tensor, a: Tensor, starts: Tensor, last: Tensor, *, reverse: bool) -> None:
+    """From ``first`` (B, E, N) and what chunks make of zeros (chunks, B, E, N) to ``starts`` of each and ``last``."""
+    n_chunks, batch, width, n_state = ends.shape
+    chosen, states, steps = (
+        settings("carry", a.device),
+        triton.next_power_of_2(n_state),
+        min(STEPS, triton.next_power_of_2(n_chunks)),
     )
-    return d_z, d_ssm, d_u, d_dt, d_bc.sum(0), d_bias.sum(0), d_a.sum(0), d_d.sum(0)
+    block = chosen.width(steps * states)
+    launch(
+        carry_kernel,
+        (batch, triton.cdiv(width, block)),
+        a.device,
+        first=first,
+        ends=ends,
+        sums=sums,
+        a=a,
+        starts=starts,
+        last=last,
+        strides_first=strides(first),
+        n_batch=batch,
+        n_chunks=n_chunks,
+        width=width,
+        STATE=n_state,
+        REVERSE=reverse,
+        T=steps,
+        E=block,
+        N=states,
+        **chosen.options,
+    )
 
 
-def _inputs(
-    z: Tensor,
-    ssm_state: Tensor,
-    kept: Kept,
-    weights: Weights,
-    gate: Tensor | None,
-) -> dict[str, object]:
-    """What both kernels take."""
+def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, kernel: str) -> dict[str, object]:
+    """What the kernels take that walk over the writes of z (K, B, E), and their sizes."""
+    n_writes, batch, width = z.shape
     n_state = weights.a.shape[1]
+    states, steps = triton.next_power_of_2(n_state), scan_steps(n_writes)
     return {
         "z": z,
-        "ssm_state": ssm_state,
         "gate": gate,
-        **kept._asdict(),
+        "projected": kept.projected,
+        "dt_product": kept.dt_product,
         "dt_proj_bias": weights.dt_proj_bias,
         "a": weights.a,
-        "d": weights.d,
-        "strides_z": z.stride(),
-        "strides_ssm": ssm_state.stride(),
-        "strides_gate": strides(gate),
-        "rank": kept.projected.shape[-1] - 2 * n_state,
+        "strides_z": z.stride()[:2],
+        "strides_gate": (0, 0) if gate is None else gate.stride(),
+        "n_batch": batch,
+        "n_writes": n_writes,
+        "width": width,
+        "RANK": weights.dt_proj_weight.shape[1],
         "STATE": n_state,
-        "N": triton.next_power_of_2(n_state),
+        "CHUNK": CHUNK,
+        "T": steps,
+        "E": scan_block(kernel, n_writes, n_state, z.device),
+        "N": states,
     }
+
+
+def scan_steps(n_writes: int) -> int:
+    """How many of them a program takes at once."""
+    return min(STEPS, triton.next_power_of_2(n_writes))
+
+
+def scan_block(kernel: str, n_writes: int, n_state: int, device: torch.device) -> int:
+    """How many of the E channels a program of ``kernel`` has."""
+    return settings(kernel, device).width(scan_steps(n_writes) * triton.next_power_of_2(n_state))
+
+
+def launch_scan(kernel: triton.JITFunction, name: str, n_chunks: int, **arguments: object) -> None:
+    """Launch ``kernel`` once per chunk, batch row and block of E; ``arguments`` hold ``scan_inputs``."""
+    device = arguments["z"].device
+    grid = n_chunks * arguments["n_batch"], triton.cdiv(arguments["width"], arguments["E"])
+    launch(kernel, grid, device, **arguments, **settings(name, device).options)

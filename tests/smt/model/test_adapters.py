@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from smt import SMTConfig, StrideMemoryTransformer
-from smt.model.shared_linear import SharedLinear
 
 ENCODINGS = ["token", "stride", "stream"]
 MIXER = "memory.ssm.layers.0.mixer"
@@ -149,13 +148,3 @@ def test_another_convolution_is_refused():
     mixer.conv1d = nn.Sequential(mixer.conv1d)
     with pytest.raises(ValueError, match=f"^{MIXER}.conv1d is never called"):
         model(torch.randint(37, (1, 14)))
-
-
-def test_backward_passes_that_leave_the_weight_out_keep_no_more_than_one():
-    layer = nn.Linear(5, 7, bias=False)
-    shared = SharedLinear(layer)
-    x = torch.randn(2, 5, requires_grad=True)
-    out = shared(x)
-    for _ in range(5):
-        torch.autograd.grad(out.sum(), x, retain_graph=True)
-    assert len(shared._uses) == 1

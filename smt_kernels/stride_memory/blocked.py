@@ -1,0 +1,235 @@
+"""The memory's writes in plain PyTorch, with their own backward, out of the blocked forms of both parts; runs on any device.
+
+Time comes first, (K, B, d), so that the rows of a group lie together and every weight gradient is one product over all groups:
+
+    normed = x r norm;   x, z = W_in normed;   x = x + W_out write(x, z);   r = rsqrt(mean(x^2) + eps)
+    dx = residual + r (g - x r^2 mean(g x)),  g = norm dnormed
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smt_kernels.attention_pool import blocked as pooling
+from smt_kernels.attention_pool import reference as pool
+from smt_kernels.attention_pool.reference import Timeline
+from smt_kernels.precision import accumulation
+from smt_kernels.stride_memory.kept import Kept, kept_of, kept_size
+from smt_kernels.stride_memory.reference import EPS, Group, Inputs, MemoryWeights, groups_of
+from smt_kernels.stride_write.blocked import Order, order_of, write, write_backward
+from smt_kernels.stride_write.kept import KeptBlocked
+from smt_kernels.window import WindowSpec
+
+
+def forward(
+    tokens: Tensor,
+    slots: Tensor | None,
+    weights: MemoryWeights,
+    inputs: Inputs,
+    window: WindowSpec,
+    timeline: Timeline,
+    normalise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Slots (B, K, d), both states after K writes, pooling weights (K, B, W), and what ``backward`` needs."""
+    arguments = "blocked", tokens, slots, weights, inputs, window, timeline
+    wide = MemoryWeights(*map(accumulation, weights))
+    buffer = wide.a.new_empty(kept_size(*arguments))
+    kept = kept_of(buffer, *arguments)
+    size = window.n_tokens if slots is None else window.size
+    pool_weights = wide.a.new_empty(timeline.n_writes, len(tokens), size)
+    pass_ = _Pass(tokens, slots, wide, inputs, window, timeline, normalise, kept, pool_weights)
+    if slots is not None:
+        kept.slots[: slots.shape[1]] = slots.transpose(0, 1)
+    conv, ssm = ([accumulation(state) for state in states] for states in inputs[:2])
+    new_slots = torch.empty_like(kept.x[0])
+    for index, group in enumerate(pass_.groups):
+        writes = slice(group.writes.start, group.writes.stop)
+        pooled, of_pool = pooling.forward(pass_.pooled_by(group), window, group.timeline, normalise)
+        for part, value in zip(pass_.of_pool(group), of_pool, strict=True):
+            part.copy_(value)
+        kept.x[0, writes] = pooled.transpose(0, 1)
+        order = pass_.order(group)
+        for layer in range(len(conv)):
+            x, normed, xz, y = (part[layer, writes] for part in (kept.x, kept.normed, kept.xz, kept.y))
+            _normalise(x, wide.norm[layer], normed)
+            torch.mm(normed.flatten(0, 1), wide.in_proj[layer].T, out=xz.flatten(0, 1))
+            kept.starts[layer, index] = ssm[layer]
+            of_write = pass_.written(index, group, layer)
+            result, conv[layer], ssm[layer] = write(
+                *xz.chunk(2, dim=-1), conv[layer], ssm[layer], wide.write(layer), order, of_write
+            )
+            y.copy_(result)
+            after = kept.x[layer + 1, writes].flatten(0, 1)
+            torch.addmm(x.flatten(0, 1), y.flatten(0, 1), wide.out_proj[layer].T, out=after)
+        written = new_slots[writes]
+        _normalise(kept.x[-1, writes], wide.norm_f, written)
+        if slots is not None:
+            kept.slots[slots.shape[1] :][writes] = written.to(tokens.dtype)
+    states = (_stacked(parts, like) for parts, like in zip((conv, ssm), inputs[:2], strict=True))
+    new_slots = new_slots.transpose(0, 1).to(weights.norm_f.dtype, memory_format=torch.contiguous_format, copy=True)
+    return new_slots, *states, pool_weights, buffer
+
+
+def backward(
+    grad_slots: Tensor,
+    grad_conv: Tensor | None,
+    grad_ssm: Tensor | None,
+    grad_pooling: Tensor | None,
+    pool_weights: Tensor,
+    buffer: Tensor,
+    tokens: Tensor,
+    slots: Tensor | None,
+    weights: MemoryWeights,
+    inputs: Inputs,
+    window: WindowSpec,
+    timeline: Timeline,
+    normalise: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of tokens, slots (empty for None), all weights and both states, each in the dtype of its input."""
+    kept = kept_of(buffer, "blocked", tokens, slots, weights, inputs, window, timeline)
+    wide = MemoryWeights(*map(accumulation, weights))
+    pass_ = _Pass(tokens, slots, wide, inputs, window, timeline, normalise, kept, pool_weights)
+    layers, n_slots = len(wide.a), 0 if slots is None else slots.shape[1]
+    d_tokens = kept.x.new_zeros(tokens.shape)
+    d_slots = kept.x.new_zeros(n_slots + timeline.n_writes, *kept.x.shape[2:])
+    d_slots[n_slots:] = grad_slots.transpose(0, 1)
+    grads = _Gradients(*(torch.empty_like(part) for part in (kept.x, kept.xz, kept.projected, kept.u, kept.query, kept.u_pool)))
+    small = "norm", "conv_weight", "conv_bias", "a", "d", "norm_f"
+    sums = wide._replace(**{name: torch.zeros_like(getattr(wide, name)) for name in small})
+    conv, ssm = ([None] * layers if grad is None else list(grad) for grad in (grad_conv, grad_ssm))
+    for index, group in reversed([*enumerate(pass_.groups)]):
+        writes = slice(group.writes.start, group.writes.stop)
+        order = pass_.order(group)
+        d_x, d_norm = _normalise_backward(d_slots[n_slots:][writes], kept.x[layers, writes], wide.norm_f)
+        sums.norm_f.add_(d_norm)
+        for layer in reversed(range(layers)):
+            grads.x[layer + 1, writes] = d_x
+            d_y = (d_x.flatten(0, 1) @ wide.out_proj[layer]).view_as(kept.y[layer, writes])
+            z, start = kept.xz[layer, writes].chunk(2, dim=-1)[1], kept.starts[layer, index]
+            of_write = pass_.written(index, group, layer)
+            found = write_backward(d_y, conv[layer], ssm[layer], z, start, wide.write(layer), order, of_write)
+            conv[layer], ssm[layer] = found.conv_state.permute(1, 2, 0), found.ssm_state.mT
+            d_xz = grads.xz[layer, writes]
+            torch.cat([found.x, found.z], dim=-1, out=d_xz)
+            grads.projected[layer, writes], grads.dt_input[layer, writes] = found.projected, found.dt_input
+            sums.conv_weight[layer].add_(found.conv_weight)
+            sums.conv_bias[layer].add_(found.conv.sum((0, 1)))
+            sums.a[layer].add_(found.a.mT)
+            sums.d[layer].add_(found.d)
+            d_normed = (d_xz.flatten(0, 1) @ wide.in_proj[layer]).view_as(d_x)
+            d_before, d_norm = _normalise_backward(d_normed, kept.x[layer, writes], wide.norm[layer])
+            sums.norm[layer].add_(d_norm)
+            d_x = d_before.add_(d_x)
+        grad_weights = None if grad_pooling is None else grad_pooling[writes].transpose(0, 1)
+        d_query, du = pooling.entries_backward(
+            d_x.transpose(0, 1),
+            grad_weights,
+            pool.Kept(*pass_.of_pool(group)),
+            pass_.pooled_by(group),
+            window,
+            group.timeline,
+            normalise,
+            d_tokens[:, group.tokens],
+            None if slots is None else d_slots[group.slots].transpose(0, 1),
+        )
+        grads.query[writes], grads.u_pool[writes] = d_query.transpose(0, 1), du.transpose(0, 1)
+    low = kept.projected[..., : wide.dt_proj.shape[2]]
+    sums = sums._replace(
+        w_q=grads.query.flatten(0, 1).T @ kept.mean.flatten(0, 1),
+        w_k=kept.query.flatten(0, 1).T @ grads.u_pool.flatten(0, 1),
+        in_proj=_product(grads.xz, kept.normed),
+        x_proj=_product(grads.projected, kept.u),
+        dt_proj=_product(grads.dt_input, low),
+        dt_bias=grads.dt_input.sum((1, 2)),
+        out_proj=_product(grads.x[1:], kept.y),
+    )
+    of_slots = tokens.new_empty(0) if slots is None else d_slots[:n_slots].transpose(0, 1).to(slots.dtype).contiguous()
+    of_weights = (grad.to(weight.dtype) for grad, weight in zip(sums, weights, strict=True))
+    states = (_stacked(parts, like) for parts, like in zip((conv, ssm), inputs[:2], strict=True))
+    return d_tokens.to(tokens.dtype), of_slots, *of_weights, *states
+
+
+class _Gradients(NamedTuple):
+    """Of activations of the whole pass, as they are kept."""
+
+    x: Tensor  # (L + 1, K, B, d)
+    xz: Tensor  # (L, K, B, 2 E)
+    projected: Tensor  # (L, K, B, R + 2 N)
+    dt_input: Tensor  # (L, K, B, E)
+    query: Tensor  # (K, B, d_k)
+    u_pool: Tensor  # (K, B, d)
+
+
+class _Pass:
+    """Where each group of a pass finds what it takes and keeps."""
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        slots: Tensor | None,
+        weights: MemoryWeights,
+        inputs: Inputs,
+        window: WindowSpec,
+        timeline: Timeline,
+        normalise: bool,
+        kept: Kept,
+        pool_weights: Tensor,
+    ) -> None:
+        self.groups = groups_of(window, timeline, None if slots is None else slots.shape[1])
+        self._tokens, self._pools_slots, self._weights, self._inputs = tokens, slots is not None, weights, inputs
+        self._kept, self._pool_weights = kept, pool_weights
+
+    def pooled_by(self, group: Group) -> pool.Inputs:
+        """What the windows of a group are pooled from."""
+        slots = self._kept.slots[group.slots].transpose(0, 1).to(self._tokens.dtype) if self._pools_slots else None
+        dropout = self._inputs.dropout
+        dropout = None if dropout is None else dropout[:, group.writes.start : group.writes.stop]
+        return pool.Inputs(self._tokens[:, group.tokens], slots, self._weights.w_q, self._weights.w_k, None, dropout)
+
+    def of_pool(self, group: Group) -> list[Tensor]:
+        """What pooling keeps of a group, (B, K, .)."""
+        parts = self._pool_weights, self._kept.mean, self._kept.query, self._kept.u_pool
+        return [part[group.writes.start : group.writes.stop].transpose(0, 1) for part in parts]
+
+    def order(self, group: Group) -> Order | None:
+        gate = self._inputs.gate
+        return order_of(None if gate is None else gate[:, group.writes.start : group.writes.stop])
+
+    def written(self, index: int, group: Group, layer: int) -> KeptBlocked:
+        """What ``stride_write`` keeps of a group in one layer."""
+        kept, start, stop = self._kept, group.writes.start, group.writes.stop
+        history = self._inputs.conv_state.shape[3]
+        inputs = kept.inputs[layer, start + history * index : stop + history * (index + 1)]
+        parts = kept.conv, kept.u, kept.projected, kept.dt_input, kept.dt, kept.inner
+        return KeptBlocked(inputs, *(part[layer, start:stop] for part in parts))
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPS).rsqrt_()[..., None]
+
+
+def _normalise(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = RMSNorm(x), (K, B, d)."""
+    torch.mul(x, _inverse_rms(x), out=out).mul_(weight)
+
+
+def _normalise_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x (K, B, d) and of the weight."""
+    inverse = _inverse_rms(x)
+    normalised = x * inverse
+    d_weight = (grad * normalised).sum((0, 1))
+    d_x = grad * weight
+    along = torch.linalg.vecdot(d_x, normalised)[..., None]
+    return d_x.addcmul_(normalised, along, value=-1 / x.shape[-1]).mul_(inverse), d_weight
+
+
+def _product(grad: Tensor, rows: Tensor) -> Tensor:
+    """(L, K, B, out) and (L, K, B, in) -> (L, out, in)."""
+    return torch.bmm(grad.flatten(1, 2).mT, rows.flatten(1, 2))
+
+
+def _stacked(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(parts).to(like.dtype)

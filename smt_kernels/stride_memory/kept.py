@@ -1,0 +1,102 @@
+"""What ``stride_memory`` keeps, by backend: activations of all groups, with time first, so that rows of a group lie together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smt_kernels.attention_pool.reference import Timeline
+from smt_kernels.kept import Part, buffer_size, parts_of
+from smt_kernels.precision import accumulation_dtype
+from smt_kernels.stride_memory.reference import Group, Inputs, MemoryWeights, groups_of
+from smt_kernels.stride_write.kept import CHUNK
+from smt_kernels.window import WindowSpec
+
+
+class Kept(NamedTuple):
+    """Of the kernels in the dtype of tokens, but for x, projected and starts; of plain PyTorch in the accumulation dtype."""
+
+    mean: Tensor  # (K, B, d); it, query and u_pool are of pooling
+    query: Tensor  # (K, B, d_k)
+    u_pool: Tensor  # (K, B, d)
+    slots: Tensor  # (n + K, B, d), the old ones and the new ones; empty where no slots are pooled
+    x: Tensor  # (L + 1, K, B, d), before each layer and after the last
+    normed: Tensor  # (L, K, B, d)
+    xz: Tensor  # (L, K, B, 2 E), what goes into the convolution, and z
+    y: Tensor  # (L, K, B, E)
+    starts: Tensor  # (L, chunks, B, E, N), the SSM states before each chunk of a group, in plain PyTorch before each group
+    u: Tensor  # (L, K, B, E); from here on as ``stride_write`` keeps them
+    projected: Tensor  # (L, K, B, R + 2 N)
+    dt_product: Tensor  # (L, K, B, E); of the kernels alone
+    inputs: Tensor  # (L, K + (C - 1) groups, B, E); the last five of plain PyTorch alone
+    conv: Tensor  # (L, K, B, E)
+    dt_input: Tensor  # (L, K, B, E)
+    dt: Tensor  # (L, K, B, E)
+    inner: Tensor  # (L, K, B, E)
+
+
+def chunks_of(groups: list[Group]) -> list[slice]:
+    """Which chunks of the scan each group has."""
+    chunks, start = [], 0
+    for group in groups:
+        stop = start - -len(group.writes) // CHUNK
+        chunks.append(slice(start, stop))
+        start = stop
+    return chunks
+
+
+def _parts(
+    backend: str,
+    tokens: Tensor,
+    slots: Tensor | None,
+    weights: MemoryWeights,
+    inputs: Inputs,
+    window: WindowSpec,
+    timeline: Timeline,
+) -> dict[str, Part]:
+    batch, _, width = tokens.shape
+    layers, inner, n_state = weights.a.shape
+    writes, taps, wide_dtype = timeline.n_writes, weights.conv_weight.shape[2], accumulation_dtype(tokens.dtype)
+    groups = groups_of(window, timeline, None if slots is None else slots.shape[1])
+    fused = backend == "triton"
+    dtype = tokens.dtype if fused else wide_dtype
+
+    def part(*shape: int, dtype: torch.dtype = dtype) -> Part:
+        return Part(shape, dtype)
+
+    def of_layers(size: int, dtype: torch.dtype = dtype) -> Part:
+        return part(layers, writes, batch, size, dtype=dtype)
+
+    nothing = part(0)
+    n_starts = chunks_of(groups)[-1].stop if fused else len(groups)
+    return Kept(
+        mean=part(writes, batch, width),
+        query=part(writes, batch, len(weights.w_q)),
+        u_pool=part(writes, batch, width),
+        slots=nothing if slots is None else part(slots.shape[1] + writes, batch, width),
+        x=part(layers + 1, writes, batch, width, dtype=wide_dtype),
+        normed=of_layers(width),
+        xz=of_layers(2 * inner),
+        y=of_layers(inner),
+        starts=part(layers, n_starts, batch, inner, n_state, dtype=wide_dtype),
+        u=of_layers(inner),
+        projected=of_layers(weights.x_proj.shape[1], dtype=wide_dtype),
+        dt_product=of_layers(inner) if fused else nothing,
+        inputs=nothing if fused else part(layers, writes + (taps - 1) * len(groups), batch, inner),
+        conv=nothing if fused else of_layers(inner),
+        dt_input=nothing if fused else of_layers(inner),
+        dt=nothing if fused else of_layers(inner),
+        inner=nothing if fused else of_layers(inner),
+    )._asdict()
+
+
+def kept_size(backend: str, tokens: Tensor, *arguments: object) -> int:
+    """Elements, in the accumulation dtype, that hold what ``forward`` keeps; its arguments but the last."""
+    return buffer_size(_parts(backend, tokens, *arguments), accumulation_dtype(tokens.dtype))
+
+
+def kept_of(buffer: Tensor, backend: str, *arguments: object) -> Kept:
+    """A buffer of ``kept_size`` elements cut into its parts."""
+    return Kept(**parts_of(buffer, _parts(backend, *arguments)))

@@ -1,0 +1,187 @@
+"""The memory's writes as one operation: every backend computes the definition, forward and backward, in few launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairs import in_turn
+from stride_memory_problem import (
+    BACKENDS,
+    CASES,
+    FAST_BACKENDS,
+    WINDOW,
+    Case,
+    Problem,
+    make_problem,
+    poisoned_results,
+    relative_errors,
+)
+from stride_write_problem import dtype_id
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smt_kernels import MemoryWeights, WindowSpec, stride_memory
+from smt_kernels.testing.budget import assert_equal_in_double
+
+SMALL = ("norm", "conv_weight", "conv_bias", "dt_bias", "a", "d", "norm_f", "conv_state", "ssm_state")
+TINY = Case("tiny", writes=3, layers=2, slots=1, first_write=1, first_step=1, gate=True, dropout=True, width=4, inner=3, state=2,
+            taps=3, rank=2, key=3, window=WindowSpec(2, 3, 2))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_blocked_equals_the_reference_in_double_precision(case, device):
+    problem = make_problem(case, torch.float64, device)
+    expected = problem.results("reference")
+    assert_equal_in_double(poisoned_results(problem, "blocked"), expected, terms=case.layers * case.writes * case.inner)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_gradients_of_all_inputs_match_finite_differences(backend):
+    problem = make_problem(TINY, torch.float64, "cpu")
+    kept = problem.gate[..., None]
+
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
+        results = problem.call(dict(zip(problem.tensors, values, strict=True)), backend)
+        return results.pop("slots") * kept, *results.values()
+
+    assert torch.autograd.gradcheck(call, tuple(value.requires_grad_() for value in problem.tensors.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("case", "dtype"), in_turn(CASES, [torch.bfloat16, torch.float32, torch.float16], dtype_id))
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backend, case, dtype, device):
+    problem = make_problem(case, dtype, device, wide=SMALL)  # as under autocast
+    exact = problem.results("reference", torch.float64)
+    plain = relative_errors(problem.results("reference"), exact)
+    for kind, error in relative_errors(poisoned_results(problem, backend), exact).items():
+        assert error <= 2 * plain[kind], kind
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(backend, device):
+    problem = make_problem(CASES[1], torch.bfloat16, device)
+    before = {name: value.clone() for name, value in problem.tensors.items()}
+    first, second = problem.results(backend), problem.results(backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(before[name], problem.tensors[name]) for name in before)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_row_that_makes_no_write_keeps_its_states_bit_for_bit(backend, device):
+    problem = make_problem(CASES[1], torch.float32, device)
+    problem.gate[0] = False
+    problem.tensors["ssm_state"][:, 0, 0, 0] = -0.0
+    results = problem.call(problem.tensors, backend)
+    for name in ("conv_state", "ssm_state"):
+        kept, new = problem.tensors[name][:, 0], results[name][:, 0]
+        assert torch.equal(kept, new) and torch.equal(kept.signbit(), new.signbit())
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_writes_in_pieces_are_the_writes_of_one_call(backend, device):
+    """Cut at the end of a group and inside one."""
+    whole = make_problem(Case("whole", writes=6, layers=2), torch.float32, device)
+    tensors, window = whole.tensors, WINDOW
+    weights = MemoryWeights(*(tensors[name] for name in MemoryWeights._fields))
+    expected = whole.call(tensors, backend)
+    slots, conv, ssm = tensors["slots"], tensors["conv_state"], tensors["ssm_state"]
+    for start, stop in ((0, 2), (2, 5), (5, 6)):
+        sizes = {"window": window, "write_group": 2, "first_write": start, "n_writes": stop - start}
+        piece = stride_memory(tensors["tokens"], slots, conv, ssm, weights, **sizes, backend=backend)
+        slots, conv, ssm = torch.cat([slots, piece.slots], dim=1), piece.conv_state, piece.ssm_state
+        torch.testing.assert_close(piece.pooling, expected["pooling"][:, start:stop])
+    for actual, name in ((slots, "slots"), (conv, "conv_state"), (ssm, "ssm_state")):
+        torch.testing.assert_close(actual, expected[name])
+
+
+class Operations(TorchDispatchMode):
+    """What a pass asks of the device: every operator but those that allocate, or only look at memory in another way."""
+
+    FREE = ("empty", "view", "slice", "select", "transpose", "t.", "permute", "unsqueeze", "split", "expand", "detach", "alias",
+            "as_strided", "unbind", "new_empty", "empty_like", "_unsafe_view", "squeeze")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if not name.startswith(self.FREE):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.triton
+@pytest.mark.interpreter
+def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leaves_the_device(monkeypatch):
+    from smt_kernels import launch as launching
+    from smt_kernels.attention_pool import kernels as pooling
+    from smt_kernels.attention_pool.reference import Timeline
+    from smt_kernels.stride_memory import kernels, norm
+    from smt_kernels.stride_memory.reference import Inputs
+    from smt_kernels.stride_write import convolution, scan
+
+    def operations(problem: Problem) -> tuple[list[str], list[str]]:
+        tensors, case = problem.tensors, problem.case
+        weights = MemoryWeights(*(tensors[name] for name in MemoryWeights._fields))
+        inputs = Inputs(tensors["conv_state"], tensors["ssm_state"], problem.gate, problem.dropout)
+        rest = (
+            tensors["tokens"],
+            tensors["slots"],
+            weights,
+            inputs,
+            case.window,
+            Timeline(0, case.writes, case.group, 0, 0),
+            True,
+        )
+        with Operations() as forward:
+            counted.append(forward)
+            *outputs, buffer = kernels.forward(*rest)
+        with Operations() as backward:
+            counted.append(backward)
+            kernels.backward(*(torch.rand_like(out) for out in outputs[:3]), None, outputs[3], buffer, *rest)
+        return forward.names, [name for name in backward.names if not name.startswith("rand_like")]
+
+    counted: list[Operations] = []
+
+    def launch(kernel, grid, device, *arguments, **named):
+        counted[-1].names.append(f"launch of {kernel.fn.__name__}")
+        with torch.utils._python_dispatch._disable_current_modes():
+            launching.launch(kernel, grid, device, *arguments, **named)
+
+    for module in (pooling, norm, convolution, scan):
+        monkeypatch.setattr(module, "launch", launch)
+    make = {(layers, writes): Case("counted", 1, writes, 2, layers, dropout=True) for layers in (1, 2) for writes in (2, 6)}
+    for direction, most in ((0, 5), (1, 5)):
+        found = {key: operations(make_problem(case, torch.float32, "cpu"))[direction] for key, case in make.items()}
+        # Between passes of one group and of three, of one layer and of two: two groups of one layer, apart from what is per pass.
+        of_two = [len(found[layers, 6]) - len(found[layers, 2]) for layers in (1, 2)]
+        assert of_two[1] - of_two[0] == 2 * most, found[2, 6]
+        leaving = ("_local_scalar_dense", "item", "nonzero", "lift_fresh", "_to_copy.device", "is_nonzero", "equal")
+        assert not [name for name in found[2, 6] if name.startswith(leaving)]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"n_writes": 0}, ValueError, "gate must have shape|n_writes must be at least 1, got 0"),
+        ({"write_group": 0}, ValueError, "write_group must be at least 1, got 0"),
+        ({"first_write": 9}, ValueError, "tokens must hold the steps"),
+        ({"window": WindowSpec(2, 3, None)}, ValueError, "window must have a stride"),
+        ({"slots": torch.zeros(1, 2, 4)}, ValueError, r"slots must have shape \(B=2, n, d=4\), got \(1, 2, 4\)"),
+        ({"ssm_state": torch.zeros(2, 2, 3, 9)}, ValueError, r"ssm_state must have shape \(L=2, B=2, E=3, N=2\)"),
+        ({"gate": torch.ones(2, 3)}, TypeError, "gate must be bool, got torch.float32"),
+        ({"dropout_mask": torch.ones(2, 3, 9)}, ValueError, "dropout_mask must have shape"),
+        ({"conv_state": torch.zeros(2, 2, 3, 2, dtype=torch.float16)}, TypeError, "conv_state must be torch.float32"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named(change, error, message):
+    problem = make_problem(TINY, torch.float32, "cpu")
+    tensors, case = problem.tensors, problem.case
+    arguments = {name: tensors[name] for name in ("tokens", "slots", "conv_state", "ssm_state")}
+    arguments |= {"weights": MemoryWeights(*(tensors[name] for name in MemoryWeights._fields)), "window": case.window}
+    arguments |= {"first_write": case.first_write, "n_writes": case.writes, "write_group": case.group, "first_step": 1}
+    stride_memory(**arguments)
+    with pytest.raises(error, match=message):
+        stride_memory(**arguments | change)
