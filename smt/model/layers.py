@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
-from smt.model.rotary import Rotation, rotate
+from smt.model.rotary import Rotation, split_and_turn
 from smt.state.rings import last_entries
 from smt_kernels import WindowSpec, stream_attention, window_attention
 
@@ -53,10 +53,7 @@ class Attention(nn.Module):
 
     def split_and_turn(self, heads: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """The same with queries and keys turned to their positions."""
-        n_queries, n_keys, n_values = self.n_heads
-        q_and_k, v = heads.split([n_queries + n_keys, n_values], dim=-2)
-        q, k = rotate(q_and_k, turn).split([n_queries, n_keys], dim=-2)
-        return q, k, v
+        return split_and_turn(heads, self.n_heads, turn)
 
 
 class Block(nn.Module):

@@ -1,0 +1,76 @@
+"""``model.compile()``: one program for all layers, one for the memory, none anew from chunk to chunk, and the same numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from smt import SMTConfig, StrideMemoryTransformer
+
+CHUNKS, LENGTH = 20, 16
+
+
+def build(**switches):
+    torch.manual_seed(3)
+    sizes = dict(
+        vocab_size=37, d_model=16, d_k=16, transformer_n_layers=2, transformer_n_heads=2, ssm_n_layers=1, ssm_d_state=4,
+        initializer_range=0.3, n_ssm_outputs=3, m_input_tokens=12, stride=4, write_group=2, encoding="stream", dropout=0.0,
+    )  # fmt: skip
+    return StrideMemoryTransformer(SMTConfig(**{**sizes, **switches}))
+
+
+class Programs:
+    """A backend of ``torch.compile`` that runs what it is given, and tells how often that was."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs, **options):
+        self.count += 1
+        return graph
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def walk(model, ids, after=lambda: None):
+    """Losses and gradients of the chunks of ids (B, T), one after the other, on the state carried."""
+    state, found = None, []
+    for chunk in ids.split(LENGTH, dim=1):
+        loss, aux = model.loss(chunk, state=state)
+        loss.backward()
+        state = aux.state.detach()
+        found.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+        model.zero_grad()
+        after()
+    return found
+
+
+def test_no_chunk_but_the_first_three_compiles_anything():
+    programs, counts = Programs(), []
+    model, ids = build(), torch.randint(37, (2, CHUNKS * LENGTH))
+    expected = walk(copy.deepcopy(model), ids)
+    model.compile(backend=programs, mode="reduce-overhead")
+    found = walk(model, ids, lambda: counts.append(programs.count))
+    # One program for three layers, and one for the memory, which is to be a graph; one more of each where there is a past.
+    assert counts[0] == 2 and counts[2:] == counts[2:3] * (CHUNKS - 2) and counts[2] <= 6
+    for (loss, gradients), (expected_loss, expected_gradients) in zip(found, expected, strict=True):
+        torch.testing.assert_close(loss, expected_loss)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_without_graphs_only_layers_are_compiled_and_a_copy_is_not():
+    programs = Programs()
+    model = build(encoding="stride")
+    model.compile(backend=programs)
+    ids = torch.randint(37, (1, 24))
+    expected = copy.deepcopy(model).loss(ids)[0]
+    assert programs.count == 0
+    torch.testing.assert_close(model.loss(ids)[0], expected)
+    assert programs.count == 2, "the last layer has fewer queries than the others"
