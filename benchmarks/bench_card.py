@@ -20,6 +20,7 @@ from card_cases import Row, Suite, gpt2_small, release
 from card_clock import ceilings
 
 from smt.runtime.environment import environment
+from smt.runtime.process import keep_freed_memory
 
 FAILURE = 160  # letters of an error that a row shows
 
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             "bench_card.py measures CUDA devices, and there is none here; on a CPU: benchmarks/bench_window.py", file=sys.stderr
         )
         return 1
+    keep_freed_memory()  # as the command line does: the thread of the backward pass takes memory as fast as any
     device = torch.device("cuda", torch.cuda.current_device())
     suite = Suite(gpt2_small(), device)
     rows = run(suite, deadline=time.monotonic() + 60 * options.minutes, options=options)

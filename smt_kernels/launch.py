@@ -124,7 +124,7 @@ def _launch_compiled(
         index,
         *[_specialised(value) for value in arguments],
         *[
-            name if name in open_names and -(2**31) <= value < 2**31 else (name, _specialised(value))
+            name if name in open_names and type(value) is int and abs(value) < 2**31 else (name, _specialised(value))
             for name, value in named.items()
         ],
     )
