@@ -1,6 +1,8 @@
 """One of the processes that ``test_distributed.py`` starts: trains in a folder as settings in JSON say.
 
-Usage: torchrun --nproc-per-node 2 one_of_two.py FOLDER SETTINGS.json {ddp | fsdp} LAST_STEP
+Usage: torchrun --nproc-per-node 2 one_of_two.py FOLDER SETTINGS.json {ddp | fsdp} [LAST_STEP]
+
+With LAST_STEP the run is interrupted before the step after it, and resumed.
 """
 
 import json
@@ -36,8 +38,8 @@ class Stopped(Exception):
     pass
 
 
-def stop_at(last: int) -> None:
-    """Interrupt the run before the step after ``last``."""
+def interrupt(folder: Path, config: RunConfig, last: int) -> None:
+    """Run until the step after ``last``, and leave nothing behind but the folder."""
     take_step = Trainer._step
 
     def step(self, *arguments, **options):
@@ -46,6 +48,11 @@ def stop_at(last: int) -> None:
         take_step(self, *arguments, **options)
 
     Trainer._step = step
+    with suppress(Stopped):
+        run_in(folder, config)
+    Trainer._step = take_step
+    assert not (folder / "results.json").exists()
+    torch.manual_seed(99)  # nothing of these processes may matter
 
 
 def train_the_same(file: Path) -> None:
@@ -56,11 +63,12 @@ def train_the_same(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder, settings, how, last = sys.argv[1:]
+    folder, settings, how, *last = sys.argv[1:]
     if how == "fsdp":
         shard_on_cpu()
     else:
         train_the_same(Path(settings).with_suffix(".pt"))
-    stop_at(int(last))
-    with suppress(Stopped):
-        run_in(Path(folder), RunConfig.from_dict(json.loads(Path(settings).read_text())))
+    config = RunConfig.from_dict(json.loads(Path(settings).read_text()))
+    if last:
+        interrupt(Path(folder), config, int(*last))
+    run_in(Path(folder), config)
