@@ -62,11 +62,9 @@ class Progress:
             self.history.train_loss.append(self.loss)
             self.history.train_steps.append(step)
 
-    def spend(self, seconds: float, *, is_first: bool = False) -> None:
-        """Count time of training; the first step's has come to its end when it is counted."""
-        self.seconds += seconds
-        if is_first:
-            self.first_seconds, self.first_tokens = self.seconds, self.n_tokens
+    def end_first(self) -> None:
+        """What has been counted so far was the first step of this process."""
+        self.first_seconds, self.first_tokens = self.seconds, self.n_tokens
 
     @property
     def loss(self) -> float:

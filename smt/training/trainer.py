@@ -162,7 +162,7 @@ class Trainer:
                 evaluation_is_due = progress < 1 and self._evaluation_is_due(progress)
                 checkpoint_is_due = self.progress.step % self.training.save_steps == 0
                 if evaluation_is_due or checkpoint_is_due or progress >= 1:
-                    self._finish_steps()
+                    self._read()
             except DivergedError:
                 with suppress(DivergedError):  # of the same weights on other text: the first one says enough
                     if self.progress.step not in self.progress.history.eval_steps:
@@ -222,29 +222,26 @@ class Trainer:
         self._taken.append(taken)
         self.progress.add(n_targets, n_steps, n_positions)
         self.clock.steps, self.clock.targets = self.progress.step, self.progress.n_targets
+        self.progress.seconds += time.perf_counter() - started
         self._read(unread=1 if self._reads_late and not is_first else 0)
-        self.progress.spend(time.perf_counter() - started, is_first=is_first)
-
-    def _finish_steps(self) -> None:
-        """Wait until the model is what the steps so far have made of it."""
-        started = time.perf_counter()
-        self._read()
-        self.progress.spend(time.perf_counter() - started)
+        if is_first:
+            self.progress.end_first()
 
     def _shaped(self, batch: Batch) -> Batch:
         return full_shape(batch, self._length) if self._keeps_shapes else batch
 
     def _read(self, unread: int = 0) -> None:
-        """Note the losses of the steps that have been taken, but of the latest ``unread``.
+        """Wait for the steps that have been taken, but the latest ``unread``, and note their losses.
 
         Raises:
             DivergedError: one of them was not finite; nothing has been trained in it and since.
         """
         while len(self._taken) > unread:
-            taken = self._taken[0]
+            started, taken = time.perf_counter(), self._taken[0]
             nats = self._check(taken)
             del self._taken[0]
             self.progress.tell(taken.step, nats, taken.n_targets)
+            self.progress.seconds += time.perf_counter() - started
             if taken.step % LOSS_STEPS == 0:
                 rates = {"learning_rate": taken.learning_rate, "tokens_per_second": self.progress.tokens_per_second}
                 self.accelerator.log({"train_loss": self.progress.loss, **rates}, step=taken.step)

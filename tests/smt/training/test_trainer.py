@@ -142,7 +142,7 @@ class TestLoop:
                     trainer._step(batches, step / n_steps, is_first=step == first)
                 assert not (trainer._reads_late and reads.count)
                 unread.append(len(trainer._taken))
-            trainer._finish_steps()
+            trainer._read()
             return unread
 
         plain = trainer_of(steps=n_steps)
