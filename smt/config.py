@@ -69,8 +69,8 @@ class SMTConfig:
         ssm_d_conv: width of their convolution.
         ssm_expand_factor: their channels, as a multiple of ``d_model``.
         ssm_dt_rank: rank of their time-step projection; None: ceil(d_model / 16).
-        encoding: when tokens are encoded: a whole window for every ``token``, as published, or for every ``stride``; or each
-            token once, in a ``stream`` whose layers keep keys and values.
+        encoding: when tokens are encoded: each token once, in a ``stream`` whose layers keep keys and values; or a whole window
+            for every ``token``, as published, or for every ``stride``, as GPT-2's weights need it.
         empty_slots: ``mask``: entries that do not exist yet are not attended; ``zero``: they are zero vectors.
         pool_source: a write pools the whole ``window`` or only its ``tokens``.
         pooling_norm: divide every pooled entry by its root mean square first.
@@ -105,7 +105,7 @@ class SMTConfig:
     ssm_d_conv: int = 4
     ssm_expand_factor: int = 2
     ssm_dt_rank: int | None = None
-    encoding: str = "stride"
+    encoding: str = "stream"
     empty_slots: str = "mask"
     pool_source: str = "window"
     pooling_norm: bool = True

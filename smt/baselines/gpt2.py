@@ -124,6 +124,10 @@ class FullAttentionGPT2(nn.Module):
             self.train(was_training)
         return input_ids
 
+    def compile(self, **options: Any) -> None:
+        """Compile in place all but the head and its loss, with the ``options`` of ``torch.compile``."""
+        self.transformer.compile(**options)
+
     def gradient_checkpointing_enable(self) -> None:
         """Keep only the input of every block and compute the rest again backward."""
         # Newer releases of transformers call it so, and the old name deprecated.

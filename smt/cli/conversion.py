@@ -16,7 +16,7 @@ from smt.data.tokenizer import TOKENIZER_FILES
 from smt.model.checkpoint import read_fields, save_model
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.families import READERS
-from smt.pretrained.loading import config_of, load_parts
+from smt.pretrained.loading import GPT2_ENCODING, config_of, load_parts
 from smt.pretrained.sources import open_source
 from smt.pretrained.transfer import LoadReport
 from smt.runtime.fields import parse
@@ -40,7 +40,8 @@ def convert(
     Args:
         out: the folder to write, new or empty.
         gpt2, mamba: sources (``smt.pretrained.sources``).
-        config: YAML file of the model (``smt.model.checkpoint.read_config``); None: the sources' sizes.
+        config: YAML file of the model (``smt.model.checkpoint.read_config``); None: the sources' sizes. Where it names no
+            encoding, that for a GPT-2 is ``stride``.
         fields: of ``SMTConfig``, which win over either; values may be text.
         embedding: whose token embedding is loaded, ``gpt2``, ``mamba`` or ``none``, and whose ``tokenizer.json`` comes
             along; None: the first source's.
@@ -64,7 +65,8 @@ def convert(
     fields = {name: parse(SMTConfig, name, value) if name in known else value for name, value in fields.items()}
     sources = {kind: open_source(source) for kind, source in given.items()}
     if config is not None:
-        model_config = SMTConfig.from_dict({**read_fields(config), **fields})
+        encoding = {} if gpt2 is None else {"encoding": GPT2_ENCODING}
+        model_config = SMTConfig.from_dict({**encoding, **read_fields(config), **fields})
     else:
         vocabulary = {"vocab_size": READERS[embedding](sources[embedding]).vocab_size} if embedding in sources else {}
         model_config = config_of(**sources, **{**vocabulary, **fields})

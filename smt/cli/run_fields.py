@@ -12,11 +12,11 @@ from smt.cli.parser import FIELD
 from smt.runtime.fields import as_text, choices_of, defaults_of, kind_of
 from smt.runtime.meanings import in_brief, meanings
 
-# The packaged configuration of a command that names none.
-USUAL_CONFIG = "stdlib"
+# The packaged configuration of a command that names none: one for two CPU cores, and the same text in sizes worth a GPU.
+USUAL_CONFIG, USUAL_GPU_CONFIG = "stdlib", "stdlib_gpu"
 _DEFAULTS = f"""\
 Each replaces the field of the configuration. Its default is for a configuration without the field; another one is that of
-the packaged configuration {USUAL_CONFIG}, which is what runs without --config."""
+the packaged configuration {USUAL_CONFIG}, which is what runs without --config (smt train on a GPU: {USUAL_GPU_CONFIG})."""
 
 
 def add_run_fields(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,13 @@ def add_run_fields(parser: argparse.ArgumentParser) -> None:
                 f"--{name}", dest=f"{FIELD}{name}", metavar=_metavar(settings, name), help=text.replace("%", "%%")
             )
     parser.add_argument_group("names of --recall", description=_table(RecallTask))
+
+
+def usual_config(given: dict[str, Any]) -> str:
+    """The packaged configuration for the device that the fields ``given`` name, or else the machine has."""
+    from smt.runtime.device import find_device
+
+    return USUAL_GPU_CONFIG if find_device(given.get("device", "auto")).type == "cuda" else USUAL_CONFIG
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from smt.cli.run_fields import USUAL_CONFIG, add_run_fields, overrides
+from smt.cli.run_fields import USUAL_CONFIG, USUAL_GPU_CONFIG, add_run_fields, overrides, usual_config
 
 if TYPE_CHECKING:
     from smt.training.run import Outcome
 
 EXAMPLES = """\
-  smt train                                    the standard library's source, in less than 5 minutes on 2 cores
+  smt train                                    the standard library's source, in less than 5 minutes on 2 cores or a GPU
   smt train --minutes 30 --d_model 256         longer, and wider
   smt train --steps 500                        bounded by steps, hence repeatable
   smt train --stride 10 --encoding token       any field of the model, the data or the training
@@ -24,10 +24,12 @@ EXAMPLES = """\
   torchrun --nproc-per-node 2 -m smt train     on two processes
   smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6"""
 
+USUAL = f"{USUAL_CONFIG}, on a GPU {USUAL_GPU_CONFIG}"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``smt train``."""
-    parser.add_argument("--config", metavar="YAML", help=f"file, or the name of a packaged example (default: {USUAL_CONFIG})")
+    parser.add_argument("--config", metavar="YAML", help=f"file, or the name of a packaged example (default: {USUAL})")
     parser.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: results)")
     parser.add_argument("--experiment", metavar="NAME", help="of the runs' folder in it (default: that of the configuration)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run of that folder, as it was begun")
@@ -48,7 +50,7 @@ def run(options: argparse.Namespace, started: float) -> int:
     if options.resume is not None:
         outcome = resume(options.resume, started=started)
     else:
-        config = RunConfig.from_yaml(options.config or USUAL_CONFIG, given)
+        config = RunConfig.from_yaml(options.config or usual_config(given), given)
         outcome = train(config, options.out or "results", started=started)
     if outcome.is_main:
         _report(outcome, time.perf_counter() - started)

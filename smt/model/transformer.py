@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,16 @@ class StrideMemoryTransformer(nn.Module):
         self.decoder.compile(**options)
         if options.get("mode") in GRAPH_MODES or (options.get("options") or {}).get("triton.cudagraphs"):
             self.memory.compile(**options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StrideMemoryTransformer:
+        """As of any module, but what decays the SSM's states stays in fp32 at least, as they do."""
+        before = {name: value.detach() for name, value in self.named_parameters() if name.endswith("A_log")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = self.get_parameter(name)
+            if after.dtype.itemsize < min(4, value.dtype.itemsize):
+                after.data = value.to(after.device, torch.float32)
+        return self
 
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""

@@ -26,6 +26,7 @@ _GPT2_BLOCK = {
     "mlp.c_proj": "down",
 }
 GPT2_HEAD_DIM = 64  # of every published GPT-2
+GPT2_ENCODING = "stride"  # of a model for its weights that is told nothing else
 _MAMBA_LAYER = (
     *("norm.weight", "mixer.A_log", "mixer.D", "mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.in_proj.weight"),
     *("mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias", "mixer.out_proj.weight"),
@@ -160,7 +161,7 @@ def load_parts(
 
 
 def config_of(*, gpt2: Any = None, mamba: Any = None, **fields: Any) -> SMTConfig:
-    """The configuration of a model that takes these sources whole.
+    """The configuration of a model that takes these sources whole; of a GPT-2 with the encoding ``stride``.
 
     Args:
         gpt2, mamba: sources as the loaders take them. The vocabulary is GPT-2's if it is given; if it is not, heads are as
@@ -176,6 +177,8 @@ def config_of(*, gpt2: Any = None, mamba: Any = None, **fields: Any) -> SMTConfi
     for pretrained in reversed(found):  # the first wins
         values.update({ours: value for ours, (_, value) in pretrained.sizes.items()})
         values["d_k"] = values["d_model"]
+    if gpt2 is not None:
+        values["encoding"] = GPT2_ENCODING
     if gpt2 is None and mamba is not None and values["d_model"] % GPT2_HEAD_DIM == 0:
         values["transformer_n_heads"] = values["d_model"] // GPT2_HEAD_DIM
     values.update(fields)

@@ -48,8 +48,9 @@ def parse(settings: type, name: str, value: Any) -> Any:
     A dictionary may be written ``name=value,name=value``, a tuple ``name,name``; ``none`` empties either.
     """
     kind = kind_of(settings, name)
-    if value is False and "no" in choices_of(settings).get(name, ()):
-        return "no"  # as it is written in YAML, whose version 1.1 takes the word for a truth value
+    if isinstance(value, bool):  # as YAML takes these words, its version 1.1 also "no"
+        words = [word for word in (str(value).lower(), "yes" if value else "no") if word in choices_of(settings).get(name, ())]
+        value = words[0] if words else value
     if not kind.startswith(("dict", "tuple")):
         return _scalar(kind, value)
     if isinstance(value, str) and value.lower() in ("none", "null"):

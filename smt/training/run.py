@@ -133,7 +133,11 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
             say(loaded, flush=True)
         if accelerator.process_index:  # the same weights on every process, but dropout of its own
             torch.manual_seed(config.training.seed + accelerator.process_index)
+        compiled = {"auto": accelerator.device.type == "cuda", "true": True, "false": False}[config.training.compile]
+        if compiled:
+            model.compile()
         size = f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters"
+        size += ", compiled" * compiled
         say(f"{size} on {accelerator.device}", flush=True)
 
         clock = Clock(config.training, started, epoch_targets=text.train.n_targets)

@@ -12,6 +12,7 @@ from smt.config import SMTConfig
 from smt.data.settings import DataConfig
 from smt.data.tokenizer import TRAINED
 from smt.model.transformer import PARTS as MODEL_PARTS
+from smt.pretrained.loading import GPT2_ENCODING
 from smt.runtime.fields import (
     check_at_least,
     check_choice,
@@ -38,6 +39,7 @@ class TrainingConfig:
         learning_rates: peaks of single parts of the model in its stead.
         freeze: parts of the model that are not trained.
         init_from: where weights come from: ``gpt2`` and ``mamba`` (a folder or a hub name), or a ``checkpoint`` (a folder).
+            Where GPT-2's go, the encoding is ``stride`` if the configuration names none.
         match_scale: of a ``mamba`` in ``init_from``: give the memory's output the scale of the embedding.
         beta_1: AdamW's decay of the mean gradient.
         beta_2: AdamW's decay of the mean squared gradient.
@@ -47,6 +49,7 @@ class TrainingConfig:
         clip: largest norm of the gradient.
         gradient_accumulation_steps: batches of each optimiser step.
         gradient_checkpointing: keep only the input of every decoder block and compute the rest again backward.
+        compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU, none on a CPU.
         evaluations: how often the held-out documents are evaluated, evenly over the run, though never twice at one step;
             the last time is at its end.
@@ -76,6 +79,7 @@ class TrainingConfig:
     clip: float = 1.0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    compile: str = "auto"
     mixed_precision: str = "auto"
     evaluations: int = 2
     eval_steps: int | None = None
@@ -91,6 +95,7 @@ class TrainingConfig:
         "learning_rates": tuple(MODEL_PARTS),
         "freeze": tuple(MODEL_PARTS),
         "init_from": ("checkpoint", "gpt2", "mamba"),
+        "compile": ("auto", "true", "false"),
         "lr_schedule": ("cosine", "linear", "constant"),
         "mixed_precision": ("auto", "no", "bf16", "fp16"),
         "report_to": ("wandb", "tensorboard", "trackio"),
@@ -178,10 +183,13 @@ class RunConfig:
             for name in parts[part]:
                 if name not in known:
                     raise ValueError(f"{part} has no field {name!r}; did you mean {nearest(name, known)!r}?")
-        built = {
-            part: settings(**{name: parse(settings, name, value) for name, value in parts[part].items()})
+        parsed = {
+            part: {name: parse(settings, name, value) for name, value in parts[part].items()}
             for part, settings in PARTS.items()
         }
+        if "gpt2" in (parsed["training"].get("init_from") or ()):
+            parsed["model"].setdefault("encoding", GPT2_ENCODING)
+        built = {part: settings(**parsed[part]) for part, settings in PARTS.items()}
         return cls(**of_run, **built)
 
     @classmethod

@@ -24,7 +24,7 @@ def test_a_converted_checkpoint_has_the_sources_sizes_and_weights(gpt2, mamba, t
     model = StrideMemoryTransformer.from_pretrained(tmp_path / "start")
     assert model.config == config == SMTConfig(
         **WINDOW, vocab_size=264, d_model=16, d_k=16, transformer_n_layers=1, transformer_n_heads=2, ssm_n_layers=2,
-        ssm_d_state=4, ssm_dt_rank=1,
+        ssm_d_state=4, ssm_dt_rank=1, encoding="stride",
     )  # fmt: skip
     theirs = GPT2LMHeadModel.from_pretrained(gpt2).transformer
     assert torch.equal(model.embedding.weight, theirs.wte.weight)

@@ -15,6 +15,7 @@ from smt.state.state import SMTState
 
 def smt(**switches):
     sizes = {
+        "encoding": "stride",
         "vocab_size": 61,
         "d_model": 32,
         "d_k": 16,

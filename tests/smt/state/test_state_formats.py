@@ -55,6 +55,17 @@ def test_an_ssm_state_stays_in_fp32_at_least():
     assert aux.state.to(torch.float64).ssm.dtype == torch.float64
 
 
+def test_a_model_in_low_precision_decays_its_states_as_before():
+    model, low = build(), build().to(torch.bfloat16)
+    formats = {name: parameter.dtype for name, parameter in low.named_parameters()}
+    assert {dtype for name, dtype in formats.items() if not name.endswith("A_log")} == {torch.bfloat16}
+    name = "memory.ssm.layers.0.mixer.A_log"
+    assert formats[name] == torch.float32 and torch.equal(low.get_parameter(name), model.get_parameter(name))
+    assert low.half().get_parameter(name).dtype == torch.float32 and low.double().get_parameter(name).dtype == torch.float64
+    logits, aux = low.to(torch.bfloat16)(torch.randint(37, (1, 20)))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all() and aux.state.ssm.dtype == torch.float32
+
+
 def test_states_compare_by_identity():
     state = SMTState.initial(build().config, 2, device="cpu", dtype=torch.float32)
     assert state == state and state != state.clone() and state in [state.clone(), state]

@@ -28,8 +28,8 @@ def texts(tmp_path_factory):
 
 
 def settings(texts, model=None, **training):
-    model = model or {**WINDOW, "d_model": 16, "d_k": 16, "transformer_n_layers": 1, "transformer_n_heads": 2,
-                      "ssm_n_layers": 2, "ssm_d_state": 4, "vocab_size": 270}  # fmt: skip
+    model = model or {**WINDOW, "encoding": "stride", "d_model": 16, "d_k": 16, "transformer_n_layers": 1,
+                      "transformer_n_heads": 2, "ssm_n_layers": 2, "ssm_d_state": 4, "vocab_size": 270}  # fmt: skip
     data = {"text": str(texts), "batch_size": 2, "chunk_length": 8, "lanes": 2}
     training = {"device": "cpu", "sample_tokens": 2, "steps": 2, "evaluations": 1, **training}
     return RunConfig.from_dict({"experiment": "tiny", "model": model, "data": data, "training": training})
@@ -68,7 +68,8 @@ def test_slots_have_the_scale_of_the_embedding_where_it_is_asked_for(texts, gpt2
 def test_without_a_tokenizer_the_embedding_is_fresh(texts, mamba, tmp_path, capsys):
     outcome = run(settings(texts, init_from={"mamba": str(mamba)}), tmp_path / "runs")
     assert outcome.config.model.vocab_size > 257
-    convert(tmp_path / "start", mamba=mamba, fields={**WINDOW, "transformer_n_layers": 1, "transformer_n_heads": 2})
+    sizes = {**WINDOW, "encoding": "stride", "transformer_n_layers": 1, "transformer_n_heads": 2}
+    convert(tmp_path / "start", mamba=mamba, fields=sizes)
     run(settings(texts, init_from={"checkpoint": str(tmp_path / "start")}), tmp_path / "runs")
     assert "embedding.weight: without a tokenizer.json its tokens are not those of this run" in capsys.readouterr().out
 

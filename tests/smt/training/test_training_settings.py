@@ -35,6 +35,18 @@ class TestSettings:
     def test_every_packaged_example_is_valid_and_named_after_its_file(self, path):
         assert RunConfig.from_yaml(path.stem).experiment == path.stem
 
+    def test_where_gpt2s_weights_go_the_encoding_is_stride_unless_another_is_named(self):
+        def encoding(model, **training):
+            return RunConfig.from_dict({"model": model, "training": training}).model.encoding
+
+        assert encoding({}) == encoding({}, init_from={"mamba": "m"}) == "stream"
+        assert encoding({}, init_from={"gpt2": "g"}) == encoding({}, init_from="mamba=m,gpt2=g") == "stride"
+        assert encoding({"encoding": "token"}, init_from={"gpt2": "g"}) == "token"
+
+    @pytest.mark.parametrize(("value", "word"), [(True, "true"), (False, "false"), ("auto", "auto"), ("true", "true")])
+    def test_a_truth_value_of_yaml_is_the_word_where_there_are_more_than_two(self, value, word):
+        assert RunConfig.from_dict({"training": {"compile": value}}).training.compile == word
+
     def test_overrides_find_their_part_and_are_read_as_its_types(self):
         overrides = {"stride": "10", "encoding": "token", "writes": "false", "steps": "none", "learning_rate": "1e-3"}
         overrides["text"] = "x"
