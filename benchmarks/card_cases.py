@@ -139,12 +139,14 @@ class Suite:
         if not with_variants:
             return
         yield case("SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), "compiled")
+        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), "compiled")
         yield case("SMT stream, no writes", lambda ids: self._smt(ids, writes=False), "compiled")
         yield case("SMT stream, eager", lambda ids: self._smt(ids, compiled=False))
 
     def _gpt2(self, ids: Tensor, length: int) -> Callable[[], Tensor]:
         config = dataclasses.replace(self.sizes.config, vocab_size=self.sizes.padded_vocabulary)
-        model = build_gpt2(config, n_positions=length).to(self.device).train()
+        with self.device:  # where weights are drawn in no time
+            model = build_gpt2(config, n_positions=length).train()
         for block in model.transformer.h:
             block.compile()
 
@@ -160,9 +162,9 @@ class Suite:
         return step
 
     def _smt(self, ids: Tensor, *, compiled: bool = True, **changes: Any) -> Callable[[], Tensor]:
-        model = StrideMemoryTransformer(dataclasses.replace(self.sizes.config, **changes)).to(self.device).train()
+        model = self._model(**changes).train()
         if compiled:
-            model.compile()
+            model.compile(mode="reduce-overhead")
 
         def step() -> Tensor:
             return model.loss(ids)[0]
@@ -292,8 +294,8 @@ class Suite:
                 yield Case(f"all writes of a step, {direction}", name, f"{rows} x {of:,}", measure, rows * of)
 
     def _writes(self, rows: int, length: int, changes: dict[str, Any], direction: str) -> float:
-        config = dataclasses.replace(self.sizes.config, **changes)
-        model = StrideMemoryTransformer(config).to(self.device).train()
+        model = self._model(**changes).train()
+        config = model.config
         parameters = [*model.memory.parameters()]
         tokens = model.embedding(self._ids(rows, length)).detach().requires_grad_()
         state = model.initial_state(rows)
@@ -316,7 +318,7 @@ class Suite:
             yield Case("a token of decoding", "SMT stream", f"{rows} rows", lambda rows=rows: self._decode_ours(rows), rows)
 
     def _decode_ours(self, rows: int) -> Times:
-        model = StrideMemoryTransformer(self.sizes.config).to(self.device, torch.bfloat16).eval()
+        model = self._model().to(torch.bfloat16).eval()
         with torch.no_grad():
             _, aux = model(self._ids(rows, 256))
             state, token = aux.state, self._ids(rows, 1)
@@ -329,6 +331,10 @@ class Suite:
 
             times = time_call(sixteen, self.device)
         return Times(times.call / self.window.stride, times.host / self.window.stride, times.peak_bytes)
+
+    def _model(self, **changes: Any) -> StrideMemoryTransformer:
+        with self.device:
+            return StrideMemoryTransformer(dataclasses.replace(self.sizes.config, **changes))
 
     def _ids(self, rows: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(length)
