@@ -25,7 +25,7 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def run(tmp_path_factory):
     """One small run in a process of its own: its output, and what it wrote."""
     folder = tmp_path_factory.mktemp("bench")
@@ -43,9 +43,18 @@ def run(tmp_path_factory):
     return done.stdout, json.loads(files["json"].read_text()), files
 
 
-def test_every_measured_row_has_its_ratio_limit_and_time_per_token(run):
-    _, document, _ = run
-    rows = document["rows"]
+def test_a_small_run_says_what_it_measured_beside_limit_and_claim_and_why_it_left_out_the_rest(run):
+    """One test, so that no two workers make a run each."""
+    output, document, files = run
+    check_measured_rows(document["rows"])
+    check_what_is_left_out(output, document["rows"])
+    measured = next(line for line in output.splitlines() if "stream_attention, blocked" in line and "2,300x" in line)
+    assert measured.rstrip().endswith("2,300x")
+    check_environment(document["environment"], files["json"].read_text())
+    check_other_files(document["rows"], files)
+
+
+def check_measured_rows(rows):
     assert {row["case"] for row in rows} >= {"full causal (SDPA)", "stream_attention, blocked", "SMT stride", "SMT stream"}
     for row in rows:
         if row["not_measured"] is None:
@@ -60,34 +69,24 @@ def test_every_measured_row_has_its_ratio_limit_and_time_per_token(run):
     assert blocked
 
 
-def test_a_row_that_is_left_out_says_why(run):
-    output, document, _ = run
-    reasons = {(row["case"], row["length"]): row for row in document["rows"] if row["not_measured"]}
+def check_what_is_left_out(output, rows):
+    reasons = {(row["case"], row["length"]): row for row in rows if row["not_measured"]}
     assert "interpreter" in reasons["stream_attention, triton", 96]["not_measured"]
     assert all(row["not_measured"] in output for row in reasons.values())
 
 
-def test_the_claim_stands_beside_the_ratios(run):
-    output, _, _ = run
-    measured = next(line for line in output.splitlines() if "stream_attention, blocked" in line and "2,300x" in line)
-    assert measured.rstrip().endswith("2,300x")
-
-
-def test_the_environment_is_recorded_without_host_name_or_path(run):
-    _, document, files = run
-    environment = document["environment"]
+def check_environment(environment, text):
+    """It is recorded without host name or path."""
     assert {"torch", "triton", "python", "processor", "cores", "threads", "device", "revision", "date"} <= environment.keys()
     assert environment["torch"] == torch.__version__ and environment["threads"] == 1 and environment["device"] == "cpu"
-    text = files["json"].read_text()
     assert str(ROOT) not in text and str(Path.home()) + "/" not in text and platform.node() not in text
 
 
-def test_csv_and_plot_hold_the_same_rows(run):
-    _, document, files = run
+def check_other_files(rows, files):
     lines = files["csv"].read_text().splitlines()
     assert f"# torch: {torch.__version__}" in lines
     table = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    assert [(row["case"], int(row["length"])) for row in table] == [(row["case"], row["length"]) for row in document["rows"]]
+    assert [(row["case"], int(row["length"])) for row in table] == [(row["case"], row["length"]) for row in rows]
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 

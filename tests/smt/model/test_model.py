@@ -179,19 +179,3 @@ def test_dropout_acts_in_training_only(encoding, field):
     ids = torch.randint(211, (1, 70))
     assert not torch.equal(model.train()(ids)[0], model(ids)[0])
     assert torch.equal(model.eval()(ids)[0], model(ids)[0])
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_training_step_compiles_into_one_graph(encoding):
-    model = build(encoding=encoding)
-    ids = torch.randint(211, (1, 70))
-    expected = model.loss(ids)[0]
-    expected.backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
-    loss, _ = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, targets=targets)
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)

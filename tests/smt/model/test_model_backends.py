@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt_kernels import last_choice, use_backend
@@ -100,8 +101,9 @@ def test_a_training_step_compiles_whole_on_every_backend(model, backend, device)
     parameters = list(model.parameters())
     with use_backend(backend):
         torch._dynamo.reset()
-        compiled = torch.compile(lambda ids: model.loss(ids)[0], fullgraph=True, backend="aot_eager")
-        got = torch.autograd.grad(compiled(ids), parameters)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        loss, _ = compiled(ids, targets=F.pad(ids[:, 1:], (0, 1), value=-100))
+        got = torch.autograd.grad(loss, parameters)
         want = torch.autograd.grad(model.loss(ids)[0], parameters)
     for (name, _), actual, expected in zip(model.named_parameters(), got, want, strict=True):
         torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
