@@ -66,7 +66,7 @@ def test_every_backend_gives_the_loss_and_gradients_of_the_reference(model, back
     with use_backend(backend):
         actual = loss_and_gradients(model, ids)
     attention = "stream_attention" if model.config.encoding == "stream" else "window_attention"
-    ran = {name: last_choice(name).backend for name in (attention, "attention_pool_sequence", "stride_write")}
+    ran = {name: last_choice(name).backend for name in (attention, "stride_memory")}
     assert set(ran.values()) == {backend}, ran
     assert relative_error(actual, exact) <= 2 * relative_error(plain, exact)
 
@@ -100,4 +100,5 @@ def test_a_training_step_compiles_whole_on_every_backend(model, backend, device)
 @pytest.mark.triton
 def test_every_operation_has_a_kernel():
     operations = {"window_attention", "stream_attention", "attention_pool", "attention_pool_sequence", "stride_write"}
+    operations |= {"stride_memory"}
     assert operations <= set(TRITON_LIMITS)
