@@ -32,13 +32,33 @@ def buffer_size(parts: Mapping[str, Part], dtype: torch.dtype) -> int:
     return sum(_aligned(part.nbytes) for part in parts.values()) // dtype.itemsize
 
 
+def new_buffer(model: Tensor, parts: Mapping[str, Part], dtype: torch.dtype) -> Tensor:
+    """Memory for ``parts`` on the device of ``model``, uninitialised but for the gaps between them."""
+    buffer = model.new_empty(buffer_size(parts, dtype), dtype=dtype)
+    data = buffer.view(torch.uint8)
+    for start, part in _placed(parts):
+        stop = start + part.nbytes
+        if stop < start + _aligned(part.nbytes):  # or two runs would leave different bytes
+            data[stop : start + _aligned(part.nbytes)].zero_()
+    return buffer
+
+
 def parts_of(buffer: Tensor, parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """The tensors of a buffer of ``buffer_size`` elements."""
-    data, start, tensors = buffer.view(torch.uint8), 0, {}
-    for name, part in parts.items():
-        tensors[name] = data[start : start + part.nbytes].view(part.dtype).view(part.shape)
+    data = buffer.view(torch.uint8)
+    return {
+        name: data[start : start + part.nbytes].view(part.dtype).view(part.shape)
+        for name, (start, part) in zip(parts, _placed(parts), strict=True)
+    }
+
+
+def _placed(parts: Mapping[str, Part]) -> list[tuple[int, Part]]:
+    """Each part with the byte that it starts at."""
+    placed, start = [], 0
+    for part in parts.values():
+        placed.append((start, part))
         start += _aligned(part.nbytes)
-    return tensors
+    return placed
 
 
 def _aligned(nbytes: int) -> int:

@@ -17,7 +17,7 @@ from smt_kernels.attention_pool import blocked as pooling
 from smt_kernels.attention_pool import reference as pool
 from smt_kernels.attention_pool.reference import Timeline
 from smt_kernels.precision import accumulation
-from smt_kernels.stride_memory.kept import Kept, kept_of, kept_size
+from smt_kernels.stride_memory.kept import Kept, kept_of, new_kept
 from smt_kernels.stride_memory.reference import EPS, Group, Inputs, MemoryWeights, groups_of
 from smt_kernels.stride_write.blocked import Order, order_of, write, write_backward
 from smt_kernels.stride_write.kept import KeptBlocked
@@ -36,8 +36,7 @@ def forward(
     """Slots (B, K, d), both states after K writes, pooling weights (K, B, W), and what ``backward`` needs."""
     arguments = "blocked", tokens, slots, weights, inputs, window, timeline
     wide = MemoryWeights(*map(accumulation, weights))
-    buffer = wide.a.new_empty(kept_size(*arguments))
-    kept = kept_of(buffer, *arguments)
+    buffer, kept = new_kept(*arguments)
     size = window.n_tokens if slots is None else window.size
     pool_weights = wide.a.new_empty(timeline.n_writes, len(tokens), size)
     pass_ = _Pass(tokens, slots, wide, inputs, window, timeline, normalise, kept, pool_weights)
@@ -69,8 +68,7 @@ def forward(
         if slots is not None:
             kept.slots[slots.shape[1] :][writes] = written.to(tokens.dtype)
     states = (_stacked(parts, like) for parts, like in zip((conv, ssm), inputs[:2], strict=True))
-    new_slots = new_slots.transpose(0, 1).to(weights.norm_f.dtype, memory_format=torch.contiguous_format, copy=True)
-    return new_slots, *states, pool_weights, buffer
+    return _copied(new_slots.transpose(0, 1), weights.norm_f), *states, pool_weights, buffer
 
 
 def backward(
@@ -146,7 +144,7 @@ def backward(
         dt_bias=grads.dt_input.sum((1, 2)),
         out_proj=_product(grads.x[1:], kept.y),
     )
-    of_slots = tokens.new_empty(0) if slots is None else d_slots[:n_slots].transpose(0, 1).to(slots.dtype).contiguous()
+    of_slots = tokens.new_empty(0) if slots is None else _copied(d_slots[:n_slots].transpose(0, 1), slots)
     of_weights = (grad.to(weight.dtype) for grad, weight in zip(sums, weights, strict=True))
     states = (_stacked(parts, like) for parts, like in zip((conv, ssm), inputs[:2], strict=True))
     return d_tokens.to(tokens.dtype), of_slots, *of_weights, *states
@@ -229,6 +227,10 @@ def _normalise_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor
 def _product(grad: Tensor, rows: Tensor) -> Tensor:
     """(L, K, B, out) and (L, K, B, in) -> (L, out, in)."""
     return torch.bmm(grad.flatten(1, 2).mT, rows.flatten(1, 2))
+
+
+def _copied(x: Tensor, model: Tensor) -> Tensor:
+    return x.to(model.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _stacked(parts: list[Tensor], like: Tensor) -> Tensor:

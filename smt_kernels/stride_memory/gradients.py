@@ -74,8 +74,7 @@ def backward(
     places = places_of(groups_of(window, timeline, None if slots is None else n_slots), batch)
     grads = _empty(kept, weights, inputs, places, n_slots)
     grads.slots[n_slots:] = grad_slots.transpose(0, 1)
-    if grad_ssm is not None:
-        grads.ssm.copy_(grad_ssm)
+    grads.ssm.zero_() if grad_ssm is None else grads.ssm.copy_(grad_ssm)
     dropout = None if inputs.dropout is None else inputs.dropout.transpose(0, 1).contiguous()
     kept_of_pool = pool.Kept(*(part.flatten(0, 1) for part in (pool_weights, kept.mean, kept.query, kept.u_pool)))
     of_pool = pooling.PoolGradients.empty(kept_of_pool)
@@ -104,7 +103,7 @@ def backward(
     )
     d_conv = inputs.conv_state.new_empty(inputs.conv_state.shape)
     conv_states_backward(grads.conv, grad_conv, order, weights.conv_weight, d_conv)
-    d_slots = tokens.new_empty(0) if slots is None else grads.slots[:n_slots].transpose(0, 1).to(slots.dtype).contiguous()
+    d_slots = tokens.new_empty(0) if slots is None else _copied(grads.slots[:n_slots].transpose(0, 1), slots)
     of_weights = _of_weights(kept, grads, kept_of_pool, of_pool, weights)
     return d_tokens, d_slots, *of_weights, d_conv, grads.ssm.to(inputs.ssm_state.dtype)
 
@@ -174,7 +173,6 @@ def _empty(kept: Kept, weights: MemoryWeights, inputs: Inputs, places: list[Plac
     # One memory of zeros for all sums.
     shapes = {
         "slots": (n_slots + n_writes, batch, width),
-        "ssm": (layers, batch, inner, n_state),
         "norm": (layers + 1, weight_sums(longest * batch), width),
         "taps": (
             layers,
@@ -195,6 +193,7 @@ def _empty(kept: Kept, weights: MemoryWeights, inputs: Inputs, places: list[Plac
         conv=torch.empty_like(kept.u),
         dt_product=torch.empty_like(kept.u),
         projected=kept.u.new_empty(kept.projected.shape),
+        ssm=kept.starts.new_empty(inputs.ssm_state.shape),
         **sums,
     )
 
@@ -204,22 +203,25 @@ def _of_weights(
 ) -> list[Tensor]:
     """Those of ``MemoryWeights``: one product for all layers and writes, or the sum of partial sums."""
     low = kept.projected[..., : weights.dt_proj.shape[2]].to(kept.u.dtype)
-    d_norm, d_taps = grads.norm.sum(1), grads.taps.sum(1)
     found = MemoryWeights(
         *pooling.projections_backward(kept_of_pool, of_pool),
-        norm=d_norm[:-1],
+        norm=grads.norm[:-1].sum(1),
         in_proj=_product(grads.xz, kept.normed),
-        conv_weight=d_taps[..., :-1],
-        conv_bias=d_taps[..., -1],
+        conv_weight=grads.taps[..., :-1].sum(1),
+        conv_bias=grads.taps[..., -1].sum(1),
         x_proj=_product(grads.projected, kept.u),
         dt_proj=_product(grads.dt_product, low),
         dt_bias=grads.bias.sum((1, 2)),
         a=grads.a.sum((1, 2)),
         d=grads.d.sum((1, 2)),
         out_proj=_product(grads.x[1:], kept.y),
-        norm_f=d_norm[-1],
+        norm_f=grads.norm[-1].sum(0),
     )
     return [grad.to(weight.dtype).contiguous() for grad, weight in zip(found, weights, strict=True)]
+
+
+def _copied(x: Tensor, model: Tensor) -> Tensor:
+    return x.to(model.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _product(grad: Tensor, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smt_kernels.attention_pool.reference import Timeline
-from smt_kernels.kept import Part, buffer_size, parts_of
+from smt_kernels.kept import Part, buffer_size, new_buffer, parts_of
 from smt_kernels.precision import accumulation_dtype
 from smt_kernels.stride_memory.reference import Group, Inputs, MemoryWeights, groups_of
 from smt_kernels.stride_write.kept import CHUNK
@@ -95,6 +95,13 @@ def _parts(
 def kept_size(backend: str, tokens: Tensor, *arguments: object) -> int:
     """Elements, in the accumulation dtype, that hold what ``forward`` keeps; its arguments but the last."""
     return buffer_size(_parts(backend, tokens, *arguments), accumulation_dtype(tokens.dtype))
+
+
+def new_kept(backend: str, tokens: Tensor, *arguments: object) -> tuple[Tensor, Kept]:
+    """A buffer of ``kept_size`` elements, and its parts."""
+    parts = _parts(backend, tokens, *arguments)
+    buffer = new_buffer(tokens, parts, accumulation_dtype(tokens.dtype))
+    return buffer, Kept(**parts_of(buffer, parts))
 
 
 def kept_of(buffer: Tensor, backend: str, *arguments: object) -> Kept:

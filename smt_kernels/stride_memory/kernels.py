@@ -19,7 +19,7 @@ from smt_kernels.attention_pool import kernels as pooling
 from smt_kernels.attention_pool import reference as pool
 from smt_kernels.attention_pool.reference import Timeline
 from smt_kernels.stride_memory.gradients import backward
-from smt_kernels.stride_memory.kept import kept_of, kept_size
+from smt_kernels.stride_memory.kept import new_kept
 from smt_kernels.stride_memory.norm import add_and_norm
 from smt_kernels.stride_memory.places import places_of, pooled_by
 from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, groups_of
@@ -43,9 +43,7 @@ def forward(
     """Slots (B, K, d), both states after K writes, pooling weights (K, B, W) in fp32, and what ``backward`` needs."""
     # Plain tuples where compiled ahead of time.
     weights, inputs, timeline = MemoryWeights(*weights), Inputs(*inputs), Timeline(*timeline)
-    sizes = slots, weights, inputs, window, timeline
-    buffer = tokens.new_empty(kept_size("triton", tokens, *sizes), dtype=torch.float32)
-    kept = kept_of(buffer, "triton", tokens, *sizes)
+    buffer, kept = new_kept("triton", tokens, slots, weights, inputs, window, timeline)
     weights = MemoryWeights(*(weight.contiguous() for weight in weights))
     (layers, inner, _), (batch, _, width) = weights.a.shape, tokens.shape
     new_slots = weights.norm_f.new_empty(batch, timeline.n_writes, width)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt_kernels.precision import LOG2_E, accumulation
-from smt_kernels.stride_write.kept import KeptBlocked, kept_of, kept_size
+from smt_kernels.stride_write.kept import KeptBlocked, kept_of, new_kept
 from smt_kernels.stride_write.reference import Weights
 
 # Elements of the states that are worked on at a time. On a CPU they stay in cache and their buffers are reused; elsewhere
@@ -37,8 +37,7 @@ def forward(
     """
     weights = Weights(*map(accumulation, parameters))
     sizes = len(weights.x_proj_weight), weights.a.shape[1]
-    buffer = weights.d.new_empty(kept_size("blocked", x, conv_state, *sizes))
-    kept = kept_of("blocked", buffer, x, conv_state, *sizes)
+    buffer, kept = new_kept("blocked", x, conv_state, *sizes)
     halves = (accumulation(half).transpose(0, 1) for half in (x, z))
     y, new_conv, new_ssm = write(*halves, conv_state, ssm_state, weights, order_of(gate), kept)
     return _owned(y.transpose(0, 1), x), _copy(new_conv, conv_state), _copy(new_ssm, ssm_state), buffer

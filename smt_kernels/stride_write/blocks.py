@@ -115,12 +115,12 @@ class BlockSettings:
 _GPU = {
     "single_write": BlockSettings(num_warps=8, elements=12288),
     "convolution": BlockSettings(num_warps=4, elements=2048),
-    "convolution_backward": BlockSettings(num_warps=4, elements=2048),
+    "convolution_backward": BlockSettings(num_warps=8, elements=2048),
     "conv_state": BlockSettings(num_warps=4, elements=256),
     "scan": BlockSettings(num_warps=4, elements=4096),
     "carry": BlockSettings(num_warps=4, elements=1024),
     "local_backward": BlockSettings(num_warps=4, elements=4096),
-    "scan_backward": BlockSettings(num_warps=4, elements=2048),
+    "scan_backward": BlockSettings(num_warps=8, elements=4096),
 }
 
 # The interpreter takes as long for a large block as for a small one.

@@ -19,7 +19,6 @@ from torch import Tensor
 from smt_kernels.launch import launch, padded_size
 from smt_kernels.stride_write.blocks import channels, load, settings, silu, silu_gradient, store
 from smt_kernels.stride_write.reference import Weights
-from smt_kernels.stride_write.scan import SUMMED
 from smt_kernels.tiles import dot
 
 
@@ -110,10 +109,10 @@ def convolution_kernel(
 
 @triton.jit
 def summed_rows(pointers, stride, mask, PARTIALS: tl.constexpr):
-    """The sum of ``PARTIALS`` partial sums of a wide block, ``SUMMED`` of them on the way at a time."""
+    """The sum of ``PARTIALS`` partial sums of a wide block, four of them on the way at a time."""
     b_sum = tl.zeros(pointers.shape, dtype=tl.float32)
-    for i in range(0, PARTIALS, SUMMED):
-        for j in tl.static_range(SUMMED):
+    for i in range(0, PARTIALS, 4):
+        for j in tl.static_range(4):
             b_sum += load(pointers, mask & (i + j < PARTIALS))
             pointers += stride
     return b_sum

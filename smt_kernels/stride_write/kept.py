@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smt_kernels.kept import Part, buffer_size, parts_of
+from smt_kernels.kept import Part, buffer_size, new_buffer, parts_of
 from smt_kernels.precision import accumulation_dtype
 
 # Most writes that one program of the scan walks over.
@@ -58,6 +58,14 @@ def kept_size(backend: str, x: Tensor, conv_state: Tensor, n_projected: int, n_s
     """Elements, in the accumulation dtype of x, that hold what ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
     parts = _BACKENDS[backend][1](x, conv_state, n_projected, n_state)
     return buffer_size(parts, accumulation_dtype(x.dtype))
+
+
+def new_kept(backend: str, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> tuple[Tensor, Kept | KeptBlocked]:
+    """A buffer of ``kept_size`` elements, and its parts."""
+    kind, parts = _BACKENDS[backend]
+    found = parts(x, conv_state, n_projected, n_state)
+    buffer = new_buffer(x, found, accumulation_dtype(x.dtype))
+    return buffer, kind(**parts_of(buffer, found))
 
 
 def kept_of(backend: str, buffer: Tensor, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> Kept | KeptBlocked:

@@ -48,7 +48,7 @@ from smt_kernels.stride_write.convolution import (
     order_of,
     tap_sums,
 )
-from smt_kernels.stride_write.kept import CHUNK, Kept, kept_of, kept_size
+from smt_kernels.stride_write.kept import CHUNK, Kept, kept_of, new_kept
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.scan import scan, scan_block
 from smt_kernels.stride_write.scan_backward import ScanGradients, scan_backward
@@ -63,8 +63,7 @@ def forward(
     """
     weights = Weights(*(weight.contiguous() for weight in parameters))
     sizes = len(weights.x_proj_weight), weights.a.shape[1]
-    buffer = x.new_empty(kept_size("triton", x, conv_state, *sizes), dtype=torch.float32)
-    kept = kept_of("triton", buffer, x, conv_state, *sizes)
+    buffer, kept = new_kept("triton", x, conv_state, *sizes)
     if x.shape[1] == 1:
         return *_single_write(x, z, conv_state, ssm_state, weights, gate, kept), buffer
     y, new_conv_state, new_ssm_state = (model.new_empty(model.shape) for model in (x, conv_state, ssm_state))

@@ -28,9 +28,8 @@ from smt_kernels.tiles import LOG2_E
 
 # Writes that a program takes at once.
 STEPS = 8
-# Columns of W_x u that are multiplied, and partial sums that are added, at a time.
+# Columns of W_x u that are multiplied at a time.
 COLUMNS: tl.constexpr = tl.constexpr(16)
-SUMMED: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -58,12 +57,9 @@ def is_on(gate, strides_gate, i_batch, o_step, m_step):
 @triton.jit
 def summed(pointers, stride, mask, PARTIALS: tl.constexpr):
     """The sum of ``PARTIALS`` partial sums, each in a block like ``pointers``."""
-    if PARTIALS == 1:
-        return load(pointers, mask)
-    b_sum = tl.zeros(pointers.shape, dtype=tl.float32)
-    for i in tl.static_range(0, PARTIALS, SUMMED):
-        o_partial = (i + tl.arange(0, SUMMED))[:, None, None].to(tl.int64)
-        b_sum += tl.sum(load(pointers[None] + o_partial * stride, mask[None] & (o_partial < PARTIALS)), axis=0)
+    b_sum = load(pointers, mask)
+    for i in tl.static_range(1, PARTIALS):
+        b_sum += load(pointers + i * stride, mask)
     return b_sum
 
 

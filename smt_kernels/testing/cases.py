@@ -18,7 +18,10 @@ from torch import Tensor
 
 from smt_kernels.attention_pool.reference import Inputs, Kept, Timeline
 from smt_kernels.launch import HEADS
-from smt_kernels.stride_write.kept import kept_size
+from smt_kernels.stride_memory import kept as memory_kept
+from smt_kernels.stride_memory.reference import Inputs as MemoryInputs
+from smt_kernels.stride_memory.reference import MemoryWeights
+from smt_kernels.stride_write.kept import CHUNK, kept_size
 from smt_kernels.testing.aot import Call
 from smt_kernels.window import WindowSpec
 
@@ -167,21 +170,63 @@ def linear_cross_entropy(direction: str, vocabulary: int, dtype: torch.dtype, de
     return Case(call, 0, n_rows)
 
 
+def stride_memory(direction: str, width: int, dtype: torch.dtype, device: str) -> Case:
+    """One group of eight writes in the middle of a sequence through one layer of ``width`` channels, as under autocast."""
+    window, batch, writes, first_write = WindowSpec(), 1, 8, 24
+    inner, model, states, taps, rank = width, width // 2, 16, 4, width // 32
+    tensor = _maker(dtype, device)
+
+    def wide(*shape: int) -> Tensor:
+        return tensor(*shape, dtype=torch.float32)
+
+    first_step = window.visible_tokens(window.write_step(first_write))[0]
+    tokens = tensor(batch, window.n_tokens + window.stride * (writes - 1), model)
+    weights = MemoryWeights(
+        *_projections(tensor, model),
+        norm=wide(1, model),
+        in_proj=tensor(1, 2 * inner, model),
+        conv_weight=wide(1, inner, taps),
+        conv_bias=wide(1, inner),
+        x_proj=tensor(1, rank + 2 * states, inner),
+        dt_proj=tensor(1, inner, rank),
+        dt_bias=wide(1, inner),
+        a=wide(1, inner, states),
+        d=wide(1, inner),
+        out_proj=tensor(1, model, inner),
+        norm_f=wide(model),
+    )
+    states_of = {"conv": (1, batch, inner, taps - 1), "ssm": (1, batch, inner, states)}
+    inputs = MemoryInputs(*(wide(*shape) for shape in states_of.values()), None, None)
+    slots, timeline = tensor(batch, window.n_memory, model), Timeline(first_write, writes, 8, first_step, first_write - 15)
+    rest = {"tokens": tokens, "slots": slots, "weights": weights, "inputs": inputs, "window": window, "timeline": timeline}
+    arguments = rest | {"normalise": True}
+    if direction == "backward":
+        arguments |= {"grad_slots": wide(batch, writes, model), "grad_pooling": None}
+        arguments |= {f"grad_{name}": wide(*shape) for name, shape in states_of.items()}
+        arguments |= {"pool_weights": wide(writes, batch, window.size)}
+        arguments["buffer"] = wide(memory_kept.kept_size("triton", *rest.values()))
+    return Case(Call(f"smt_kernels.stride_memory.kernels:{direction}", arguments), 0, batch * writes * window.stride)
+
+
 def stride_write(direction: str, width: int, dtype: torch.dtype, device: str) -> Case:
-    """A single write, or eight of them forward or backward, with 16 states and every gate on; the SSM state is in fp32."""
+    """A single write, eight of them, or more than one chunk of the scan, forward or backward, with 16 states and every gate
+    on; the SSM state is in fp32.
+    """
     batch, states, taps, rank = 1, 16, 4, width // 32
-    single, writes = direction == "single", 1 if direction == "single" else 8
+    single, writes = direction == "single", {"single": 1, "forward": 8, "backward": 8}.get(direction, CHUNK + 8)
     tensor = _maker(dtype, device)
     weights = tensor(width, taps), tensor(width), tensor(rank + 2 * states, width), tensor(width, rank), tensor(width)
     weights += tensor(width, states, dtype=torch.float32), tensor(width)
     x, conv_state, ssm_state = _write_states(tensor, batch, writes, width, taps, states)
     arguments = {"x": x, "z": tensor(batch, writes, width), "conv_state": conv_state, "ssm_state": ssm_state}
     arguments |= {"parameters": weights, "gate": torch.ones((batch, writes), dtype=torch.bool, device=device)}
-    if direction == "backward":
+    backward = direction.endswith("backward")
+    if backward:
         names = "grad_y", "grad_conv", "grad_ssm"
         arguments |= dict(zip(names, _write_states(tensor, batch, writes, width, taps, states), strict=True))
-        arguments["buffer"] = tensor(kept_size(x, conv_state, rank + 2 * states), dtype=torch.float32)
-    call = Call(f"smt_kernels.stride_write.kernels:{'backward' if direction == 'backward' else 'forward'}", arguments)
+        size = kept_size("triton", x, conv_state, rank + 2 * states, states)
+        arguments["buffer"] = tensor(size, dtype=torch.float32)
+    call = Call(f"smt_kernels.stride_write.kernels:{'backward' if backward else 'forward'}", arguments)
     return Case(call, 0, batch if single else batch * writes * WindowSpec().stride, decoding=single)
 
 
@@ -192,7 +237,10 @@ OPERATIONS = {
     "attention_pool": Operation(attention_pool, sizes=(256, 768), size_of="width"),
     "attention_pool_sequence": Operation(attention_pool_sequence, sizes=(256, 768), size_of="width"),
     "linear_cross_entropy": Operation(linear_cross_entropy, ("loss", "gradient"), (4096, 50257), "vocabulary"),
-    "stride_write": Operation(stride_write, ("single", "forward", "backward"), (512, 1536), "width"),
+    "stride_memory": Operation(stride_memory, sizes=(512, 1536), size_of="width"),
+    "stride_write": Operation(
+        stride_write, ("single", "forward", "backward", "chunks forward", "chunks backward"), (512, 1536), "width"
+    ),
 }
 
 

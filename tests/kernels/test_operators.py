@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smt_kernels import (
+    MemoryWeights,
     WindowSpec,
     attention_pool,
     attention_pool_sequence,
     linear_cross_entropy,
     stream_attention,
     stream_attention_decode,
+    stride_memory,
     stride_write,
     window_attention,
 )
@@ -141,11 +143,39 @@ def loss(device: str) -> Call:
     return Call(linear_cross_entropy, inputs, {"targets": torch.tensor([0, 8, -100, 3, 3, 5], device=device)})
 
 
+def memory(device: str, n_slots: int | None, **settings: Any) -> Call:
+    shapes = {"tokens": (2, 15, 4), "conv_state": (1, 2, 5, 2), "ssm_state": (1, 2, 5, 4), "w_q": (3, 4), "w_k": (3, 4)}
+    shapes |= {"norm": (1, 4), "in_proj": (1, 10, 4), "conv_weight": (1, 5, 3), "conv_bias": (1, 5), "x_proj": (1, 11, 5)}
+    shapes |= {"dt_proj": (1, 5, 3), "dt_bias": (1, 5), "a": (1, 5, 4), "d": (1, 5), "out_proj": (1, 4, 5), "norm_f": (4,)}
+    inputs = {name: torch.rand(shape, device=device) for name, shape in shapes.items()}
+    inputs["a"].neg_()
+    if n_slots is not None:
+        inputs["slots"] = torch.rand(2, n_slots, 4, device=device)
+
+    def call(tokens, conv_state, ssm_state, slots=None, **rest):
+        named = {name: rest.pop(name) for name in MemoryWeights._fields}
+        return tuple(stride_memory(tokens, slots, conv_state, ssm_state, MemoryWeights(**named), **rest))
+
+    call.__module__ = stride_memory.__module__
+    return Call(call, inputs, {"window": WindowSpec(2, 5, 4), "n_writes": 3, **settings})
+
+
+def memory_of_slots(device: str) -> Call:
+    gate = torch.tensor([[True, True, False], [True, True, True]], device=device)
+    return memory(
+        device, 1, first_write=1, first_step=2, write_group=2, gate=gate, dropout_mask=torch.rand(2, 3, 7, device=device)
+    )
+
+
+def memory_of_tokens(device: str) -> Call:
+    return memory(device, None, first_write=0)
+
+
 DIFFERENTIABLE = [whole_window, tail_of_a_ragged_window, stream, stream_without_memory, windows, ragged_windows]
-DIFFERENTIABLE += [sequence, sequence_of_tokens, single_write, gated_writes, loss]
+DIFFERENTIABLE += [sequence, sequence_of_tokens, single_write, gated_writes, memory_of_slots, memory_of_tokens, loss]
 EVERY_CALL = [*DIFFERENTIABLE, decode]
 # One of each operation that is registered.
-OPERATIONS = [whole_window, stream, sequence, gated_writes, loss]
+OPERATIONS = [whole_window, stream, sequence, gated_writes, memory_of_slots, loss]
 
 
 class Seen(TorchDispatchMode):
