@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from smt_kernels import WindowSpec, launch
-from smt_kernels.stream_attention.settings import SEPARATE_FAMILIES
 
 pytestmark = [pytest.mark.triton, pytest.mark.interpreter]
 
@@ -70,7 +69,7 @@ def test_heads_that_share_keys_read_them_once_forward_and_for_each_of_them_backw
     ],
     ids=["one query", "negative starts", "grouped heads", "static memory", "long head"],
 )
-@pytest.mark.parametrize("family", ["interpreter", *SEPARATE_FAMILIES])
+@pytest.mark.parametrize("family", ["interpreter", "ampere"])  # whose gradients of queries and tokens have a launch each
 def test_no_program_leaves_its_tensors_or_meets_another(family, settings, monkeypatch):
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
     forward, _, backward, _ = count(**{"window": WindowSpec()} | settings, fused=True)  # views of one projection
