@@ -46,9 +46,7 @@ def forward(inputs: Inputs, window: WindowSpec, timeline: Timeline, normalise: b
     return pooled, kept
 
 
-def pool(
-    inputs: Inputs, strips: Strips, strides_place: tuple[int, int], normalise: bool, kept: Kept, pooled: Tensor
-) -> None:
+def pool(inputs: Inputs, strips: Strips, strides_place: tuple[int, int], normalise: bool, kept: Kept, pooled: Tensor) -> None:
     """Fill ``pooled`` (windows, d) and what is kept of each window, which lie at ``strides_place`` of row and window."""
     results = {"strides_place": strides_place, "dropout": _packed(inputs.dropout)}
     _launch(mean_kernel, inputs, strips, normalise, mean=kept.mean, strides_place=strides_place)

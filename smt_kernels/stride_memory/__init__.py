@@ -106,7 +106,9 @@ def stride_memory(
         settings = {"window": window, "timeline": timeline, "normalise": normalise}
         return Memory(*reference.stride_memory(tokens, slots, weights, inputs, **settings))
     (tokens,) = checks.unit_stride(tokens)
-    new_slots, new_conv, new_ssm, pooling, _ = _run(tokens, slots, weights, inputs, window, timeline, normalise, backend=backend)
+    new_slots, new_conv, new_ssm, pooling, _ = _run(
+        tokens, slots, weights, inputs, window, timeline, normalise, backend=backend
+    )
     return Memory(new_slots, new_conv, new_ssm, pooling.transpose(0, 1).to(tokens.dtype))
 
 

@@ -86,7 +86,9 @@ def backward(
         grad_weights = None if grad_pooling is None else place.rows_of(grad_pooling)
         of_group = pool.Kept(*(part[place.rows] for part in kept_of_pool))
         grads_of_group = pooling.PoolGradients(*(part[place.rows] for part in of_pool))
-        pooling.query_backward(grad_pooled, grad_weights, pooled_from, strips, strides_place, normalise, of_group, grads_of_group)
+        pooling.query_backward(
+            grad_pooled, grad_weights, pooled_from, strips, strides_place, normalise, of_group, grads_of_group
+        )
         if strips.held_slots:
             d_held, only = grads.slots[place.group.slots].transpose(0, 1), strips._replace(held_tokens=0)
             pooling.entries_backward(
@@ -172,7 +174,12 @@ def _empty(kept: Kept, weights: MemoryWeights, inputs: Inputs, places: list[Plac
     shapes = {
         "slots": (n_slots + n_writes, batch, width),
         "norm": (layers + 1, weight_sums(longest * batch), width),
-        "taps": (layers, max(tap_sums(len(place.group.writes), batch) for place in places), inner, weights.conv_weight.shape[2] + 1),
+        "taps": (
+            layers,
+            max(tap_sums(len(place.group.writes), batch) for place in places),
+            inner,
+            weights.conv_weight.shape[2] + 1,
+        ),
         "bias": (layers, chunks, batch, inner),
         "a": (layers, chunks, batch, inner, n_state),
         "d": (layers, chunks, batch, inner),

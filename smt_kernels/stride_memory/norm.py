@@ -1,7 +1,7 @@
 """A residual and the RMSNorm of the sum in one launch, forward and backward.
 
-    x = x + update;   normed = x r w,  r = rsqrt(mean(x^2) + eps)
-    dx = residual + r (g - x r^2 mean(g x)),  g = dnormed w;   dw = sum of dnormed x r
+x = x + update;   normed = x r w,  r = rsqrt(mean(x^2) + eps)
+dx = residual + r (g - x r^2 mean(g x)),  g = dnormed w;   dw = sum of dnormed x r
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class BlockSettings:
 # (R + 2 N, E) products.
 _GPU = {
     "single_write": BlockSettings(num_warps=8, elements=12288),
-    "convolution": BlockSettings(num_warps=4, elements=2048),
+    "convolution": BlockSettings(num_warps=8, elements=4096),
     "convolution_backward": BlockSettings(num_warps=8, elements=2048),
     "conv_state": BlockSettings(num_warps=4, elements=256),
     "scan": BlockSettings(num_warps=4, elements=4096),

@@ -70,7 +70,7 @@ def _tap(x, conv_state, strides_x, strides_conv, order, i_batch, o_rank, on, o_e
     o_state = i_batch * strides_conv[0] + (HISTORY + o_rank).to(tl.int64) * strides_conv[2]
     p_state = conv_state + o_state[:, None] + (o_e * strides_conv[1])[None, :]
     b_x = load(p_x, m_input[:, None] & m_e[None, :])
-    if HISTORY > 0:
+    if tl.max(m_state.to(tl.int32), axis=0) > 0:  # of the first writes alone
         b_x += load(p_state, m_state[:, None] & m_e[None, :])
     return b_x
 
@@ -382,9 +382,7 @@ def _fields(order: Order | None) -> dict[str, Tensor | None]:
     return dict.fromkeys(Order._fields) if order is None else order._asdict()
 
 
-def _inputs(
-    x: Tensor, conv_state: Tensor, order: Order | None, weights: Weights, writes: range
-) -> dict[str, object]:
+def _inputs(x: Tensor, conv_state: Tensor, order: Order | None, weights: Weights, writes: range) -> dict[str, object]:
     """What both directions take."""
     n_total, batch, width = x.shape
     return {

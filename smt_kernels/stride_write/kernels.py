@@ -74,9 +74,7 @@ def forward(
     return y, new_conv_state, new_ssm_state, buffer
 
 
-def write_rows(
-    x: Tensor, conv_state: Tensor, order: Order | None, weights: Weights, u: Tensor, writes: range
-) -> Tensor:
+def write_rows(x: Tensor, conv_state: Tensor, order: Order | None, weights: Weights, u: Tensor, writes: range) -> Tensor:
     """Fill u (K, B, E) of ``writes`` from x (K, B, E); returns partial sums (any number, len(writes), B, R + 2 N) of W_x u.
 
     Of many rows the library's product, which is one launch more, moves far less than partial sums would.
@@ -129,7 +127,9 @@ def backward(
         range(n_writes), adds=False,
     )  # fmt: skip
     d_conv = conv_state.new_empty(conv_state.shape)
-    conv_states_backward(grads.u[None], None if grad_conv is None else grad_conv[None], order, weights.conv_weight[None], d_conv[None])
+    conv_states_backward(
+        grads.u[None], None if grad_conv is None else grad_conv[None], order, weights.conv_weight[None], d_conv[None]
+    )
     d_taps = d_taps.sum(0)
     low = kept.projected[..., : wide - 2 * n_state].to(x.dtype)
     d_x_proj, d_dt_proj = (

@@ -157,7 +157,9 @@ def memory(device: str, n_slots: int | None, **settings: Any) -> Call:
 
 def memory_of_slots(device: str) -> Call:
     gate = torch.tensor([[True, True, False], [True, True, True]], device=device)
-    return memory(device, 1, first_write=1, first_step=2, write_group=2, gate=gate, dropout_mask=torch.rand(2, 3, 7, device=device))
+    return memory(
+        device, 1, first_write=1, first_step=2, write_group=2, gate=gate, dropout_mask=torch.rand(2, 3, 7, device=device)
+    )
 
 
 def memory_of_tokens(device: str) -> Call:

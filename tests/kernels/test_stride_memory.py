@@ -125,7 +125,15 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
         tensors, case = problem.tensors, problem.case
         weights = MemoryWeights(*(tensors[name] for name in MemoryWeights._fields))
         inputs = Inputs(tensors["conv_state"], tensors["ssm_state"], problem.gate, problem.dropout)
-        rest = tensors["tokens"], tensors["slots"], weights, inputs, case.window, Timeline(0, case.writes, case.group, 0, 0), True
+        rest = (
+            tensors["tokens"],
+            tensors["slots"],
+            weights,
+            inputs,
+            case.window,
+            Timeline(0, case.writes, case.group, 0, 0),
+            True,
+        )
         with Operations() as forward:
             counted.append(forward)
             *outputs, buffer = kernels.forward(*rest)
