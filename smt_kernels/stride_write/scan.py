@@ -3,7 +3,7 @@
     dt = softplus(W_dt low + bias);   h_k = exp(dt_k a) h_{k-1} + dt_k u_k b_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
 
 Parallel in time: h is the second part of a running product, (p, h) then (q, g) = (p q, q h + g), which needs no order. So a
-program takes ``STEPS`` writes at once as blocks [T, E, N], of which each thread holds all T, and a chunk of at most ``CHUNK``
+program takes ``STEPS`` writes at once as blocks [T, N, E], of which each thread holds all T, and a chunk of at most ``CHUNK``
 writes in a short loop. More writes than that are three launches:
 
     every chunk from a state of zero: its last state, and the sum of its dt, since the product of its decays is exp(a sum dt)
@@ -66,7 +66,7 @@ def summed(pointers, stride, mask, PARTIALS: tl.constexpr):
 
 @triton.jit
 def first_of(b_x, T: tl.constexpr):
-    """The first of T blocks [T, E, N]."""
+    """The first of T blocks [T, N, E]."""
     return tl.sum(tl.where((tl.arange(0, T) == 0)[:, None, None], b_x, 0.0), axis=0)
 
 
@@ -77,7 +77,7 @@ def last_of(b_x, T: tl.constexpr):
 
 @triton.jit
 def states_of(b_decay, b_written, b_h, o_t, T: tl.constexpr):
-    """The states after each of T writes [T, E, N], from the one before them [E, N]."""
+    """The states after each of T writes [T, N, E], from the one before them [N, E]."""
     b_written += tl.where((o_t == 0)[:, None, None], b_decay * b_h[None], 0.0)
     _, b_states = tl.associative_scan((b_decay, b_written), 0, then)
     return b_states
@@ -99,14 +99,14 @@ def scan_kernel(
     o_e, m_e = channels(tl.program_id(1), width, E)
     o_n, o_t = tl.arange(0, N), tl.arange(0, T)
     m_n = o_n < STATE
-    m_state = m_e[:, None] & m_n[None, :]
+    m_state = m_n[:, None] & m_e[None, :]
     WIDE: tl.constexpr = RANK + 2 * STATE
     b_bias = load(dt_proj_bias + o_e, m_e)  # [E]
-    b_rate = load(a + o_e[:, None] * STATE + o_n[None, :], m_state) * LOG2_E  # [E, N]
-    b_first = tl.zeros([E, N], dtype=tl.float32)
+    b_rate = load(a + o_e[None, :] * STATE + o_n[:, None], m_state) * LOG2_E  # [N, E]
+    b_first = tl.zeros([N, E], dtype=tl.float32)
     if starts is not None:
         p_start = starts + i_chunk * strides_starts[0] + i_batch * strides_starts[1]
-        b_first = load(p_start + o_e[:, None] * strides_starts[2] + o_n[None, :] * strides_starts[3], m_state)
+        b_first = load(p_start + o_e[None, :] * strides_starts[2] + o_n[:, None] * strides_starts[3], m_state)
     b_h = b_first
     b_sum = tl.zeros([E], dtype=tl.float32)
     any_on = False
@@ -146,20 +146,20 @@ def scan_kernel(
         b_product = load(dt_product + p_row, m_row)  # [T, E]
         b_dt = tl.where(on[:, None], softplus(b_product + b_bias[None, :]), 0.0)  # [T, E]
         b_u = load(u + p_row, m_row)
-        b_decay = tl.exp2(b_dt[:, :, None] * b_rate[None])  # [T, E, N]
-        b_states = states_of(b_decay, (b_dt * b_u)[:, :, None] * b_b[:, None, :], b_h, o_t, T)
+        b_decay = tl.exp2(b_dt[:, None, :] * b_rate[None])  # [T, N, E]
+        b_states = states_of(b_decay, (b_dt * b_u)[:, None, :] * b_b[:, :, None], b_h, o_t, T)
         b_h = last_of(b_states, T)
         if sums is not None:
             b_sum += tl.sum(b_dt, axis=0)
         if y is not None:
-            b_inner = tl.sum(b_states * b_c[:, None, :], axis=2) + load(d + o_e, m_e)[None, :] * b_u  # [T, E]
+            b_inner = tl.sum(b_states * b_c[:, :, None], axis=1) + load(d + o_e, m_e)[None, :] * b_u  # [T, E]
             p_z = z + o_step[:, None].to(tl.int64) * strides_z[0] + i_batch * strides_z[1] + o_e[None, :]
             b_y = tl.where(on[:, None], b_inner * silu(load(p_z, m_row & on[:, None])), 0.0)
             store(y + o_step[:, None].to(tl.int64) * strides_y[0] + i_batch * strides_y[1] + o_e[None, :], b_y, m_row)
     o_end = tl.program_id(0).to(tl.int64) * width + o_e
     if ends is not None:
         # Bit for bit, even the sign of a zero, where nothing is written.
-        store(ends + o_end[:, None] * STATE + o_n[None, :], tl.where(any_on, b_h, b_first), m_state)
+        store(ends + o_end[None, :] * STATE + o_n[:, None], tl.where(any_on, b_h, b_first), m_state)
     if sums is not None:
         store(sums + o_end, b_sum, m_e)
 
@@ -177,12 +177,12 @@ def carry_kernel(
     o_e, m_e = channels(tl.program_id(1), width, E)
     o_n, o_t = tl.arange(0, N), tl.arange(0, T)
     m_n = o_n < STATE
-    m_state = m_e[:, None] & m_n[None, :]
-    o_state = o_e[:, None] * STATE + o_n[None, :]
-    b_rate = load(a + o_state, m_state) * LOG2_E  # [E, N]
-    b_h = tl.zeros([E, N], dtype=tl.float32)
+    m_state = m_n[:, None] & m_e[None, :]
+    o_state = o_e[None, :] * STATE + o_n[:, None]
+    b_rate = load(a + o_state, m_state) * LOG2_E  # [N, E]
+    b_h = tl.zeros([N, E], dtype=tl.float32)
     if first is not None:
-        p_first = first + i_batch * strides_first[0] + o_e[:, None] * strides_first[1] + o_n[None, :] * strides_first[2]
+        p_first = first + i_batch * strides_first[0] + o_e[None, :] * strides_first[1] + o_n[:, None] * strides_first[2]
         b_h = load(p_first, m_state)
     i_start = n_chunks - 1 if REVERSE else 0
     store(starts + (i_start * n_batch + i_batch) * width * STATE + o_state, b_h, m_state)
@@ -193,8 +193,8 @@ def carry_kernel(
         m_chunk = o_done < n_chunks
         b_dt = load(sums + o_place[:, None] + o_e[None, :], m_chunk[:, None] & m_e[None, :])  # [T, E]
         m_ends = m_chunk[:, None, None] & m_state[None]
-        b_ends = load(ends + o_place[:, None, None] * STATE + o_state[None], m_ends)  # [T, E, N]
-        b_states = states_of(tl.exp2(b_dt[:, :, None] * b_rate[None]), b_ends, b_h, o_t, T)
+        b_ends = load(ends + o_place[:, None, None] * STATE + o_state[None], m_ends)  # [T, N, E]
+        b_states = states_of(tl.exp2(b_dt[:, None, :] * b_rate[None]), b_ends, b_h, o_t, T)
         b_h = last_of(b_states, T)
         o_next = o_place + (-n_batch if REVERSE else n_batch) * width
         m_next = (o_done + 1 < n_chunks)[:, None, None] & m_state[None]

@@ -2,7 +2,7 @@
 
     dh_k = c_k dinner_k + decay_{k+1} dh_{k+1},   dinner = dy silu(z);   d(dt a)_k = dh_k decay_k h_{k-1}
 
-Both running sums are scans over blocks [T, E, N], as forward: of the states before each write, and, from the back, of their
+Both running sums are scans over blocks [T, N, E], as forward: of the states before each write, and, from the back, of their
 gradients. A chunk walks forward to the states before each of its blocks, leaves them in memory, and comes back.
 """
 
@@ -44,7 +44,7 @@ def _dt(dt_product, b_bias, o_row, on, o_e, m_e, width):
 
 @triton.jit
 def gradients_of(b_next_decay, b_grad, b_dh, o_t, T: tl.constexpr):
-    """The gradients of the states after each of T writes [T, E, N]; ``b_dh`` comes from behind to the last of them."""
+    """The gradients of the states after each of T writes [T, N, E]; ``b_dh`` comes from behind to the last of them."""
     b_grad += tl.where((o_t == T - 1)[:, None, None], b_dh[None], 0.0)
     _, b_grads = tl.associative_scan((b_next_decay, b_grad), 0, then, reverse=True)
     return b_grads
@@ -61,10 +61,10 @@ def local_backward_kernel(
     o_e, m_e = channels(tl.program_id(1), width, E)
     o_n, o_t = tl.arange(0, N), tl.arange(0, T)
     m_n = o_n < STATE
-    m_state = m_e[:, None] & m_n[None, :]
+    m_state = m_n[:, None] & m_e[None, :]
     b_bias = load(dt_proj_bias + o_e, m_e)  # [E]
-    b_rate = load(a + o_e[:, None] * STATE + o_n[None, :], m_state) * LOG2_E  # [E, N]
-    b_dh = tl.zeros([E, N], dtype=tl.float32)
+    b_rate = load(a + o_e[None, :] * STATE + o_n[:, None], m_state) * LOG2_E  # [N, E]
+    b_dh = tl.zeros([N, E], dtype=tl.float32)
     b_sum = tl.zeros([E], dtype=tl.float32)
     n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
     n_blocks = tl.cdiv(n_steps - i_chunk * CHUNK, T)
@@ -82,12 +82,12 @@ def local_backward_kernel(
         b_dy = load(grad_y + o_k * strides_grad_y[0] + i_batch * strides_grad_y[1] + o_e[None, :], m_on)
         p_c = projected + o_row[:, None] * (RANK + 2 * STATE) + RANK + STATE + o_n[None, :]
         b_c = load(p_c, on[:, None] & m_n[None, :])  # [T, N]
-        b_grad = (b_dy * silu(b_z))[:, :, None] * b_c[:, None, :]
-        b_grads = gradients_of(tl.exp2(b_next_dt[:, :, None] * b_rate[None]), b_grad, b_dh, o_t, T)
-        b_dh = first_of(tl.exp2(b_dt[:, :, None] * b_rate[None]) * b_grads, T)
+        b_grad = (b_dy * silu(b_z))[:, None, :] * b_c[:, :, None]
+        b_grads = gradients_of(tl.exp2(b_next_dt[:, None, :] * b_rate[None]), b_grad, b_dh, o_t, T)
+        b_dh = first_of(tl.exp2(b_dt[:, None, :] * b_rate[None]) * b_grads, T)
         b_sum += tl.sum(b_dt, axis=0)
     o_end = tl.program_id(0).to(tl.int64) * width + o_e
-    store(ends + o_end[:, None] * STATE + o_n[None, :], b_dh, m_state)
+    store(ends + o_end[None, :] * STATE + o_n[:, None], b_dh, m_state)
     store(sums + o_end, b_sum, m_e)
 
 
@@ -110,14 +110,14 @@ def scan_backward_kernel(
     o_e, m_e = channels(tl.program_id(1), width, E)
     o_n, o_t = tl.arange(0, N), tl.arange(0, T)
     m_n = o_n < STATE
-    m_state = m_e[:, None] & m_n[None, :]
+    m_state = m_n[:, None] & m_e[None, :]
     WIDE: tl.constexpr = RANK + 2 * STATE
-    o_state = o_e[:, None] * STATE + o_n[None, :]
+    o_state = o_e[None, :] * STATE + o_n[:, None]
     b_bias, b_d = load(dt_proj_bias + o_e, m_e), load(d + o_e, m_e)  # [E]
-    b_a = load(a + o_state, m_state)  # [E, N]
+    b_a = load(a + o_state, m_state)  # [N, E]
     b_rate = b_a * LOG2_E
     p_start = starts + i_chunk * strides_starts[0] + i_batch * strides_starts[1]
-    b_h = load(p_start + o_e[:, None] * strides_starts[2] + o_n[None, :] * strides_starts[3], m_state)  # [E, N]
+    b_h = load(p_start + o_e[None, :] * strides_starts[2] + o_n[:, None] * strides_starts[3], m_state)  # [N, E]
     n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
     n_blocks = tl.cdiv(n_steps - i_chunk * CHUNK, T)
     p_checkpoint = checkpoints + tl.program_id(0).to(tl.int64) * (CHUNK // T - 1) * width * STATE + o_state
@@ -129,15 +129,15 @@ def scan_backward_kernel(
         _, b_dt = _dt(dt_product, b_bias, o_row, on, o_e, m_e, width)
         b_u = load(u + o_row[:, None] * width + o_e[None, :], on[:, None] & m_e[None, :])
         b_b = load(projected + o_row[:, None] * WIDE + RANK + o_n[None, :], on[:, None] & m_n[None, :])
-        b_written = (b_dt * b_u)[:, :, None] * b_b[:, None, :]
-        b_h = last_of(states_of(tl.exp2(b_dt[:, :, None] * b_rate[None]), b_written, b_h, o_t, T), T)
+        b_written = (b_dt * b_u)[:, None, :] * b_b[:, :, None]
+        b_h = last_of(states_of(tl.exp2(b_dt[:, None, :] * b_rate[None]), b_written, b_h, o_t, T), T)
     tl.debug_barrier()  # a thread may read what another one has written
 
-    b_dh = tl.zeros([E, N], dtype=tl.float32)
+    b_dh = tl.zeros([N, E], dtype=tl.float32)
     if grad_ends is not None:
         p_grad = grad_ends + i_chunk * strides_grad_ends[0] + i_batch * strides_grad_ends[1]
-        b_dh += load(p_grad + o_e[:, None] * strides_grad_ends[2] + o_n[None, :] * strides_grad_ends[3], m_state)
-    b_da = tl.zeros([E, N], dtype=tl.float32)
+        b_dh += load(p_grad + o_e[None, :] * strides_grad_ends[2] + o_n[:, None] * strides_grad_ends[3], m_state)
+    b_da = tl.zeros([N, E], dtype=tl.float32)
     b_dd = tl.zeros([E], dtype=tl.float32)
     b_dbias = tl.zeros([E], dtype=tl.float32)
     for i_done in range(n_blocks):
@@ -155,8 +155,8 @@ def scan_backward_kernel(
         _, b_dt_before = _dt(dt_product, b_bias, o_before, on_before, o_e, m_e, width)
         b_u_before = load(u + o_before[:, None] * width + o_e[None, :], m_before)
         b_b_before = load(projected + o_before[:, None] * WIDE + RANK + o_n[None, :], on_before[:, None] & m_n[None, :])
-        b_written = (b_dt_before * b_u_before)[:, :, None] * b_b_before[:, None, :]
-        b_before = states_of(tl.exp2(b_dt_before[:, :, None] * b_rate[None]), b_written, b_h, o_t, T)  # [T, E, N]
+        b_written = (b_dt_before * b_u_before)[:, None, :] * b_b_before[:, :, None]
+        b_before = states_of(tl.exp2(b_dt_before[:, None, :] * b_rate[None]), b_written, b_h, o_t, T)  # [T, N, E]
 
         b_dt_input, b_dt = _dt(dt_product, b_bias, o_row, on, o_e, m_e, width)
         b_u = load(u + o_row[:, None] * width + o_e[None, :], m_on)
@@ -166,30 +166,30 @@ def scan_backward_kernel(
         o_k = o_step[:, None].to(tl.int64)
         b_z = load(z + o_k * strides_z[0] + i_batch * strides_z[1] + o_e[None, :], m_on)
         b_dy = load(grad_y + o_k * strides_grad_y[0] + i_batch * strides_grad_y[1] + o_e[None, :], m_on)
-        b_decay = tl.exp2(b_dt[:, :, None] * b_rate[None])
-        b_states = b_decay * b_before + (b_dt * b_u)[:, :, None] * b_b[:, None, :]
-        b_inner = tl.sum(b_states * b_c[:, None, :], axis=2) + b_d[None, :] * b_u  # [T, E]
+        b_decay = tl.exp2(b_dt[:, None, :] * b_rate[None])
+        b_states = b_decay * b_before + (b_dt * b_u)[:, None, :] * b_b[:, :, None]
+        b_inner = tl.sum(b_states * b_c[:, :, None], axis=1) + b_d[None, :] * b_u  # [T, E]
         b_dinner = b_dy * silu(b_z)
         p_dz = d_z + o_k * strides_d_z[0] + i_batch * strides_d_z[1] + o_e[None, :]
         store(p_dz, b_dy * b_inner * silu_gradient(b_z), m_row)
         o_columns = tl.program_id(1).to(tl.int64) * stride_partials + o_row[:, None] * WIDE
         m_columns = m_step[:, None] & m_n[None, :]
-        b_dc = tl.sum(b_states * b_dinner[:, :, None], axis=1)  # [T, N]
+        b_dc = tl.sum(b_states * b_dinner[:, None, :], axis=2)  # [T, N]
         store(partials + o_columns + RANK + STATE + o_n[None, :], b_dc, m_columns)
 
         m_next = (o_t < T - 1) & (o_step + 1 < n_steps)
         on_next = is_on(gate, strides_gate, i_batch, o_step + 1, m_next)
         _, b_next_dt = _dt(dt_product, b_bias, o_row + n_batch, on_next, o_e, m_e, width)
-        b_grad = b_dinner[:, :, None] * b_c[:, None, :]
-        b_grads = gradients_of(tl.exp2(b_next_dt[:, :, None] * b_rate[None]), b_grad, b_dh, o_t, T)  # [T, E, N]
-        b_db = tl.sum(b_grads * (b_dt * b_u)[:, :, None], axis=1)  # [T, N]
+        b_grad = b_dinner[:, None, :] * b_c[:, :, None]
+        b_grads = gradients_of(tl.exp2(b_next_dt[:, None, :] * b_rate[None]), b_grad, b_dh, o_t, T)  # [T, N, E]
+        b_db = tl.sum(b_grads * (b_dt * b_u)[:, None, :], axis=2)  # [T, N]
         store(partials + o_columns + RANK + o_n[None, :], b_db, m_columns)
-        b_dwritten = tl.sum(b_grads * b_b[:, None, :], axis=2)  # [T, E], of dt u
+        b_dwritten = tl.sum(b_grads * b_b[:, :, None], axis=1)  # [T, E], of dt u
         b_grads *= b_decay
         b_dh = first_of(b_grads, T)
         b_grads *= b_before  # now of dt a
-        b_da += tl.sum(b_grads * b_dt[:, :, None], axis=0)
-        b_ddt = tl.sum(b_grads * b_a[None], axis=2) + b_dwritten * b_u  # [T, E]
+        b_da += tl.sum(b_grads * b_dt[:, None, :], axis=0)
+        b_ddt = tl.sum(b_grads * b_a[None], axis=1) + b_dwritten * b_u  # [T, E]
         b_ddt_input = tl.where(on[:, None], b_ddt * tl.sigmoid(b_dt_input), 0.0)
         b_dd += tl.sum(b_dinner * b_u, axis=0)
         b_dbias += tl.sum(b_ddt_input, axis=0)
@@ -209,7 +209,7 @@ def scan_backward_kernel(
         store(p_low, dot(b_ddt, b_weight), m_step[:, None] & m_r[None, :])
 
     o_e += tl.program_id(0).to(tl.int64) * width
-    o_state = o_e[:, None] * STATE + o_n[None, :]
+    o_state = o_e[None, :] * STATE + o_n[:, None]
     if d_starts is not None:
         store(d_starts + o_state, b_dh, m_state)
     if ADDS:
