@@ -216,8 +216,7 @@ def scan(
 
     Fills what else is kept. ssm_state and new_ssm_state are (B, E, N), the second contiguous; the gate is (B, K).
     """
-    n_writes, batch, width = z.shape
-    n_chunks = triton.cdiv(n_writes, CHUNK)
+    n_chunks = triton.cdiv(len(z), CHUNK)
     inputs = scan_inputs(z, gate, kept, weights, "scan")
     inputs |= {"u": kept.u, "dt_proj_weight": weights.dt_proj_weight, "d": weights.d}
     inputs |= {"strides_y": y.stride()[:2], "stride_partials": partials.stride(0)}
