@@ -153,9 +153,8 @@ def _check(
     for name, tensor in {**weights._asdict(), "conv_state": conv_state, "ssm_state": ssm_state}.items():
         checks.like(name, tensor, "tokens", tokens, dtype=name in ("w_q", "w_k", "in_proj", "out_proj"))
         if tensor.dtype not in allowed:
-            raise TypeError(
-                f"{name} must be {' or '.join(map(str, dict.fromkeys(allowed)))} for tokens of {tokens.dtype}, got {tensor.dtype}"
-            )
+            wanted = " or ".join(map(str, dict.fromkeys(allowed)))
+            raise TypeError(f"{name} must be {wanted} for tokens of {tokens.dtype}, got {tensor.dtype}")
     if gate is not None:
         checks.shape("gate", gate, {"B": batch, "K": n_writes})
         checks.like("gate", gate, "tokens", tokens, dtype=False)

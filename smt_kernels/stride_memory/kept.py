@@ -1,4 +1,4 @@
-"""What ``stride_memory`` keeps, by backend: activations of all groups, with time first, so that rows of a group lie together."""
+"""What ``stride_memory`` keeps, by backend: activations of all groups, time first, so that rows of a group lie together."""
 
 from __future__ import annotations
 

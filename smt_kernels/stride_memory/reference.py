@@ -1,7 +1,8 @@
-"""The definition of the memory's writes, in plain PyTorch out of the definitions of its parts; and the tuples that files hand on."""
+"""The definition of the memory's writes, out of the definitions of its parts; and the tuples that files hand on."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def groups_of(window: WindowSpec, timeline: Timeline, n_slots: int | None) -> li
     first, n_writes, size, first_step, first_slot = timeline
     cuts = [0, n_writes] if n_slots is None else [0, *range(size - first % size, n_writes, size), n_writes]
     groups = []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in pairwise(cuts):
         token_start = max(window.visible_tokens(window.write_step(first + start))[0] - first_step, 0)
         token_stop = window.write_step(first + stop - 1) + 1 - first_step
         slot_start = slot_stop = 0

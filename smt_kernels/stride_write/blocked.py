@@ -46,7 +46,7 @@ def forward(
 def write(
     x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Weights, order: Order | None, kept: KeptBlocked
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, z (K, B, E) and weights in the accumulation dtype -> y (K, B, E) and both states, (B, E, .), after K; fills ``kept``."""
+    """x, z (K, B, E), weights in the accumulation dtype -> y (K, B, E), both states, (B, E, .), after K; fills ``kept``."""
     n_writes, rank = len(x), weights.dt_proj_weight.shape[1]
     torch.cat([accumulation(conv_state).permute(2, 0, 1), _to_front(x, order)], out=kept.inputs)
     taps = weights.conv_weight.T[:, None, None]

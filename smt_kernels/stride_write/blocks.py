@@ -110,7 +110,7 @@ class BlockSettings:
 
 
 # Chosen by the rules of ``smt_kernels.launch``: no spills for N = 16 states of bf16 or fp32. Every kernel works on blocks of E,
-# whose size follows from what else a block holds: the scans (T, E, N) states, the convolutions (rows, E) inputs, a single write
+# whose size follows from what else a block holds: the scans (T, N, E) states, the convolutions (rows, E) inputs, a single write
 # (R + 2 N, E) products.
 _GPU = {
     "single_write": BlockSettings(num_warps=8, elements=12288),

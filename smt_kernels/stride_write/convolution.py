@@ -2,9 +2,9 @@
 
 u_k = silu(sum_i w_i window_i + bias),  the window being the last C inputs of writes that happened, the conv state before them
 
-Every input is read where it lies, by index: which of a row's writes happened, and in which order, is a table (``Order``), so all
-writes are computed at once. Rows are counted with time first, k B + b. W_x u is a sum over all of E: every program leaves the
-partial sum of its block, and whoever needs the product adds them up.
+Every input is read where it lies, by index: which of a row's writes happened, and in which order, is a table (``Order``), so
+that all writes are computed at once. Rows are counted with time first, k B + b. W_x u is a sum over all of E: every program
+leaves the partial sum of its block, and whoever needs the product adds them up.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def order_of(gate: Tensor | None) -> Order | None:
 @triton.jit
 def _ranks(order, i_batch, o_step, m_step, n_total):
     """The rank of each write of a row, -1 where it does not happen, and how many of the row happen."""
-    rank, place, count = order
+    rank, _, count = order
     if rank is not None:
         o_rank = tl.load(rank + i_batch * n_total + o_step, mask=m_step, other=-1)
         n_on = tl.load(count + i_batch, mask=m_step, other=0)
@@ -55,7 +55,7 @@ def _ranks(order, i_batch, o_step, m_step, n_total):
 @triton.jit
 def _place(order, i_batch, o_rank, mask, n_total):
     """Where the writes of some ranks stand."""
-    rank, place, count = order
+    _, place, _ = order
     if place is not None:
         o_rank = tl.load(place + i_batch * n_total + o_rank, mask=mask, other=0)
     return o_rank.to(tl.int64)
@@ -70,7 +70,7 @@ def _tap(x, conv_state, strides_x, strides_conv, order, i_batch, o_rank, on, o_e
     o_state = i_batch * strides_conv[0] + (HISTORY + o_rank).to(tl.int64) * strides_conv[2]
     p_state = conv_state + o_state[:, None] + (o_e * strides_conv[1])[None, :]
     b_x = load(p_x, m_input[:, None] & m_e[None, :])
-    if HISTORY > 0:
+    if tl.max(m_state.to(tl.int32), axis=0) > 0:  # of the first writes alone
         b_x += load(p_state, m_state[:, None] & m_e[None, :])
     return b_x
 
@@ -266,7 +266,7 @@ def convolution(
 
     ``partials`` (``conv_blocks``, len(writes), B, R + 2 N) get the partial sums of W_x u, in fp32; None: nobody needs them.
     """
-    n_total, batch, width = x.shape
+    _, batch, width = x.shape
     chosen, wide = settings("convolution", x.device), len(weights.x_proj_weight)
     block = chosen.width(ROWS)
     launch(
@@ -303,7 +303,7 @@ def convolution_backward(
     """Gradients of ``writes`` of the K, of which later ones are done: fills d_projected (len(writes), B, R + 2 N), d_x
     (K, B, E; any strides) and d_taps (``tap_sums``, E, C + 1), and puts those of the convolution's result into d_u (K, B, E).
     """
-    n_total, batch, width = x.shape
+    _, batch, width = x.shape
     wide, whole = len(weights.x_proj_weight), len(writes) <= WHOLE
     rows, batch_block = _tile(len(writes), batch)
     chosen = settings("convolution_backward", x.device)

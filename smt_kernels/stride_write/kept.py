@@ -1,4 +1,4 @@
-"""What ``stride_write`` keeps, by backend; with it, nothing of the size of x is computed again backward but softplus and SiLU."""
+"""What ``stride_write`` keeps, by backend: nothing of the size of x is computed again backward but softplus and SiLU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _BACKENDS = {"triton": (Kept, _parts), "blocked": (KeptBlocked, _parts_blocked)}
 
 
 def kept_size(backend: str, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> int:
-    """Elements, in the accumulation dtype of x, that hold what ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
+    """Elements, in the accumulation dtype, of what ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
     parts = _BACKENDS[backend][1](x, conv_state, n_projected, n_state)
     return buffer_size(parts, accumulation_dtype(x.dtype))
 

@@ -20,16 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import launch
+from smt_kernels.launch import launch, padded_size
 from smt_kernels.stride_write.blocks import channels, load, settings, silu, softplus, store, strides
 from smt_kernels.stride_write.kept import CHUNK, Kept
 from smt_kernels.stride_write.reference import Weights
-from smt_kernels.tiles import LOG2_E
+from smt_kernels.tiles import LOG2_E, dot
 
 # Writes that a program takes at once.
 STEPS = 8
-# Columns of W_x u that are multiplied at a time.
-COLUMNS: tl.constexpr = tl.constexpr(16)
+# Rows of the product of dt: the least that a dot takes.
+ROWS: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -58,8 +58,9 @@ def is_on(gate, strides_gate, i_batch, o_step, m_step):
 def summed(pointers, stride, mask, PARTIALS: tl.constexpr):
     """The sum of ``PARTIALS`` partial sums, each in a block like ``pointers``."""
     b_sum = load(pointers, mask)
-    for i in tl.static_range(1, PARTIALS):
-        b_sum += load(pointers + i * stride, mask)
+    for _ in tl.static_range(1, PARTIALS):
+        pointers += stride
+        b_sum += load(pointers, mask)
     return b_sum
 
 
@@ -86,7 +87,7 @@ def states_of(b_decay, b_written, b_h, o_t, T: tl.constexpr):
 def scan_kernel(
     z, gate, u, partials, dt_proj_weight, dt_proj_bias, a, d, starts, projected, dt_product, y, ends, sums,
     strides_z, strides_gate, strides_starts, strides_y, stride_partials, n_batch, n_writes, width,
-    RANK: tl.constexpr, STATE: tl.constexpr, PARTIALS: tl.constexpr,
+    RANK: tl.constexpr, STATE: tl.constexpr, R: tl.constexpr, PARTIALS: tl.constexpr,
     CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one batch row and block of E.
@@ -96,7 +97,7 @@ def scan_kernel(
     """
     i_chunk, i_batch = tl.program_id(0) // n_batch, (tl.program_id(0) % n_batch).to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n, o_t, o_r = tl.arange(0, N), tl.arange(0, T), tl.arange(0, COLUMNS)
+    o_n, o_t = tl.arange(0, N), tl.arange(0, T)
     m_n = o_n < STATE
     m_state = m_n[:, None] & m_e[None, :]
     WIDE: tl.constexpr = RANK + 2 * STATE
@@ -110,6 +111,21 @@ def scan_kernel(
     b_sum = tl.zeros([E], dtype=tl.float32)
     any_on = False
     n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
+    if partials is not None:
+        o_r = tl.arange(0, R)
+        m_r = o_r < RANK
+        p_weight = dt_proj_weight + o_e[None, :] * RANK + o_r[:, None]
+        b_weight = tl.load(p_weight, mask=m_r[:, None] & m_e[None, :], other=0.0).to(u.dtype.element_ty)  # [R, E]
+        for i_first in range(i_chunk * CHUNK, n_steps, ROWS):
+            m_step, _, o_row = row_of(i_first, n_steps, n_batch, i_batch, ROWS)
+            o_low = o_row[:, None] * WIDE + o_r[None, :]
+            m_low = m_step[:, None] & m_r[None, :]
+            b_low = summed(partials + o_low, stride_partials, m_low, PARTIALS)  # [ROWS, R]
+            b_product = dot(b_low.to(b_weight.dtype), b_weight)  # [ROWS, E]
+            store(dt_product + o_row[:, None] * width + o_e[None, :], b_product, m_step[:, None] & m_e[None, :])
+            if tl.program_id(1) == 0:
+                store(projected + o_low, b_low, m_low)
+        tl.debug_barrier()  # a thread reads what another one has written
     for i_first in range(i_chunk * CHUNK, n_steps, T):
         m_step, o_step, o_row = row_of(i_first, n_steps, n_batch, i_batch, T)
         on = is_on(gate, strides_gate, i_batch, o_step, m_step)
@@ -117,31 +133,17 @@ def scan_kernel(
         m_row = m_step[:, None] & m_e[None, :]
         m_columns = m_step[:, None] & m_n[None, :]
         p_row = o_row[:, None] * width + o_e[None, :]
-        p_projected = projected + o_row[:, None] * WIDE
+        o_b = o_row[:, None] * WIDE + RANK + o_n[None, :]
         if partials is not None:
-            p_partial = partials + o_row[:, None] * WIDE
-            b_product = tl.zeros([T, E], dtype=tl.float32)
-            for i in tl.static_range(0, RANK, COLUMNS):
-                m_low = m_step[:, None] & (i + o_r < RANK)[None, :]
-                b_low = summed(p_partial + i + o_r[None, :], stride_partials, m_low, PARTIALS)  # [T, COLUMNS]
-                p_weight = dt_proj_weight + o_e[None, :] * RANK + i + o_r[:, None]
-                b_weight = load(p_weight, (i + o_r < RANK)[:, None] & m_e[None, :])  # [COLUMNS, E]
-                b_product += tl.sum(b_low[:, :, None] * b_weight[None], axis=1)
-                if tl.program_id(1) == 0:
-                    store(p_projected + i + o_r[None, :], b_low, m_low)
-            b_b = summed(p_partial + RANK + o_n[None, :], stride_partials, m_columns, PARTIALS)  # [T, N]
-            b_c = summed(p_partial + RANK + STATE + o_n[None, :], stride_partials, m_columns, PARTIALS)
+            b_b = summed(partials + o_b, stride_partials, m_columns, PARTIALS)  # [T, N]
+            b_c = summed(partials + o_b + STATE, stride_partials, m_columns, PARTIALS)
             if tl.program_id(1) == 0:
-                store(p_projected + RANK + o_n[None, :], b_b, m_columns)
-                store(p_projected + RANK + STATE + o_n[None, :], b_c, m_columns)
-            # What the backward pass reads, rounding included.
-            b_product = b_product.to(dt_product.dtype.element_ty)
-            store(dt_product + p_row, b_product, m_row)
-            b_product = b_product.to(tl.float32)
+                store(projected + o_b, b_b, m_columns)
+                store(projected + o_b + STATE, b_c, m_columns)
         else:
-            b_product = load(dt_product + p_row, m_row)
-            b_b = load(p_projected + RANK + o_n[None, :], m_columns)
-            b_c = load(p_projected + RANK + STATE + o_n[None, :], m_columns)
+            b_b = load(projected + o_b, m_columns)
+            b_c = load(projected + o_b + STATE, m_columns)
+        b_product = load(dt_product + p_row, m_row)  # [T, E]
         b_dt = tl.where(on[:, None], softplus(b_product + b_bias[None, :]), 0.0)  # [T, E]
         b_u = load(u + p_row, m_row)
         b_decay = tl.exp2(b_dt[:, None, :] * b_rate[None])  # [T, N, E]
@@ -214,12 +216,12 @@ def scan(
 
     Fills what else is kept. ssm_state and new_ssm_state are (B, E, N), the second contiguous; the gate is (B, K).
     """
-    n_writes, batch, width = z.shape
-    n_chunks = triton.cdiv(n_writes, CHUNK)
+    n_chunks = triton.cdiv(len(z), CHUNK)
     inputs = scan_inputs(z, gate, kept, weights, "scan")
     inputs |= {"u": kept.u, "dt_proj_weight": weights.dt_proj_weight, "d": weights.d}
     inputs |= {"strides_y": y.stride()[:2], "stride_partials": partials.stride(0)}
     products = {"partials": partials, "PARTIALS": len(partials)}
+    inputs["R"] = padded_size(inputs["RANK"])
     if n_chunks == 1:
         starts = {"starts": ssm_state, "strides_starts": (0, *ssm_state.stride())}
         launch_scan(scan_kernel, "scan", 1, **inputs, **products, **starts, y=y, ends=new_ssm_state, sums=None)
@@ -267,7 +269,7 @@ def carry(first: Tensor | None, ends: Tensor, sums: Tensor, a: Tensor, starts: T
 def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, kernel: str) -> dict[str, object]:
     """What the kernels take that walk over the writes of z (K, B, E), and their sizes."""
     n_writes, batch, width = z.shape
-    n_state = weights.a.shape[1]
+    n_state, rank = weights.a.shape[1], weights.dt_proj_weight.shape[1]
     states, steps = triton.next_power_of_2(n_state), scan_steps(n_writes)
     return {
         "z": z,
@@ -281,7 +283,7 @@ def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, ke
         "n_batch": batch,
         "n_writes": n_writes,
         "width": width,
-        "RANK": weights.dt_proj_weight.shape[1],
+        "RANK": rank,
         "STATE": n_state,
         "CHUNK": CHUNK,
         "T": steps,
@@ -297,7 +299,8 @@ def scan_steps(n_writes: int) -> int:
 
 def scan_block(kernel: str, n_writes: int, n_state: int, device: torch.device) -> int:
     """How many of the E channels a program of ``kernel`` has."""
-    return settings(kernel, device).width(scan_steps(n_writes) * triton.next_power_of_2(n_state))
+    block = settings(kernel, device).width(scan_steps(n_writes) * triton.next_power_of_2(n_state))
+    return max(min(block, 64), 16)  # at least what a dot takes, and no more than keeps a GPU busy
 
 
 def launch_scan(kernel: triton.JITFunction, name: str, n_chunks: int, **arguments: object) -> None:

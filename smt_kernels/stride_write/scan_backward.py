@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smt_kernels.launch import padded_size
 from smt_kernels.stride_write.blocks import channels, load, silu, silu_gradient, softplus, store
 from smt_kernels.stride_write.kept import CHUNK, Kept
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.scan import (
-    COLUMNS,
+    ROWS,
     carry,
     first_of,
     is_on,
@@ -31,7 +32,7 @@ from smt_kernels.stride_write.scan import (
     states_of,
     then,
 )
-from smt_kernels.tiles import LOG2_E
+from smt_kernels.tiles import LOG2_E, dot
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def scan_backward_kernel(
     d_z, d_u, d_dt_product, partials, d_starts, d_bias, d_a, d_d,
     strides_grad_y, strides_grad_ends, strides_z, strides_gate, strides_starts, strides_d_z, stride_partials,
     n_batch, n_writes, width,
-    RANK: tl.constexpr, STATE: tl.constexpr, ADDS: tl.constexpr,
+    RANK: tl.constexpr, STATE: tl.constexpr, R: tl.constexpr, ADDS: tl.constexpr,
     CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk of one batch row and block of E.
@@ -107,7 +108,7 @@ def scan_backward_kernel(
     """
     i_chunk, i_batch = tl.program_id(0) // n_batch, (tl.program_id(0) % n_batch).to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n, o_t, o_r = tl.arange(0, N), tl.arange(0, T), tl.arange(0, COLUMNS)
+    o_n, o_t = tl.arange(0, N), tl.arange(0, T)
     m_n = o_n < STATE
     m_state = m_n[:, None] & m_e[None, :]
     WIDE: tl.constexpr = RANK + 2 * STATE
@@ -195,12 +196,17 @@ def scan_backward_kernel(
         o_out = o_row[:, None] * width + o_e[None, :]
         store(d_u + o_out, b_dinner * b_d[None, :] + b_dwritten * b_dt, m_row)
         store(d_dt_product + o_out, b_ddt_input, m_row)
-        for i in tl.static_range(0, RANK, COLUMNS):
-            m_r = i + o_r < RANK
-            p_weight = dt_proj_weight + o_e[None, :] * RANK + i + o_r[:, None]
-            b_weight = load(p_weight, m_r[:, None] & m_e[None, :])  # [COLUMNS, E]
-            b_dlow = tl.sum(b_ddt_input[:, None, :] * b_weight[None], axis=2)  # [T, COLUMNS]
-            store(partials + o_columns + i + o_r[None, :], b_dlow, m_step[:, None] & m_r[None, :])
+    tl.debug_barrier()
+    o_r = tl.arange(0, R)
+    m_r = o_r < RANK
+    p_weight = dt_proj_weight + o_e[:, None] * RANK + o_r[None, :]
+    b_weight = tl.load(p_weight, mask=m_e[:, None] & m_r[None, :], other=0.0).to(d_dt_product.dtype.element_ty)  # [E, R]
+    for i_first in range(i_chunk * CHUNK, n_steps, ROWS):
+        m_step, _, o_row = row_of(i_first, n_steps, n_batch, i_batch, ROWS)
+        p_ddt = d_dt_product + o_row[:, None] * width + o_e[None, :]
+        b_ddt = tl.load(p_ddt, mask=m_step[:, None] & m_e[None, :], other=0.0)  # [ROWS, E]
+        p_low = partials + tl.program_id(1).to(tl.int64) * stride_partials + o_row[:, None] * WIDE + o_r[None, :]
+        store(p_low, dot(b_ddt, b_weight), m_step[:, None] & m_r[None, :])
 
     o_e += tl.program_id(0).to(tl.int64) * width
     o_state = o_e[None, :] * STATE + o_n[:, None]
@@ -282,5 +288,6 @@ def scan_backward(
         d_bias=grads.bias,
         d_a=grads.a,
         d_d=grads.d,
+        R=padded_size(inputs["RANK"]),
         ADDS=adds,
     )

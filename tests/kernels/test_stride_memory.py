@@ -24,8 +24,8 @@ from smt_kernels import MemoryWeights, WindowSpec, stride_memory
 from smt_kernels.testing.budget import assert_equal_in_double
 
 SMALL = ("norm", "conv_weight", "conv_bias", "dt_bias", "a", "d", "norm_f", "conv_state", "ssm_state")
-TINY = Case("tiny", writes=3, layers=2, slots=1, first_write=1, first_step=1, gate=True, dropout=True, width=4, inner=3, state=2,
-            taps=3, rank=2, key=3, window=WindowSpec(2, 3, 2))  # fmt: skip
+TINY = Case("tiny", writes=3, slots=1, first_write=1, first_step=1, gate=True, dropout=True, width=4, inner=3, state=2, taps=3,
+            rank=2, key=3, window=WindowSpec(2, 3, 2))  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -154,7 +154,7 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
     make = {(layers, writes): Case("counted", 1, writes, 2, layers, dropout=True) for layers in (1, 2) for writes in (2, 6)}
     for direction, most in ((0, 5), (1, 6)):
         found = {key: operations(make_problem(case, torch.float32, "cpu"))[direction] for key, case in make.items()}
-        # Between passes of one group and of three, of one layer and of two: two groups of one layer, apart from what is per pass.
+        # From one group to three, with one layer and with two: two groups of one layer, without what is per pass or per group.
         of_two = [len(found[layers, 6]) - len(found[layers, 2]) for layers in (1, 2)]
         assert of_two[1] - of_two[0] == 2 * most, found[2, 6]
         leaving = ("_local_scalar_dense", "item", "nonzero", "lift_fresh", "_to_copy.device", "is_nonzero", "equal")
