@@ -141,8 +141,8 @@ def backward(
 
 
 def fewer(partials: Tensor) -> Tensor:
-    """Partial sums (blocks, K, B, R + 2 N), added up once before many programs need them: cheaper than by each of these."""
-    return partials.sum(0, keepdim=True)
+    """Partial sums (blocks, K, B, R + 2 N), added up once where there are many rows, before many programs need them."""
+    return partials.sum(0, keepdim=True) if partials.shape[1] > CHUNK else partials
 
 
 @triton.jit
