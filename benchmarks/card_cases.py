@@ -130,18 +130,21 @@ class Suite:
         def case(name: str, prepare: Callable[[Tensor], Callable[[], Tensor]], note: str = "") -> Case:
             def measure() -> Times:
                 loss = prepare(self._ids(rows, length))
-                return time_call(lambda: self._train(loss), self.device)
+                return time_call(lambda: self._train(loss), self.device, repeats=4)
 
             return Case("training step", name, shape, measure, tokens, note)
 
         yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
-        yield case("SMT stream", lambda ids: self._smt(ids), "compiled")
+        yield case("SMT stream", lambda ids: self._smt(ids), "compiled, the memory as one graph")
         if not with_variants:
             return
-        yield case("SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), "compiled")
-        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), "compiled")
         yield case("SMT stream, no writes", lambda ids: self._smt(ids, writes=False), "compiled")
-        yield case("SMT stream, eager", lambda ids: self._smt(ids, compiled=False))
+        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), "compiled, the memory as one graph")
+        yield case(
+            "SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), "compiled, the memory as one graph"
+        )
+        yield case("SMT stream, memory launched", lambda ids: self._smt(ids, mode=None), "layers compiled")
+        yield case("SMT stream, eager", lambda ids: self._smt(ids, mode="eager"))
 
     def _gpt2(self, ids: Tensor, length: int) -> Callable[[], Tensor]:
         config = dataclasses.replace(self.sizes.config, vocab_size=self.sizes.padded_vocabulary)
@@ -161,10 +164,12 @@ class Suite:
         step.model = model
         return step
 
-    def _smt(self, ids: Tensor, *, compiled: bool = True, **changes: Any) -> Callable[[], Tensor]:
+    def _smt(self, ids: Tensor, *, mode: str | None = "reduce-overhead", **changes: Any) -> Callable[[], Tensor]:
         model = self._model(**changes).train()
-        if compiled:
-            model.compile(mode="reduce-overhead")
+        if mode != "eager":
+            model.decoder.compile()
+        if mode == "reduce-overhead":
+            model.memory.compile(mode=mode)
 
         def step() -> Tensor:
             return model.loss(ids)[0]
@@ -286,14 +291,13 @@ class Suite:
             ("default", {}, short),
         ):
             rows = max(1, self.sizes.tokens // of)
-            for direction in ("forward", "forward + backward"):
 
-                def measure(changes: dict = changes, rows: int = rows, of: int = of, direction: str = direction) -> float:
-                    return self._writes(rows, of, changes, direction)
+            def measure(changes: dict = changes, rows: int = rows, of: int = of) -> float:
+                return self._writes(rows, of, changes)
 
-                yield Case(f"all writes of a step, {direction}", name, f"{rows} x {of:,}", measure, rows * of)
+            yield Case("all writes of a step, forward + backward", name, f"{rows} x {of:,}", measure, rows * of)
 
-    def _writes(self, rows: int, length: int, changes: dict[str, Any], direction: str) -> float:
+    def _writes(self, rows: int, length: int, changes: dict[str, Any]) -> float:
         model = self._model(**changes).train()
         config = model.config
         parameters = [*model.memory.parameters()]
@@ -307,9 +311,6 @@ class Suite:
                     tokens, state.slots[:, :0], state.conv, state.ssm, first_step=0, first_slot=0, writes=writes
                 ).slots
 
-        if direction == "forward":
-            with torch.no_grad():
-                return time_kernels(run, self.device, calls=1)
         grad = torch.randn_like(run())
         return time_kernels(lambda: torch.autograd.grad(run(), [tokens, *parameters], grad), self.device, calls=1)
 
