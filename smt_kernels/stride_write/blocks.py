@@ -116,6 +116,9 @@ _GPU = {
     "single_write": BlockSettings(num_warps=8, elements=12288),
     "convolution": BlockSettings(num_warps=8, elements=4096),
     "convolution_backward": BlockSettings(num_warps=8, elements=2048),
+    # Products in fp32 run on ordinary units and take more registers.
+    "convolution_fp32": BlockSettings(num_warps=4, elements=512),
+    "convolution_backward_fp32": BlockSettings(num_warps=4, elements=512),
     "conv_state": BlockSettings(num_warps=4, elements=256),
     "scan": BlockSettings(num_warps=4, elements=4096),
     "carry": BlockSettings(num_warps=4, elements=1024),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels.launch import launch, padded_size
-from smt_kernels.stride_write.blocks import channels, load, settings, silu, silu_gradient, store
+from smt_kernels.stride_write.blocks import BlockSettings, channels, load, settings, silu, silu_gradient, store
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.tiles import dot
 
@@ -248,9 +248,13 @@ def conv_state_backward_kernel(
 ROWS = 16
 
 
-def conv_blocks(width: int, device: torch.device) -> int:
-    """How many partial sums of W_x u ``convolution`` leaves."""
-    return triton.cdiv(width, settings("convolution", device).width(ROWS))
+def conv_blocks(x: Tensor) -> int:
+    """How many partial sums of W_x u ``convolution`` leaves for x (K, B, E)."""
+    return triton.cdiv(x.shape[2], _settings("convolution", x).width(ROWS))
+
+
+def _settings(kernel: str, x: Tensor) -> BlockSettings:
+    return settings(f"{kernel}_fp32" if x.dtype.itemsize == 4 else kernel, x.device)
 
 
 def convolution(
@@ -267,7 +271,7 @@ def convolution(
     ``partials`` (``conv_blocks``, len(writes), B, R + 2 N) get the partial sums of W_x u, in fp32; None: nobody needs them.
     """
     _, batch, width = x.shape
-    chosen, wide = settings("convolution", x.device), len(weights.x_proj_weight)
+    chosen, wide = _settings("convolution", x), len(weights.x_proj_weight)
     block = chosen.width(ROWS)
     launch(
         convolution_kernel,
@@ -306,7 +310,7 @@ def convolution_backward(
     _, batch, width = x.shape
     wide, whole = len(weights.x_proj_weight), len(writes) <= WHOLE
     rows, batch_block = _tile(len(writes), batch)
-    chosen = settings("convolution_backward", x.device)
+    chosen = _settings("convolution_backward", x)
     block = max(chosen.width(rows), ROWS)
     arguments = _inputs(x, conv_state, order, weights, writes)
     arguments |= {"partials": partials, "stride_partials": partials.stride(0), "grad_conv": grad_conv, "d_u": d_u}

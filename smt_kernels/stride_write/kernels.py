@@ -81,7 +81,7 @@ def write_rows(x: Tensor, conv_state: Tensor, order: Order | None, weights: Weig
     """
     batch, wide = x.shape[1], len(weights.x_proj_weight)
     if len(writes) <= CHUNK:
-        partials = partial_sums(x, conv_blocks(x.shape[2], x.device), len(writes), batch, wide)
+        partials = partial_sums(x, conv_blocks(x), len(writes), batch, wide)
         convolution(x, conv_state, order, weights, u, partials, writes)
         return partials
     convolution(x, conv_state, order, weights, u, None, writes)
