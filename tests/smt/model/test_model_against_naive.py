@@ -28,7 +28,7 @@ def build(seed, n, m, stride, **switches):
         transformer_n_heads=4,
         ssm_n_layers=2,
         ssm_d_state=8,
-        **switches,
+        **{"encoding": "stride", **switches},
     )
     model = StrideMemoryTransformer(config).eval()
     model.load_gpt2(gpt2)
