@@ -286,9 +286,10 @@ class Suite:
     def _memory(self, length: int) -> Iterator[Case]:
         short = self.sizes.lengths[1]
         for name, changes, of in (
-            ("default", {}, length),
+            ("groups of 8", {"write_group": 8}, length),
+            ("groups of 32", {"write_group": 32}, length),
             ("pools tokens", {"pool_source": "tokens"}, length),
-            ("default", {}, short),
+            ("groups of 8", {"write_group": 8}, short),
         ):
             rows = max(1, self.sizes.tokens // of)
 

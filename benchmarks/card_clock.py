@@ -81,7 +81,7 @@ def time_kernels(call: Callable[[], object], device: torch.device, calls: int = 
 
 def ceilings(device: torch.device, size: int = 8192, n_bytes: int = 2**30) -> dict[str, float]:
     """What the device does at its best: ``copy`` in bytes read and written per second, ``product`` in bf16 FLOPs per second."""
-    source = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    source = torch.empty(n_bytes // 4, device=device)  # of single bytes a copy is slower
     target = torch.empty_like(source)
     x, y = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(x)

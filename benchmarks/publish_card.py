@@ -11,6 +11,7 @@ from committed import read
 # Of the README's table: what it is called there, section, our case, against what.
 SPEED = (
     ("training step, `stream`", "training step", "SMT stream", "compiled GPT-2, flash attention"),
+    ("training step, no writes", "training step", "SMT stream, no writes", "compiled GPT-2, flash attention"),
     ("training step, pools tokens", "training step", "SMT stream, pools tokens", "compiled GPT-2, flash attention"),
     ("attention, forward", "attention, forward", "stream_attention", "SDPA, full causal"),
     ("attention, forward + backward", "attention, forward + backward", "stream_attention", "SDPA, full causal"),
@@ -30,7 +31,7 @@ def speed_table() -> str:
             if row.case != case or row.ratio is None or "float32" in row.shape:
                 continue
             theirs = next(other for other in rows if other.shape == row.shape)
-            times = (f"{x.seconds * 1e3:.3g} ms" for x in (theirs, row))
+            times = (_milliseconds(x.seconds) for x in (theirs, row))
             lines.append(f"| {' | '.join((name, against, row.shape, *times, f'{row.ratio:.2f}x'))} |")
     return "\n".join(lines)
 
@@ -45,6 +46,11 @@ def report(*words: str) -> str:
         lines += [f"| {' | '.join((row.case, row.shape, *as_cells(row)))} |" for row in rows if row.section == title]
         lines += [""]
     return "\n".join([*lines, _measured_on(document)])
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _measured_on(document: dict[str, Any]) -> str:
