@@ -158,7 +158,7 @@ def test_figures_of_the_readme_stand_in_the_results(publish) -> None:
     blocks = [match[0] for match in publish.BLOCK.finditer(README.text)]
     figures = {figure for block in blocks for figure in re.findall(r"[-+]?\d[\d,.]*\d?x?", block)}
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert len(blocks) == 2 and len(figures) > 20
+    assert len(blocks) == 3 and len(figures) > 20
     assert sorted(figure for figure in figures if figure not in results) == []
 
 
