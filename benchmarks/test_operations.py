@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from smt_kernels import (
+    MemoryWeights,
     WindowSpec,
     attention_pool,
     attention_pool_sequence,
     linear_cross_entropy,
     stream_attention,
+    stride_memory,
     stride_write,
     window_attention,
 )
@@ -86,6 +88,34 @@ def loss_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
     ]
 
 
+def memory_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Four layers, groups of eight writes."""
+    layers, n_writes = 4, WINDOW.writes_made(LENGTH)
+    weights = MemoryWeights(
+        w_q=normal(WIDTH, WIDTH) * WIDTH**-0.5,
+        w_k=normal(WIDTH, WIDTH) * WIDTH**-0.5,
+        norm=normal(layers, WIDTH),
+        in_proj=normal(layers, 2 * INNER, WIDTH) * WIDTH**-0.5,
+        conv_weight=normal(layers, INNER, CONV),
+        conv_bias=normal(layers, INNER),
+        x_proj=normal(layers, RANK + 2 * STATES, INNER) * INNER**-0.5,
+        dt_proj=normal(layers, INNER, RANK) * RANK**-0.5,
+        dt_bias=normal(layers, INNER),
+        a=-normal(layers, INNER, STATES).exp(),
+        d=normal(layers, INNER),
+        out_proj=normal(layers, WIDTH, INNER) * INNER**-0.5,
+        norm_f=normal(WIDTH),
+    )
+    states = [normal(layers, 1, INNER, CONV - 1), normal(layers, 1, INNER, STATES)]
+    no_slots = normal(1, 0, WIDTH)
+
+    def write(tokens: Tensor, conv: Tensor, ssm: Tensor, *values: Tensor, **named: str) -> Tensor:
+        settings = {"window": WINDOW, "first_write": 0, "n_writes": n_writes, "write_group": 8}
+        return stride_memory(tokens, no_slots, conv, ssm, MemoryWeights(*values), **settings, **named).slots
+
+    return write, [normal(1, LENGTH, WIDTH), *states, *weights]
+
+
 CASES = {
     "window_attention": window_case,
     "stream_attention": stream_case,
@@ -93,6 +123,7 @@ CASES = {
     "attention_pool_sequence": pool_sequence_case,
     "linear_cross_entropy": loss_case,
     "stride_write": write_case,
+    "stride_memory": memory_case,
 }
 
 

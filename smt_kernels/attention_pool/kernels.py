@@ -161,7 +161,8 @@ def _packed(tensor: Tensor | None) -> Tensor | None:
 def _launch(kernel: triton.JITFunction, inputs: Inputs, strips: Strips, normalise: bool, **named: object) -> None:
     tokens, slots, exists = inputs.tokens, inputs.slots, inputs.exists
     width = tokens.shape[-1]
-    settings = pool_settings(kernel.fn.__name__, width, tokens.dtype, tokens.device)
+    name = "entries_added" if named.get("ADDS") else kernel.fn.__name__
+    settings = pool_settings(name, width, tokens.dtype, tokens.device)
     (slots,) = checks.unit_stride(tokens if slots is None else slots)
     if kernel is entries_backward_kernel:
         blocks = triton.cdiv(strips.held_tokens, ENTRIES) + triton.cdiv(strips.held_slots, ENTRIES)
@@ -192,12 +193,12 @@ def pool_settings(kernel: str, width: int, dtype: torch.dtype, device: torch.dev
     """Settings of ``kernel`` for entries of ``width`` in ``dtype`` on ``device``: a rule in place of a table, for W = 65.
 
     An entry longer than the longest chunk is read by several programs, whole by each. The longest is 1,024 in half precision,
-    512 where two sums have to be held or shared memory is small (CDNA), and 256 in fp32, whose products on ordinary units take
-    more registers.
+    512 where two sums have to be held, entries are added to, or shared memory is small (CDNA), and 256 in fp32, whose products
+    on ordinary units take more registers.
     """
     if dtype.itemsize == 4:
         longest = 256
-    elif kernel == "query_backward_kernel" or launching.architecture_family(device) == "cdna":
+    elif kernel in ("query_backward_kernel", "entries_added") or launching.architecture_family(device) == "cdna":
         longest = 512
     else:
         longest = 1024

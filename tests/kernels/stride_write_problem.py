@@ -59,6 +59,7 @@ WIDE_CASES = [
     Case(2, 2, 96, 12, 2, 6),
     Case(1, 17, 64, 16, 4, 4),
     Case(1, 26, 32, 16, 3, 4),
+    Case(2, 40, 64, 16, 4, 4),  # two chunks of the scan
 ]
 
 
