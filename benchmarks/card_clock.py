@@ -31,8 +31,9 @@ class Times:
     peak_bytes: int | None
 
 
-def time_call(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> Times:
+def time_call(call: Callable[[], object], device: torch.device, repeats: int | None = None) -> Times:
     """Time ``call``, which has been made ready, after a few calls that compile and fill caches."""
+    repeats = REPEATS if repeats is None else repeats
     for _ in range(WARM_UPS):
         call()
     if device.type == "cuda":

@@ -35,6 +35,8 @@ def load(monkeypatch):
 @pytest.fixture
 def suite(load, monkeypatch):
     monkeypatch.setattr(load("bench_card"), "ceilings", lambda device: {"copy": 1e12, "product": 1e13})
+    for count in ("REPEATS", "WARM_UPS"):
+        monkeypatch.setattr(load("card_clock"), count, 1)
     cards = load("card_cases")
     return cards.Suite(cards.Sizes(CONFIG, tokens=96, lengths=(48, 24), short=20), torch.device("cpu"))
 

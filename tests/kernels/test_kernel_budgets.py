@@ -66,9 +66,12 @@ def test_every_kernel_compiles_within_its_budgets_on_every_target(audit, budgets
     # GPT-2's; bytes are counted at a smaller one, since they would take long.
     sizes |= {name: [1536] for name in ("stride_memory", "stride_write") if name in sizes}
     keys, compiler = audit.budgeted_keys(budgets | {"sizes": sizes}), compiler_version()
+    # What several writes of one chunk launch is compiled as a part of ``stride_memory``.
+    keys = [key for key in keys if key.operation != "stride_write" or key.direction not in ("forward", "backward")]
     compiled = audit.compile_keys(keys, processes=1)
     for key in keys:
-        case = audit.make_case(key.operation, key.direction, key.size, DTYPES[key.dtype], "cpu")
+        smallest = min(budgets["sizes"][key.operation])  # at any size it is the same that is launched
+        case = audit.make_case(key.operation, key.direction, smallest, DTYPES[key.dtype], "cpu")
         launched = [kernel for kernel, *_ in audit.launched(case, audit.FAMILY[key.target])]
         assert launched and [kernel.kernel for kernel in compiled[key]] == launched
         assert all(kernel.target == key.target and kernel.shared_bytes >= 0 for kernel in compiled[key])
@@ -181,7 +184,7 @@ class TestCompilers:
         assert triton.__version__.startswith(compiler_version() + ".") and compiler_version().count(".") == 1
 
 
-EXCEEDED = {"call": "stride_write forward", "figure": "bytes", "keeps": 1.5, "because": "a reason"}
+EXCEEDED = {"call": "stream_attention forward", "figure": "bytes", "keeps": 1.7, "because": "a reason"}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ EXCEEDED = {"call": "stride_write forward", "figure": "bytes", "keeps": 1.5, "be
         ({"sizes": [65]}, "must be some of"),
         ({"call": "stride_write sideways"}, "must exceed a budget, which is None"),
         ({"figure": "seconds"}, "must exceed a budget, which is None"),
-        ({"keeps": 1.2}, "must exceed a budget, which is 1.2"),
+        ({"keeps": 1.2}, "must exceed a budget, which is 1.6"),
         ({"because": ""}, "must say why"),
         ({"compiler": ["3.9"]}, "must have because, call, figure, keeps and may have compilers, sizes, targets"),
     ],
