@@ -92,7 +92,7 @@ def test_every_call_asks_for_what_its_budgets_allow_under_the_settings_of_every_
 
 def test_the_audit_gives_a_row_for_every_key_in_order(audit):
     keys = [audit.Key("stream_attention_decode", "forward", size, "bf16", "gfx942") for size in (32, 16)]
-    keys.append(audit.Key("window_attention", "forward", 16, "fp32", "sm_90"))
+    keys.append(audit.Key("window_attention", "forward", 16, "bf16", "sm_90"))
     rows = list(audit.audit(keys, processes=1))
     assert [row.key for row in rows] == keys
     for row in rows:
