@@ -143,7 +143,8 @@ class StrideMemory(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
         pools_slots = self.config.pool_source == "window" and self.config.n_ssm_outputs > 0
         tokens, slots = tokens.to(dtype), slots.to(dtype) if pools_slots else None
-        mask = self.pooling.draw_mask(tokens, len(writes), size if pools_slots else self.config.m_input_tokens)
+        n_writes = writes.stop - writes.start  # ``len`` is a number that is fixed to compilers of torch 2.10
+        mask = self.pooling.draw_mask(tokens, n_writes, size if pools_slots else self.config.m_input_tokens)
         make = self._fused if self.ssm.is_plain() else self._by_parts
         new_slots, conv, ssm, weights = make(tokens, slots, conv, ssm, first_step, writes, gate, mask)
         return Written(new_slots, conv, ssm, F.pad(weights, (size - weights.shape[-1], 0)) if return_weights else None)
@@ -169,7 +170,7 @@ class StrideMemory(nn.Module):
             MemoryWeights(w_q=w_q, w_k=w_k, **self.ssm.stacked(tokens.dtype)),
             window=self.config.window,
             first_write=writes.start,
-            n_writes=len(writes),
+            n_writes=writes.stop - writes.start,
             write_group=self.config.write_group,
             first_step=first_step,
             normalise=self.pooling.normalise,

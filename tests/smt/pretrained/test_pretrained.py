@@ -12,6 +12,9 @@ from smt.pretrained.loading import config_of
 from smt.pretrained.sources import open_source
 from smt.state.state import SMTState
 
+# Older releases of transformers list the head of a Mamba, which is its embedding, among its tensors.
+TIED = {"lm_head.weight"}
+
 
 def smt(**switches):
     sizes = {
@@ -96,7 +99,7 @@ def test_the_original_names_give_the_same_model_as_hugging_faces(tmp_path):
     ours, theirs = smt(), smt()
     report = ours.load_mamba(original(source, tmp_path / "mamba"), embedding=True)
     theirs.load_mamba(source, embedding=True)
-    assert "embedding.weight" in report.loaded and not report.skipped
+    assert "embedding.weight" in report.loaded and set(report.skipped) <= TIED
     for name in report.loaded:
         assert torch.equal(ours.get_parameter(name), theirs.get_parameter(name)), name
 
@@ -119,7 +122,7 @@ def test_the_reports_name_every_parameter():
     report = model.load_mamba(mamba())
     assert all(name.startswith("memory.ssm.") for name in report.loaded)
     assert set(report.fresh) == every - set(report.loaded)
-    assert report.skipped == {"embeddings.weight": "embedding=False"}
+    assert set(report.skipped) - TIED == {"embeddings.weight"} and report.skipped["embeddings.weight"] == "embedding=False"
 
 
 def test_a_folder_loads_like_the_model_it_was_saved_from(tmp_path):
@@ -269,7 +272,7 @@ def test_a_report_reads_as_a_table_and_two_add_up():
         "memory.pooling.w_q.weight",
     ]
     assert set(both.loaded) | set(both.fresh) == {name for name, _ in model.named_parameters()}
-    assert both.skipped.keys() == {"wpe.weight[65:]", "embeddings.weight"}
+    assert both.skipped.keys() - TIED == {"wpe.weight[65:]", "embeddings.weight"}
 
 
 def test_the_config_of_sources_takes_them_whole(tmp_path):
