@@ -163,19 +163,19 @@ class DecodeCases:
     def _mamba(self, context: int) -> Callable[[], object]:
         with torch.no_grad():
             cache = self.mamba(self._tokens(2 * self.config.ssm_d_conv), use_cache=True).cache_params
-        states = [
-            state
-            for layer in cache.layers
-            for kind in ("conv_states", "recurrent_states")
-            for state in getattr(layer, kind).values()
-        ]
+        if hasattr(cache, "layers"):
+            kinds = [getattr(layer, kind) for layer in cache.layers for kind in ("conv_states", "recurrent_states")]
+            states, settings = [state for kind in kinds for state in kind.values()], {}
+        else:  # older releases have a cache of Mamba's own, and want to know that it is full
+            states = [*cache.conv_states, *cache.ssm_states]
+            settings = {"cache_position": torch.tensor([2 * self.config.ssm_d_conv], device=self.device)}
         self._note(MAMBA, context, sum(state.nbytes for state in states), "state after a few tokens")
         token = self._tokens(1)
 
         @torch.no_grad()
         def call() -> None:
             for _ in range(self.config.stride):
-                self.mamba(token, cache_params=cache, use_cache=True)
+                self.mamba(token, cache_params=cache, use_cache=True, **settings)
 
         return call
 
