@@ -308,9 +308,7 @@ class Suite:
 
         def run() -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16):
-                return model.memory(
-                    tokens, state.slots[:, :0], state.conv, state.ssm, first_step=0, first_slot=0, writes=writes
-                ).slots
+                return model.memory(tokens, state.slots[:, :0], state.conv, state.ssm, first_step=0, writes=writes).slots
 
         grad = torch.randn_like(run())
         return time_kernels(lambda: torch.autograd.grad(run(), [tokens, *parameters], grad), self.device, calls=1)

@@ -119,7 +119,6 @@ class StrideMemory(nn.Module):
         ssm: Tensor,
         *,
         first_step: int,
-        first_slot: int,
         writes: range,
         gate: Tensor | None = None,
         return_weights: bool = False,
@@ -128,7 +127,7 @@ class StrideMemory(nn.Module):
 
         Args:
             tokens: (B, T, d) embeddings of the steps from ``first_step`` on, at least up to the last write's.
-            slots: (B, K, d) the slots before the first write, from ``first_slot`` on.
+            slots: (B, K, d) the slots just before the first write.
             conv, ssm: the Mamba layers' states before the first write, (L, B, E, C - 1) and (L, B, E, N).
             writes: indices of the writes to make.
             gate: (B, len(writes)) bool, which of them each row makes; None: all. A row's states are those after its own last

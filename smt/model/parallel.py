@@ -74,7 +74,6 @@ def encode_chunk(
         state.conv,
         state.ssm,
         first_step=tokens.first,
-        first_slot=written - n_slots,
         writes=writes,
         gate=gate,
         return_weights=return_weights,
