@@ -6,6 +6,7 @@ A case makes its inputs and its model when its turn comes. The order is that of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,16 +203,20 @@ class Suite:
             ]
             return [torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True) for shape in shapes]
 
-        def windowed(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor) -> Tensor:
-            return stream_attention(q, k, v, memory_k, memory_v, window=self.window)
-
-        def full(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != heads)
-
-        for name, attend in ((FULL_ATTENTION, full), ("stream_attention", windowed)):
+        for name, attend, n_inputs in self._attentions(grouped=kv_heads != heads):
             for direction in ("forward", "forward + backward"):
-                yield Case(f"attention, {direction}", name, shape, self._of_operation(attend, inputs, direction))
+                measure = self._of_operation(attend, lambda n=n_inputs: inputs()[:n], direction)
+                yield Case(f"attention, {direction}", name, shape, measure)
+
+    def _attentions(self, *, grouped: bool = False) -> Iterator[tuple[str, Callable[..., Tensor], int]]:
+        """What is compared: a name, a function, and how many of q, k, v and the keys and values of slots it takes."""
+
+        def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+        yield FULL_ATTENTION, full, 3
+        yield "stream_attention", functools.partial(stream_attention, window=self.window), 5
 
     def _loss(self) -> Iterator[Case]:
         config, rows = self.sizes.config, self.sizes.tokens
@@ -252,8 +257,7 @@ class Suite:
                 with torch.no_grad():
                     return time_kernels(lambda: function(*leaves), self.device)
             grad = torch.randn_like(function(*leaves))
-            used = leaves if function.__name__ == "windowed" else leaves[:3]
-            return time_kernels(lambda: torch.autograd.grad(function(*leaves), used, grad), self.device)
+            return time_kernels(lambda: torch.autograd.grad(function(*leaves), leaves, grad), self.device)
 
         return measure
 
@@ -267,17 +271,8 @@ class Suite:
             grad = torch.randn_like(leaves[0])
             return time_call(lambda: torch.autograd.grad(function(*leaves), leaves, grad), self.device, repeats=100)
 
-        def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-        def windowed(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor) -> Tensor:
-            return stream_attention(q, k, v, memory_k, memory_v, window=self.window)
-
-        for name, function, shapes in (
-            (FULL_ATTENTION, full, [shape] * 3),
-            ("stream_attention", windowed, [shape] * 3 + [slots] * 2),
-        ):
+        for name, function, n_inputs in self._attentions():
+            shapes = ([shape] * 3 + [slots] * 2)[:n_inputs]
             section = "host cost of one attention, forward + backward"
             yield Case(section, name, f"1 x {length}", lambda f=function, s=shapes: measure(f, s))
 
