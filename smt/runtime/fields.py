@@ -55,7 +55,7 @@ def parse(settings: type, name: str, value: Any) -> Any:
         return _scalar(kind, value)
     if isinstance(value, str) and value.lower() in ("none", "null"):
         value = None
-    return _dictionary(kind, value) if kind.startswith("dict") else _tuple(value)
+    return _dictionary(kind, value) if kind.startswith("dict") else _tuple(kind, value)
 
 
 def as_text(value: Any) -> str:
@@ -78,10 +78,10 @@ def _dictionary(kind: str, value: Any) -> Any:
     return {key: _scalar(_inner(kind), item) for key, item in value.items()}
 
 
-def _tuple(value: Any) -> Any:
+def _tuple(kind: str, value: Any) -> Any:
     if isinstance(value, str):
-        return tuple(filter(None, value.split(",")))
-    return tuple(value or ()) if isinstance(value, list | None) else value
+        value = list(filter(None, value.split(",")))
+    return tuple(_scalar(_inner(kind), item) for item in value or ()) if isinstance(value, list | None) else value
 
 
 def _scalar(kind: str, value: Any) -> Any:

@@ -25,7 +25,7 @@ LEVELS = [
     ["smt.experiments"],
     ["smt.training"],
     ["smt.evaluation", "smt.huggingface"],
-    ["smt.baselines"],
+    ["smt.baselines", "smt.hymba"],
     ["smt.model"],
     ["smt.pretrained", "smt.state"],
     ["smt.config", "smt.data"],
