@@ -1,6 +1,6 @@
 """The tables and plots that README and docs show, made from results that are committed: no figure is typed there.
 
-    python benchmarks/bench_window.py --full --sections attention --threads 2 --json benchmarks/results/attention_cpu.json
+    python benchmarks/bench_window.py --full --sections attention --max-seconds 40 --json benchmarks/results/attention_cpu.json
     python benchmarks/publish.py
 
 A page holds a table between ``<!-- made by benchmarks/publish.py: NAME -->`` and ``<!-- end -->``; NAME is one of ``TABLES``.
