@@ -28,7 +28,7 @@ def audited(load, monkeypatch):
 
     def made_up(keys, processes):
         for key in keys:
-            kernel = KernelReport("", "_kernel", key.target, 4, 96, 0, 2048, 4096, 0.5, {"HMMA": 6, "HGMMA": 2}, 100)
+            kernel = KernelReport("", "_kernel", key.target, 4, 96, 0, 2048, 4096, 0.25, {"HMMA": 6, "HGMMA": 2}, 100)
             launches = [Launch("_kernel", (1,), 150, 400)]
             traffic = Traffic(read=Counter(q=150), dot_flops=400, launches=launches)
             yield Row(key, [kernel], Count(traffic, 100, 160), tokens=1, heads=1, decoding=False)
@@ -48,7 +48,7 @@ class TestAudit:
         lines = capsys.readouterr().out.splitlines()
         header, _, forward, backward = [line for line in lines if line.startswith("|")]
         assert "| predicted | full attention predicted |" in header
-        assert "| 96 | 0 | 2 | 50% | 6 HMMA+2 HGMMA | 1.50 | 2.50 | 1 |" in forward
+        assert "| 96 | 0 | 2 | 25% | 6 HMMA+2 HGMMA | 1.50 | 2.50 | 1 |" in forward
         assert "stream_attention backward" in backward
         assert any("predicted, not measured" in line for line in lines)
 
@@ -88,10 +88,11 @@ class TestAudit:
         from smt_kernels.testing.audit import Key
 
         (row,) = audited.audit([Key("stream_attention", "forward", 64, "bf16", "sm_90")], 1)
-        calls = 8 * 4096 * 12
-        assert roofline.predicted_seconds(row) == pytest.approx(calls * 150 / 3.35e12 + 5e-6)
+        calls, share = 8 * 4096 * 12, (row.kernels[0].occupancy / 0.5) ** (1 / 3)
+        assert 0 < share <= 1 and roofline.bandwidth_share(0.75) == 1
+        assert roofline.predicted_seconds(row) == pytest.approx(calls * 150 / (share * 0.88 * 3.35e12) + 2e-6)
         pairs = 8 * 12 * 4096 * 4097 // 2
-        assert roofline.full_attention_seconds(row) == pytest.approx(4 * 64 * pairs / 989e12 + 5e-6)
+        assert roofline.full_attention_seconds(row) == pytest.approx(4 * 64 * pairs / (0.81 * 989e12) + 2e-6)
         elsewhere = dataclasses.replace(row, key=dataclasses.replace(row.key, target="gfx942"))
         assert roofline.predicted_seconds(elsewhere) is roofline.full_attention_seconds(elsewhere) is None
 
