@@ -169,6 +169,19 @@ class HymbaConfig:
         groups = [run[start : start + length] for run in runs for start in range(0, len(run), length)]
         return [group for group in groups if len(group) > 1]
 
+    def head_counts(self, index: int) -> tuple[int, int, int]:
+        """Query, key and value heads that a layer with attention projects, of width ``head_dim`` each.
+
+        Beside an SSM the values of a head are as wide as the SSM's channels allow: ``ssm_expand_factor`` value heads to a key
+        head. A layer that reads another's keys and values has none of its own.
+        """
+        plan = self.layers()[index]
+        if plan.attention is None:
+            raise ValueError(f"layer {index} has no attention in the layout {self.layout}")
+        if plan.kv_source != index:
+            return self.n_heads, 0, 0
+        return self.n_heads, self.kv_heads, self.kv_heads * (self.ssm_expand_factor if plan.mamba else 1)
+
     def _kind(self, index: int) -> tuple[str | None, bool]:
         """The kind of attention in a layer, and whether it has an SSM."""
         everywhere = self.global_layers or (0, (self.n_layers - 1) // 2, self.n_layers - 1)

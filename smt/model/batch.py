@@ -21,6 +21,27 @@ from smt.state.rings import take
 from smt.state.state import SMTState
 
 
+def check_tokens(input_ids: Tensor, vocab_size: int, device: torch.device) -> None:
+    """Raise unless ``input_ids`` are tokens (B, T) of the vocabulary of a model on ``device``.
+
+    Raises:
+        TypeError: not a tensor of integers.
+        ValueError: wrong rank, an empty batch, another device, or, on CPU, a token out of range.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be an int64 or int32 tensor, got {got}")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must have shape (B, T) with B, T >= 1, got {tuple(input_ids.shape)}")
+    if input_ids.device != device:
+        raise ValueError(f"input_ids must be on the model's device {device}, got {input_ids.device}")
+    # On a GPU reading the range would wait for the device; the embedding's own assertion stands guard there.
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids must lie in 0..vocab_size - 1 = 0..{vocab_size - 1}, got {low}..{high}")
+
+
 def token_counts(attention_mask: Tensor, input_ids: Tensor) -> tuple[int, ...]:
     """How many tokens each row takes.
 

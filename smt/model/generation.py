@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from smt.model.batch import token_counts
-from smt.state.state import SMTState
+
+
+class Carried(Protocol):
+    """What the rows of a batch carry from one call of a model to the next."""
+
+    def rows(self, rows: Tensor) -> Any:
+        """That of some of them."""
+
 
 # Tokens (B, T), what their rows carry (None: nothing yet) and their mask -> logits (B, V) of what follows, and what they carry.
-NextLogits = Callable[[Tensor, SMTState | None, Tensor | None], tuple[Tensor, SMTState]]
+NextLogits = Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Carried]]
 
 # Far below it, logits that are divided by the temperature leave the range of fp32.
 LEAST_TEMPERATURE = 1e-6

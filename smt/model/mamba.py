@@ -1,11 +1,14 @@
 """A stack of Mamba-1 blocks that runs one time step per memory write: x += Mamba(RMSNorm(x)), then a final RMSNorm.
 
-Parameter names and shapes are those of Hugging Face's ``MambaModel``, so its weights load by name.
+Parameter names and shapes are those of Hugging Face's ``MambaModel``, so its weights load by name. What lies between a mixer's
+two projections, and how fresh weights are drawn, is a class of its own: other models put it between others.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +23,39 @@ NORM_EPS = 1e-5
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-class MambaMixer(nn.Module):
-    """One Mamba-1 mixer: two projections around ``stride_write``."""
+Mixer = TypeVar("Mixer", bound="SelectiveMixer")
 
-    def __init__(self, config: SMTConfig) -> None:
+
+class SelectiveSizes(Protocol):
+    """What a configuration tells of an SSM."""
+
+    d_model: int
+    ssm_d_state: int
+    ssm_d_conv: int
+
+    @property
+    def ssm_d_inner(self) -> int:
+        """Channels."""
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of the time-step projection."""
+
+
+class SelectiveMixer(nn.Module):
+    """A selective SSM between two projections; what the first forms besides its input and gate is a subclass's business.
+
+    Args:
+        config: sizes.
+        n_projected: what the first projection gives of each entry.
+    """
+
+    def __init__(self, config: SelectiveSizes, n_projected: int) -> None:
         super().__init__()
         d_inner, d_state, rank = config.ssm_d_inner, config.ssm_d_state, config.dt_rank
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.d_inner, self.rank = d_inner, rank
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
+        self.in_proj = nn.Linear(config.d_model, n_projected, bias=False)
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.ssm_d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(rank, d_inner)
@@ -59,13 +86,59 @@ class MambaMixer(nn.Module):
             "d": self.D,
         }
 
+    def scan(
+        self,
+        u: Tensor,
+        z: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        weights: dict[str, Tensor],
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Input and gate u, z (B, K, E), states (B, E, C - 1) and (B, E, N), gate of writes (B, K) -> y (B, K, E) and both
+        states after K steps."""
+        # Under autocast the projections are in low precision and the weights are not, which stride_write takes as they are.
+        return stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights, gate=gate)
+
+    @torch.no_grad()
+    def initialise(self, std: float, residual_std: float) -> None:
+        """Fresh weights as in Mamba.
+
+        Args:
+            std: of projections.
+            residual_std: of the last one, whose output is added to a stream.
+        """
+        for linear in (self.in_proj, self.x_proj):
+            nn.init.normal_(linear.weight, std=std)
+        nn.init.normal_(self.out_proj.weight, std=residual_std)
+        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        log_dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(DT_MIN), math.log(DT_MAX))
+        dt = log_dt.exp().clamp(min=DT_FLOOR)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def _apply(self: Mixer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
+        """As of any module, but what decays the states stays in fp32 at least, as they do."""
+        before = {name: value.detach() for name, value in self.named_parameters() if name.endswith("A_log")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = self.get_parameter(name)
+            if after.dtype.itemsize < min(4, value.dtype.itemsize):
+                after.data = value.to(after.device, torch.float32)
+        return self
+
+
+class MambaMixer(SelectiveMixer):
+    """One Mamba-1 mixer: two projections around ``stride_write``."""
+
+    def __init__(self, config: SelectiveSizes) -> None:
+        super().__init__(config, 2 * config.ssm_d_inner)
+
     def forward(
         self, x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: dict[str, Tensor], gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, K, d), states (B, E, C - 1) and (B, E, N), gate (B, K) -> (B, K, d) and both states after K steps."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        # Under autocast the projections are in low precision and the weights are not, which stride_write takes as they are.
-        y, conv_state, ssm_state = stride_write(u, z, conv_state.to(u.dtype), ssm_state, **weights, gate=gate)
+        y, conv_state, ssm_state = self.scan(u, z, conv_state, ssm_state, weights, gate)
         return self.out_proj(y), conv_state, ssm_state
 
     def is_plain(self) -> bool:
@@ -136,13 +209,5 @@ class MambaStack(nn.Module):
     def initialise(self, std: float) -> None:
         """Fresh weights as in Mamba; the final norm's weight is ``std``, so that slots have the scale of embeddings."""
         for layer in self.layers:
-            mixer = layer.mixer
-            rank = mixer.dt_proj.in_features
-            for linear in (mixer.in_proj, mixer.x_proj):
-                nn.init.normal_(linear.weight, std=std)
-            nn.init.normal_(mixer.out_proj.weight, std=std / math.sqrt(len(self.layers)))
-            nn.init.uniform_(mixer.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-            log_dt = torch.empty_like(mixer.dt_proj.bias).uniform_(math.log(DT_MIN), math.log(DT_MAX))
-            dt = log_dt.exp().clamp(min=DT_FLOOR)
-            mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            layer.mixer.initialise(std, std / math.sqrt(len(self.layers)))
         self.norm_f.weight.fill_(std)

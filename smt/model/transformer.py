@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.data.walk import IGNORE_INDEX
-from smt.model.batch import encode_batch, token_counts
+from smt.model.batch import check_tokens, encode_batch, token_counts
 from smt.model.checkpoint import load_model, save_model
 from smt.model.decoder import Decoder
 from smt.model.generation import generate, stream
@@ -230,16 +230,6 @@ class StrideMemoryTransformer(nn.Module):
         if options.get("mode") in GRAPH_MODES or (options.get("options") or {}).get("triton.cudagraphs"):
             self.memory.compile(**options)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StrideMemoryTransformer:
-        """As of any module, but what decays the SSM's states stays in fp32 at least, as they do."""
-        before = {name: value.detach() for name, value in self.named_parameters() if name.endswith("A_log")}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self.get_parameter(name)
-            if after.dtype.itemsize < min(4, value.dtype.itemsize):
-                after.data = value.to(after.device, torch.float32)
-        return self
-
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""
         return {
@@ -287,20 +277,8 @@ class StrideMemoryTransformer(nn.Module):
         for name, module in (("decoder", self.decoder), ("memory", self.memory), ("memory.pooling", self.memory.pooling)):
             if is_hooked(module):  # they hold others, or a decoding step goes around them
                 raise ValueError(f"{name} is not called, or not at every step, and hooks on it have no effect: hook its parts")
-        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise TypeError(f"input_ids must be an int64 or int32 tensor, got {got}")
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(f"input_ids must have shape (B, T) with B, T >= 1, got {tuple(input_ids.shape)}")
         device = self.embedding.weight.device
-        if input_ids.device != device:
-            raise ValueError(f"input_ids must be on the model's device {device}, got {input_ids.device}")
-        # On a GPU reading the range would wait for the device; the embedding's own assertion stands guard there.
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                valid = f"0..vocab_size - 1 = 0..{self.config.vocab_size - 1}"
-                raise ValueError(f"input_ids must lie in {valid}, got {low}..{high}")
+        check_tokens(input_ids, self.config.vocab_size, device)
         if state is not None:
             state.check(self.config, input_ids.shape[0])
             if state.tokens.device != device:
