@@ -72,8 +72,8 @@ def pair_batch(pairs: Sequence[Pair]) -> PairBatch:
 class PairWalk:
     """Batches of pairs as an iterable that can be saved and resumed between any two batches.
 
-    A batch is always full: the pairs of the next epoch follow those of the last. The pairs of all processes are one batch cut in
-    equal parts, so that two processes with N pairs read what one with 2 N reads.
+    A batch is always full: the pairs of the next epoch follow those of the last. The pairs of all processes are one batch cut
+    in equal parts, so that two processes with N pairs read what one with 2 N reads.
 
     Args:
         pairs: one or more.

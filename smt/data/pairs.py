@@ -1,7 +1,7 @@
 """Preference pairs: a prompt with the completion that is preferred and the one that is not, from a file to tokens.
 
-A line of the file is an object of texts, ``{"prompt": ..., "chosen": ..., "rejected": ...}``. A pair becomes two rows that begin
-and end as documents do:
+A line of the file is an object of texts, ``{"prompt": ..., "chosen": ..., "rejected": ...}``. A pair becomes two rows that
+begin and end as documents do:
 
     <end> prompt chosen <end>        <end> prompt rejected <end>
 
@@ -76,8 +76,8 @@ class TokenizedPairs:
 def read_pairs(path: str | Path, tokenizer: Tokenizer, length: int) -> TokenizedPairs:
     """Read and tokenise a file of JSON lines, which may be gzipped, and hold out about one prompt in twenty, by its hash.
 
-    Lines that are no pairs are left out and counted. Where a pair is too long its prompt is cut on the left, in both rows alike;
-    where one token of it is too much, completions are cut on the right.
+    Lines that are no pairs are left out and counted. Where a pair is too long its prompt is cut on the left, in both rows
+    alike; where one token of it is too much, completions are cut on the right.
 
     Args:
         tokenizer: of the model.

@@ -28,8 +28,8 @@ class DataConfig:
         recall: for the source ``recall``: fields of ``smt.data.recall.RecallTask``.
         cache: the folder that keeps tokens, tokenizers and downloads from run to run; None: the user's cache folder.
         batch_size: rows; each walks along one document at a time. In stage ``orpo`` pairs, of two rows each.
-        chunk_length: steps of each row in one batch; gradients stop at its start, memory does not. In stage ``orpo`` the longest
-            pair: of longer ones the prompt is cut on the left.
+        chunk_length: steps of each row in one batch; gradients stop at its start, memory does not. In stage ``orpo`` the
+            longest pair: of longer ones the prompt is cut on the left.
         part_length: cut training documents into parts of so many tokens, each read as a document of its own, where there are
             fewer documents than rows; None: documents stay whole. Held-out documents always do.
         lanes: groups of rows that take turns, batch by batch, so that consecutive steps see different documents.

@@ -1,4 +1,4 @@
-"""The loss through the tied head in the precision of the step: its mean (``smt_kernels.linear_cross_entropy``), or by target."""
+"""The loss through the tied head in the precision of the step: its mean, and that of every target by itself."""
 
 from __future__ import annotations
 

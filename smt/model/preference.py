@@ -5,12 +5,12 @@
 
 Source: Hong, Lee and Thorne, 2024, arXiv:2403.07691, equations 4 to 7.
 
-Both ends have a bound, because beyond it a difference of two log odds is no number. Above, P is known no nearer to 1 than eps of
-its dtype, by which a logit and its normaliser are rounded: l is at most -eps, and log odds at most -log eps. Below, l is at
-least a quarter of the lowest number. The bounds are of values, and gradients pass them: a rejected completion with P = 1 is what
-the loss must push down, so a clamp, whose gradient is 0 there, would be wrong. They stay finite. As P of the chosen goes to 1
-its derivative goes to -odds(rejected), not to 0 times infinity. As P of the rejected does, its derivative is at most 1 / eps,
-and behind it the softmax brings a factor of the size of 1 - P.
+Both ends have a bound, because beyond it a difference of two log odds is no number. Above, P is known no nearer to 1 than eps
+of its dtype, by which a logit and its normaliser are rounded: l is at most -eps, and log odds at most -log eps. Below, l is at
+least a quarter of the lowest number. The bounds are of values, and gradients pass them: a rejected completion with P = 1 is
+what the loss must push down, so a clamp, whose gradient is 0 there, would be wrong. They stay finite. As P of the chosen goes
+to 1 its derivative goes to -odds(rejected), not to 0 times infinity. As P of the rejected does, its derivative is at most 1 /
+eps, and behind it the softmax brings a factor of the size of 1 - P.
 """
 
 from __future__ import annotations

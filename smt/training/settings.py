@@ -32,7 +32,8 @@ class TrainingConfig:
     """What is trained, the optimiser and its bounds.
 
     Args:
-        stage: ``pretrain`` on documents, or ``orpo`` on the preference pairs of ``pairs`` (Hong et al., 2024, arXiv:2403.07691).
+        stage: ``pretrain`` on documents, or ``orpo`` on the preference pairs of ``pairs`` (Hong et al., 2024,
+            arXiv:2403.07691).
         orpo_lambda: in stage ``orpo``, weight of the odds ratio loss beside the loss of the chosen completion.
         minutes: wall-clock bound of the whole command, evaluation and sample included; the schedule follows the clock.
         steps: bound in optimiser steps instead, which makes a run repeatable; None: epochs or the clock decide.

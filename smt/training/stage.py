@@ -4,8 +4,8 @@ An optimiser step descends a sum of terms over all batches and processes,
 
     weight * sum over its batches of sum_k factor_k mean_k
 
-The factors turn means into nats per target of the step, so that neither batches nor processes stand in it; the weight divides by
-the targets of the step. A term of another unit, such as a mean over pairs, has a factor that makes up for it.
+The factors turn means into nats per target of the step, so that neither batches nor processes stand in it; the weight divides
+by the targets of the step. A term of another unit, such as a mean over pairs, has a factor that makes up for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ Term = tuple[Tensor, float]
 
 
 class Pretraining:
-    """Documents, memory carried through each: (sum of nats / targets that count) * (steps that are read / steps of full batches).
+    """Documents, memory carried through each; a step descends
+
+        (sum of nats / targets that the loss counts) * (steps that are read / steps of full batches)
 
     All targets weigh the same, wherever they are, and a step in which rows wait weighs less than a full one.
 
@@ -99,7 +101,9 @@ class Pretraining:
 
 
 class Preference:
-    """Pairs of completions (ORPO): nats per target of the chosen rows, prompts included, + strength * mean odds ratio loss.
+    """Pairs of completions (ORPO); a step descends
+
+        (sum of nats of the chosen rows, prompts included, / their targets) + strength * mean odds ratio loss
 
     Both rows of a pair are in one forward pass, and begin with nothing in memory. Attributes and methods are those of
     ``Pretraining``.
