@@ -173,7 +173,9 @@ class RunConfig:
             raise ValueError("pairs must be given for stage 'orpo', got None")
         for name, value in asdict(self.model).items():
             if name.endswith("dropout") and value:
-                raise ValueError(f"{name} must be 0 in stage 'orpo', where both completions are told by one model, got {value}")
+                raise ValueError(
+                    f"{name} must be 0 in stage 'orpo', which compares what one model says of two rows, got {value}"
+                )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], overrides: dict[str, Any] | None = None) -> RunConfig:

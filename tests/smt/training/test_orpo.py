@@ -12,9 +12,9 @@ from smt.data.pair_walk import pair_batch
 from smt.data.pairs import Pair, read_pairs, write_pairs
 from smt.data.tokenized import tokenize_corpus
 from smt.evaluation.preference import evaluate_pairs
-from smt.model.checkpoint import load_weights
 from smt.model.loss import target_nats
 from smt.model.preference import log1mexp, log_odds, odds_ratio_loss
+from smt.runtime.files import tensors_writer, write_files
 from smt.training.corpus_pairs import corpus_pairs
 from smt.training.objective import PairLogProbabilities
 from smt.training.run import resume, run, run_in
@@ -150,15 +150,31 @@ def preferences(path):
     return write_lines(path, lines)
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Drawing curves takes longer than such a run."""
+    monkeypatch.setattr("smt.training.ending.training_curves", lambda history, path, title: path.touch())
+
+
 @pytest.fixture(scope="module")
-def first_stages(tmp_path_factory):
-    """A run of a few steps of each architecture, with dropout, to go on from."""
-    folder = tmp_path_factory.mktemp("first")
-    config = run_config(folder, steps=2, evaluations=1, sample_tokens=0)
-    config = replace(
-        config, model=replace(config.model, dropout=0.1), data=replace(config.data, chunk_length=16, eval_chunk_length=16)
-    )
-    return {name: run(replace(config, architecture=name, experiment=name), folder / "out").folder for name in ("smt", "gpt2")}
+def text(tmp_path_factory):
+    config = run_config(tmp_path_factory.mktemp("corpus"))
+    return tokenize_corpus(config.data, config.model.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def first_stages(text, tmp_path_factory):
+    """What a run of each architecture leaves to go on from; it had dropout."""
+    config, folders = run_config(tmp_path_factory.mktemp("first"), sample_tokens=0), {}
+    sizes = replace(config.model, dropout=0.1, vocab_size=text.tokenizer.vocab_size)
+    data = replace(config.data, chunk_length=16, eval_chunk_length=16)
+    for name in ("smt", "gpt2"):
+        config = replace(config, architecture=name, model=sizes, data=data)
+        folder = folders[name] = tmp_path_factory.mktemp(name)
+        text.tokenizer.save(folder)
+        weights = tensors_writer(fresh_model(config).state_dict())
+        write_files({folder / "config.yaml": config.to_yaml, folder / "model.safetensors": weights})
+    return folders
 
 
 def second(first, pairs, **overrides):
@@ -250,17 +266,10 @@ class TestSecondStage:
         assert "warning: stage orpo begins with fresh weights: nothing is in init_from" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    config = run_config(tmp_path_factory.mktemp("corpus"))
-    return tokenize_corpus(config.data, config.model.vocab_size)
-
-
 class TestPairsOfACorpus:
     @pytest.mark.parametrize("architecture", ["smt", "gpt2"])
     def test_a_document_goes_on_as_it_did_and_is_never_held_out(self, architecture, first_stages, text, tmp_path):
         model = fresh_model(RunConfig.from_yaml(first_stages[architecture] / "config.yaml"))
-        load_weights(model, first_stages[architecture])
         sizes = {"prompt_length": 5, "completion_length": 4, "batch_size": 3}
         pairs = corpus_pairs(model, text, 8, seed=1, **sizes)
         assert pairs == corpus_pairs(model, text, 8, seed=1, **sizes) != corpus_pairs(model, text, 8, seed=2, **sizes)
