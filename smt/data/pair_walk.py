@@ -114,7 +114,7 @@ class PairWalk:
         self._begin_epoch(state["epoch"], state["taken"])
 
     def _identity(self) -> dict[str, Any]:
-        return {"pairs": self._hash, "pairs_of_all_processes": self._n_together, "seed": self.seed}
+        return {"hash_of_pairs": self._hash, "pairs_of_all_processes": self._n_together, "seed": self.seed}
 
     def _begin_epoch(self, epoch: int, taken: int = 0) -> None:
         self._epoch, self._taken = epoch, taken

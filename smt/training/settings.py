@@ -156,13 +156,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_folder_name("experiment", self.experiment)
+        self._check_stage()
         check_choice("architecture", self.architecture, self.CHOICES["architecture"])
         if self.architecture == "gpt2" and self.data.eval_chunk_length > self.data.chunk_length:
             raise ValueError(
                 f"eval_chunk_length must be at most chunk_length = {self.data.chunk_length} for architecture 'gpt2', which has "
                 f"learnt no positions beyond, got {self.data.eval_chunk_length}"
             )
-        self._check_stage()
 
     def _check_stage(self) -> None:
         if self.training.stage != "orpo":

@@ -114,12 +114,18 @@ class Preference:
         strength: lambda of the paper.
         rank, world_size: which of how many processes this is.
 
+    Raises:
+        ValueError: no pairs, or one that is too long.
+
     Source: Hong, Lee and Thorne, 2024, arXiv:2403.07691, equation 6.
     """
 
     def __init__(
         self, pairs: Sequence[Pair], data: DataConfig, *, seed: int, strength: float, rank: int = 0, world_size: int = 1
     ) -> None:
+        longest = max((len(pair.prompt) + max(map(len, pair[1:])) - 1 for pair in pairs), default=0)
+        if longest > data.chunk_length:
+            raise ValueError(f"pairs must have at most chunk_length = {data.chunk_length} steps in a row, one has {longest}")
         self.walk = PairWalk(pairs, batch_size=data.batch_size, seed=seed, rank=rank, world_size=world_size)
         self._length, self._strength = data.chunk_length, strength
 

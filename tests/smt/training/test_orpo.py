@@ -8,6 +8,7 @@ import torch
 from tiny_training import run_config, trainer_of
 from torch.autograd import gradcheck
 
+from smt.cli import main
 from smt.data.pair_walk import pair_batch
 from smt.data.pairs import Pair, read_pairs, write_pairs
 from smt.data.tokenized import tokenize_corpus
@@ -223,8 +224,20 @@ def test_a_stage_that_is_interrupted_ends_as_one_that_is_not(first_stages, tmp_p
 
 def test_a_stage_goes_on_with_its_own_pairs_alone():
     trainer = trainer_of(pairs=PAIRS)
-    with pytest.raises(ValueError, match="state belongs to a walk with pairs"):
+    with pytest.raises(ValueError, match="state belongs to a walk with hash_of_pairs"):
         trainer_of(pairs=PAIRS[:2]).resume(trainer.snapshot())
+
+
+def test_a_pair_that_is_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="pairs must have at most chunk_length = 4 steps in a row, one has 5"):
+        trainer_of(pairs=[Pair([1, 2], [3], [4, 5]), Pair([1, 2], [3, 4, 5, 6], [7])], data={"chunk_length": 4})
+
+
+def test_without_pairs_the_command_is_refused_before_anything_is_read(first_stages, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--stage", "orpo", "--init_from", f"checkpoint={first_stages['smt']}", "--text", "none"]) == 2
+    assert capsys.readouterr() == ("", "smt: error: pairs must be given for stage 'orpo', got None\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
