@@ -140,6 +140,20 @@ class TestStage:
         assert held_out.loss == pytest.approx(trainer.progress.loss, rel=1e-5)  # what the first step descends
 
 
+def test_reading_late_and_in_full_shapes_trains_the_same():
+    """As on a GPU, where every batch has the shape of every other, and no step waits for the numbers of its own."""
+    trainers, losses = [trainer_of(pairs=PAIRS, learning_rate=0.01) for _ in range(2)], []
+    trainers[1]._keeps_shapes = trainers[1]._reads_late = True
+    for trainer in trainers:
+        batches = iter(trainer._walk)
+        for step in range(3):
+            trainer._step(batches, step / 3, is_first=not step)
+        trainer._read()
+        losses.append(torch.tensor([nats / n_targets for nats, n_targets in trainer.progress.recent]))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0.0)
+    assert trainers[0].progress.padding < trainers[1].progress.padding
+
+
 def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
