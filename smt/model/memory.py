@@ -98,7 +98,6 @@ class StrideMemory(nn.Module):
         self.config = config
         self.pooling = AttentionPooling(config)
         self.ssm = MambaStack(config)
-        self.ssm_is_loaded = False  # whether the SSM's weights, with the scale of their output, came from elsewhere
 
     def initialise(self) -> None:
         """Fresh weights."""
@@ -109,7 +108,14 @@ class StrideMemory(nn.Module):
     @torch.no_grad()
     def match_scale(self, embedding: Tensor) -> None:
         """Give slots the root mean square of ``embedding`` (V, d): what is pooled together must be of one scale."""
-        self.ssm.norm_f.weight.fill_(embedding.float().square().mean().sqrt().item())
+        self.ssm.norm_f.weight.fill_(_scale(embedding))
+
+    @torch.no_grad()
+    def has_scale_of(self, embedding: Tensor) -> bool:
+        """Whether the scale of slots is that of a fresh memory, or what ``match_scale`` made of ``embedding``; neither was
+        trained or came from elsewhere, wherever the weights have been since."""
+        weight = self.ssm.norm_f.weight
+        return any(torch.equal(weight, torch.full_like(weight, of)) for of in (self.config.initializer_std, _scale(embedding)))
 
     def forward(
         self,
@@ -224,3 +230,7 @@ class StrideMemory(nn.Module):
         window = self.config.window
         start, _ = window.visible_tokens(window.write_step(writes.start))
         return max(start - first_step, 0), window.write_step(writes[-1]) + 1 - first_step
+
+
+def _scale(embedding: Tensor) -> float:
+    return embedding.float().square().mean().sqrt().item()

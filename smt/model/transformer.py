@@ -24,6 +24,7 @@ from smt.model.weights import is_hooked
 from smt.pretrained.loading import load_gpt2, load_mamba
 from smt.pretrained.transfer import LoadReport
 from smt.state.state import SMTState
+from smt_kernels.operators import is_transformed
 
 # The modes of ``torch.compile`` that record CUDA graphs.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -296,7 +297,8 @@ class StrideMemoryTransformer(nn.Module):
         if input_ids.device != device:
             raise ValueError(f"input_ids must be on the model's device {device}, got {input_ids.device}")
         # On a GPU reading the range would wait for the device; the embedding's own assertion stands guard there.
-        if device.type == "cpu" and not torch.compiler.is_compiling():
+        readable = device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+        if readable:
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 valid = f"0..vocab_size - 1 = 0..{self.config.vocab_size - 1}"
