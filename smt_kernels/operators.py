@@ -11,7 +11,6 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
-from itertools import islice
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
@@ -47,7 +46,7 @@ def register(
 
     Args:
         empty: takes the arguments and the backend and returns the results, uninitialised: what fake tensors compute. Its
-            annotations make the schema: tensors, numbers, and NamedTuples and dataclasses of them. The first is a tensor.
+            annotations make the schema: tensors, numbers, and NamedTuples and dataclasses of them. The first leaf is a tensor.
         outputs: so many results come first that gradients go through.
         kept: so many results, the last ones, are kept for ``backward``.
         gradients: so many tensors come first among the arguments that have gradients; 0: there is no ``backward``.
@@ -193,22 +192,25 @@ class _Form:
     def __init__(self, kinds: Mapping[str, Any]) -> None:
         self.kinds = kinds
         self.leaves: dict[str, Any] = {}
-        self._records: list[tuple[type, list[str]] | None] = []
+        self._records: list[_Form | None] = []
         for name, kind in kinds.items():
-            fields = get_type_hints(kind) if hasattr(kind, "_fields") or is_dataclass(kind) else None
-            self.leaves |= {name: kind} if fields is None else fields
-            self._records.append(None if fields is None else (kind, list(fields)))
+            record = _Form(get_type_hints(kind)) if hasattr(kind, "_fields") or is_dataclass(kind) else None
+            self.leaves |= {name: kind} if record is None else record.leaves
+            self._records.append(record)
 
-    def flat(self, values: Sequence[Any]) -> list[Any]:
+    def flat(self, values: Iterable[Any]) -> list[Any]:
         leaves = []
         for value, record in zip(values, self._records, strict=True):
-            leaves += [value] if record is None else [getattr(value, field) for field in record[1]]
+            leaves += [value] if record is None else record.flat([getattr(value, field) for field in record.kinds])
         return leaves
 
     def built(self, leaves: Iterable[Any]) -> list[Any]:
         """The inverse of ``flat``."""
         leaves = iter(leaves)
-        return [next(leaves) if record is None else record[0](*islice(leaves, len(record[1]))) for record in self._records]
+        return [
+            next(leaves) if record is None else kind(*record.built(leaves))
+            for kind, record in zip(self.kinds.values(), self._records, strict=True)
+        ]
 
 
 def _operator(name: str, function: Callable[..., Any], leaves: list[str], n_results: int) -> Any:

@@ -27,8 +27,10 @@ from smt_kernels.stride_memory.norm import norm_backward, weight_sums
 from smt_kernels.stride_memory.places import Place, places_of, pooled_by
 from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, groups_of
 from smt_kernels.stride_write.blocks import partial_sums
-from smt_kernels.stride_write.convolution import Order, conv_states_backward, convolution_backward, order_of, tap_sums
+from smt_kernels.stride_write.conv_states import conv_states_backward
+from smt_kernels.stride_write.convolution_backward import convolution_backward, tap_sums
 from smt_kernels.stride_write.kernels import fewer
+from smt_kernels.stride_write.order import Order, order_of
 from smt_kernels.stride_write.scan import scan_block
 from smt_kernels.stride_write.scan_backward import ScanGradients, scan_backward
 from smt_kernels.window import WindowSpec

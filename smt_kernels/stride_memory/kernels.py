@@ -23,8 +23,9 @@ from smt_kernels.stride_memory.kept import new_kept
 from smt_kernels.stride_memory.norm import add_and_norm
 from smt_kernels.stride_memory.places import places_of, pooled_by
 from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, groups_of
-from smt_kernels.stride_write.convolution import conv_states, order_of
+from smt_kernels.stride_write.conv_states import conv_states
 from smt_kernels.stride_write.kernels import write_rows
+from smt_kernels.stride_write.order import order_of
 from smt_kernels.stride_write.scan import scan
 from smt_kernels.window import WindowSpec
 

@@ -38,17 +38,11 @@ from smt_kernels.stride_write.blocks import (
     store_columns,
     strides,
 )
-from smt_kernels.stride_write.convolution import (
-    Order,
-    conv_blocks,
-    conv_states,
-    conv_states_backward,
-    convolution,
-    convolution_backward,
-    order_of,
-    tap_sums,
-)
+from smt_kernels.stride_write.conv_states import conv_states, conv_states_backward
+from smt_kernels.stride_write.convolution import conv_blocks, convolution
+from smt_kernels.stride_write.convolution_backward import convolution_backward, tap_sums
 from smt_kernels.stride_write.kept import CHUNK, Kept, kept_of, new_kept
+from smt_kernels.stride_write.order import Order, order_of
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.scan import scan, scan_block
 from smt_kernels.stride_write.scan_backward import ScanGradients, scan_backward

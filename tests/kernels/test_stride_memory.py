@@ -119,7 +119,7 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
     from smt_kernels.attention_pool.reference import Timeline
     from smt_kernels.stride_memory import kernels, norm
     from smt_kernels.stride_memory.reference import Inputs
-    from smt_kernels.stride_write import convolution, scan
+    from smt_kernels.stride_write import conv_states, convolution, convolution_backward, scan
 
     def operations(problem: Problem) -> tuple[list[str], list[str]]:
         tensors, case = problem.tensors, problem.case
@@ -149,7 +149,7 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
         with torch.utils._python_dispatch._disable_current_modes():
             launching.launch(kernel, grid, device, *arguments, **named)
 
-    for module in (pooling, norm, convolution, scan):
+    for module in (pooling, norm, convolution, convolution_backward, conv_states, scan):
         monkeypatch.setattr(module, "launch", launch)
     make = {(layers, writes): Case("counted", 1, writes, 2, layers, dropout=True) for layers in (1, 2) for writes in (2, 6)}
     for direction, most in ((0, 5), (1, 5)):
