@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import launch
+from smt_kernels.launch import ceil_div, launch
 from smt_kernels.stride_write.blocks import channels, load, settings, store
 from smt_kernels.stride_write.order import Order, fields_of
 
@@ -98,5 +98,5 @@ def _launch_states(
     chosen = settings("conv_state", state.device)
     block = chosen.width(1)
     sizes = {"n_batch": batch, "n_total": n_total, "width": width, "HISTORY": state.shape[3], "E": block}
-    grid = layers * batch, triton.cdiv(width, block)
+    grid = layers * batch, ceil_div(width, block)
     launch(kernel, grid, state.device, **fields_of(order), **arguments, **sizes, **chosen.options)

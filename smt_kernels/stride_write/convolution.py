@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import launch, padded_size
+from smt_kernels.launch import ceil_div, launch, padded_size
 from smt_kernels.stride_write.blocks import BlockSettings, channels, load, settings, silu, store
 from smt_kernels.stride_write.order import Order, fields_of, places, ranks
 from smt_kernels.stride_write.reference import Weights
@@ -71,7 +71,7 @@ ROWS = 16
 
 def conv_blocks(x: Tensor) -> int:
     """How many partial sums of W_x u ``convolution`` leaves for x (K, B, E)."""
-    return triton.cdiv(x.shape[2], conv_settings("convolution", x).width(ROWS))
+    return ceil_div(x.shape[2], conv_settings("convolution", x).width(ROWS))
 
 
 def conv_settings(kernel: str, x: Tensor) -> BlockSettings:
@@ -96,7 +96,7 @@ def convolution(
     block = chosen.width(ROWS)
     launch(
         convolution_kernel,
-        (triton.cdiv(len(writes) * batch, ROWS), triton.cdiv(width, block)),
+        (ceil_div(len(writes) * batch, ROWS), ceil_div(width, block)),
         x.device,
         **conv_inputs(x, conv_state, order, weights, writes),
         u=u,

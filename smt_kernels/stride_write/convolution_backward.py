@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import launch, padded_size
+from smt_kernels.launch import ceil_div, launch, padded_size, power_of_two
 from smt_kernels.stride_write.blocks import channels, load, silu_gradient, store
 from smt_kernels.stride_write.convolution import ROWS, conv_inputs, conv_settings, tap
 from smt_kernels.stride_write.order import Order, places, ranks
@@ -129,7 +129,7 @@ def convolution_backward(
     arguments |= {"strides_grad_conv": (0, 0, 0) if grad_conv is None else grad_conv.stride()}
     arguments |= {"WIDE": wide, "PARTIALS": len(partials), "ADDS": adds, "ROWS": rows, "BATCH": batch_block}
     arguments |= {"E": block, "P": padded_size(wide), **chosen.options}
-    grid = tap_sums(len(writes), batch), triton.cdiv(width, block)
+    grid = tap_sums(len(writes), batch), ceil_div(width, block)
     for folds, spreads in [(True, True)] if whole else [(True, False), (False, True)]:
         launch(convolution_backward_kernel, grid, x.device, **arguments, FOLDS=folds, SPREADS=spreads)
 
@@ -142,7 +142,7 @@ def _tile(n_writes: int, batch: int) -> tuple[int, int]:
     """Rows that a program of the backward pass has, and of how many batch rows they are."""
     if n_writes > WHOLE:
         return ROWS, 1
-    steps = triton.next_power_of_2(n_writes)
+    steps = power_of_two(n_writes)
     batch_block = max(ROWS // steps, 1)
     return steps * batch_block, batch_block
 
@@ -150,4 +150,4 @@ def _tile(n_writes: int, batch: int) -> tuple[int, int]:
 def tap_sums(n_writes: int, batch: int) -> int:
     """How many partial sums of the gradients of taps and bias ``convolution_backward`` leaves."""
     rows, batch_block = _tile(n_writes, batch)
-    return triton.cdiv(n_writes, rows // batch_block) * triton.cdiv(batch, batch_block)
+    return ceil_div(n_writes, rows // batch_block) * ceil_div(batch, batch_block)
