@@ -54,9 +54,22 @@ def compiler_options(num_warps: int, num_stages: int) -> dict[str, int | bool]:
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
+# Triton's own of the next two are functions of its language, a call of which takes the host as long as forming three views.
+
+
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks hold ``size`` entries."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The next one, from 1 on, that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded_size(size: int) -> int:
     """The block that holds ``size`` entries: the next power of two, and at least 16, the least that a dot takes."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 @torch.compiler.assume_constant_result

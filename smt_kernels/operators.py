@@ -11,7 +11,6 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
-from itertools import islice
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
@@ -47,7 +46,7 @@ def register(
 
     Args:
         empty: takes the arguments and the backend and returns the results, uninitialised: what fake tensors compute. Its
-            annotations make the schema: tensors, numbers, and NamedTuples and dataclasses of them. The first is a tensor.
+            annotations make the schema: tensors, numbers, and NamedTuples and dataclasses of them. The first leaf is a tensor.
         outputs: so many results come first that gradients go through.
         kept: so many results, the last ones, are kept for ``backward``.
         gradients: so many tensors come first among the arguments that have gradients; 0: there is no ``backward``.
@@ -101,26 +100,30 @@ class _Operation:
         leaves = [f"{_SCHEMA[kind]} {leaf}" for leaf, kind in self._arguments.leaves.items()] + ["str backend"]
         self._operator = _operator(name, self._forward, leaves, len(self._results.leaves))
         self._operator.register_fake(self._fake)
+        self._operator.register_vmap(_one_by_one(self._operator))
         self._direct = None
         if gradients:
             grads = [f"Tensor{'?' if i else ''} grad_{i}" for i in range(outputs)]
             of_kept = [f"Tensor {leaf}" for leaf in self._kept.leaves]
             self._backward_operator = _operator(f"{name}_backward", self._backward, grads + of_kept + leaves, gradients)
             self._backward_operator.register_fake(self._fake_backward)
+            self._backward_operator.register_vmap(_one_by_one(self._backward_operator))
             self._operator.register_autograd(self._formula(self._backward_operator), setup_context=self._setup_context)
             backward = once_differentiable(self._formula(self._backward_straight))
             self._direct = _function(name, forward=self._forward_straight, backward=backward)
-            forward, setup_context = self._forward, self._setup_context
-            self._transformed = _function(name, forward=forward, setup_context=setup_context, backward=backward)
+            of_transforms = {"forward": self._forward, "setup_context": self._setup_context, "backward": backward}
+            one_by_one = _one_by_one(lambda *leaves: self._transformed.apply(*leaves))
+            self._transformed = _function(name, **of_transforms, vmap=one_by_one)
 
     def __call__(self, *arguments: Any, backend: str) -> Any:
         leaves = self._arguments.flat(arguments)
         if _observed(leaves):
             results = self._operator(*leaves, backend)
+        elif is_transformed():
+            # These need a context that is set up apart, for which every call inspects the signature of ``forward``.
+            results = self._operator(*leaves, backend) if self._direct is None else self._transformed.apply(*leaves, backend)
         elif self._direct is not None and torch.is_grad_enabled() and any(map(_requires_gradient, leaves)):
-            # ``torch.func`` needs a context that is set up apart, for which every call inspects the signature of ``forward``.
-            function = self._transformed if torch._C._are_functorch_transforms_active() else self._direct
-            results = function.apply(*leaves, backend)
+            results = self._direct.apply(*leaves, backend)
         else:
             return _compute(self._package, backend, "forward", leaves[0], arguments)
         return results if isinstance(results, Tensor) else tuple(self._results.built(results))
@@ -144,7 +147,7 @@ class _Operation:
 
     def _backward_straight(self, *leaves: Any) -> tuple[Tensor, ...]:
         # ``torch.func`` wraps tensors, and unwraps them for operators alone.
-        return (self._backward_operator if torch._C._are_functorch_transforms_active() else self._backward)(*leaves)
+        return (self._backward_operator if is_transformed() else self._backward)(*leaves)
 
     def _fake(self, *leaves: Any) -> Any:
         *leaves, backend = leaves
@@ -189,22 +192,25 @@ class _Form:
     def __init__(self, kinds: Mapping[str, Any]) -> None:
         self.kinds = kinds
         self.leaves: dict[str, Any] = {}
-        self._records: list[tuple[type, list[str]] | None] = []
+        self._records: list[_Form | None] = []
         for name, kind in kinds.items():
-            fields = get_type_hints(kind) if hasattr(kind, "_fields") or is_dataclass(kind) else None
-            self.leaves |= {name: kind} if fields is None else fields
-            self._records.append(None if fields is None else (kind, list(fields)))
+            record = _Form(get_type_hints(kind)) if hasattr(kind, "_fields") or is_dataclass(kind) else None
+            self.leaves |= {name: kind} if record is None else record.leaves
+            self._records.append(record)
 
-    def flat(self, values: Sequence[Any]) -> list[Any]:
+    def flat(self, values: Iterable[Any]) -> list[Any]:
         leaves = []
         for value, record in zip(values, self._records, strict=True):
-            leaves += [value] if record is None else [getattr(value, field) for field in record[1]]
+            leaves += [value] if record is None else record.flat([getattr(value, field) for field in record.kinds])
         return leaves
 
     def built(self, leaves: Iterable[Any]) -> list[Any]:
         """The inverse of ``flat``."""
         leaves = iter(leaves)
-        return [next(leaves) if record is None else record[0](*islice(leaves, len(record[1]))) for record in self._records]
+        return [
+            next(leaves) if record is None else kind(*record.built(leaves))
+            for kind, record in zip(self.kinds.values(), self._records, strict=True)
+        ]
 
 
 def _operator(name: str, function: Callable[..., Any], leaves: list[str], n_results: int) -> Any:
@@ -225,6 +231,27 @@ def _module(package: str, backend: str) -> ModuleType:
 def _compute(package: str, backend: str, direction: str, model: Tensor, arguments: Sequence[Any]) -> Any:
     """Run an implementation on the device of ``model``."""
     return _without_autocast(model.device.type, getattr(_module(package, backend), direction), *arguments)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs, such as ``grad`` or ``vmap``, whose tensors have no values of their own."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of ``torch.vmap`` for an operator or a function: a call for each entry of the dimension that is mapped over."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *leaves: Any) -> tuple[Any, Any]:
+        columns = [
+            leaf.unbind(dim) if isinstance(leaf, Tensor) and dim is not None else [leaf] * info.batch_size
+            for leaf, dim in zip(leaves, in_dims, strict=True)
+        ]
+        rows = [operator(*row) for row in zip(*columns, strict=True)]
+        if isinstance(rows[0], Tensor):
+            return torch.stack(rows), 0
+        return tuple(map(torch.stack, zip(*rows, strict=True))), (0,) * len(rows[0])
+
+    return rule
 
 
 def _observed(leaves: Iterable[Any]) -> bool:

@@ -87,7 +87,6 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
                 raise ValueError(f"the checkpoint {str(source)!r} {problem} {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
         model._draw({key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]})
-        model.model.memory.ssm_is_loaded = True
         return (model, report) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:

@@ -55,7 +55,6 @@ def load_model(cls: type[Model], folder: str | Path, *, device: torch.device | s
         model = cls(config)
     _check(model, tensors, folder)
     model.load_state_dict(tensors, assign=True)
-    _note_loaded(model)
     return model.to(device).eval()
 
 
@@ -80,7 +79,6 @@ def load_weights(model: nn.Module, folder: str | Path, *, leave: tuple[str, ...]
     own = model.state_dict()
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-    _note_loaded(model)
     return list(tensors)
 
 
@@ -106,11 +104,6 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(fields).__name__}")
     return fields
-
-
-def _note_loaded(model: nn.Module) -> None:
-    if hasattr(model, "memory"):  # a baseline has none
-        model.memory.ssm_is_loaded = True
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

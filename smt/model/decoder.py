@@ -23,13 +23,13 @@ from smt.model.layers import (
     Block,
     StreamPlace,
     WindowPlace,
-    attention_dtype,
     stream_layer,
     window_layer,
 )
 from smt.model.readout import SlotReadout
 from smt.model.rotary import rotation
 from smt.model.windows import Span, cut_windows, window_cache, window_layout
+from smt.runtime.precision import dtype_of_products
 from smt.state.rings import ends
 
 
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         if n_slots:
             new = torch.cat([window.write_step(torch.arange(slots.first, slots.stop, device=device)), new])
             x = torch.cat([slots.values + self.slot_type, x], dim=1)
-        dtype = attention_dtype(x)
+        dtype = dtype_of_products(x)
         turn = rotation(new + (step - tokens.first), config.head_dim, config.rope_theta, dtype)
         firsts = tokens.first - held[0].shape[3], slots.first - held[1].shape[3]
         of_rows = ends(firsts[0], stops, device), ends(firsts[1], slot_stops, device)

@@ -85,12 +85,6 @@ class Block(nn.Module):
         return x, *others
 
 
-def attention_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of queries, keys and values of entries x."""
-    lowered = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
-
-
 class WindowPlace(NamedTuple):
     """Windows of ``n_slots`` slots and some tokens, of which the last ``n_queries`` entries are computed."""
 

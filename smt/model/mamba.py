@@ -197,7 +197,11 @@ class MambaStack(nn.Module):
     def forward(
         self, x: Tensor, conv: Tensor, ssm: Tensor, weights: list[dict[str, Tensor]], gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, K, d), states (L, B, E, C - 1) and (L, B, E, N), gate (B, K) -> slots (B, K, d), states after K steps."""
+        """x (B, K, d), states (L, B, E, C - 1) and (L, B, E, N), gate (B, K) -> slots (B, K, d), states after K steps.
+
+        Between layers x has the dtype of the norms.
+        """
+        x = x.to(self.norm_f.weight.dtype)
         new_conv, new_ssm = [], []
         for layer, *state, prepared in zip(self.layers, conv, ssm, weights, strict=True):
             x, conv_state, ssm_state = layer(x, *state, prepared, gate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,10 @@ from torch import Tensor, nn
 from smt.config import SMTConfig
 from smt.model.mamba import MambaStack
 from smt.model.weights import matrix_and_bias
+from smt.runtime.precision import dtype_of_products
 from smt_kernels import MemoryWeights, WindowSpec, attention_pool_sequence, stride_memory
+from smt_kernels.attention_pool.reference import Timeline
+from smt_kernels.stride_memory.reference import groups_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +44,15 @@ class AttentionPooling(nn.Module):
         self.dropout = config.pooling_dropout
         self.normalise = config.pooling_norm
 
-    def projections(self) -> tuple[Tensor, Tensor]:
-        """The matrices (d_k, d) of query and key.
+    def projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The matrices (d_k, d) of query and key, in ``dtype``.
 
         Raises:
             ValueError: one of the layers does more than a matrix.
         """
         w_q, _ = matrix_and_bias(self.w_q, self.d_model, "memory.pooling.w_q")
         w_k, _ = matrix_and_bias(self.w_k, self.d_model, "memory.pooling.w_k")
-        return w_q, w_k
+        return w_q.to(dtype), w_k.to(dtype)
 
     def draw_mask(self, like: Tensor, n_writes: int, size: int) -> Tensor | None:
         """The factors (B, K, W) of the weights of ``n_writes`` writes of ``size`` entries; None where there is no dropout."""
@@ -66,12 +68,9 @@ class AttentionPooling(nn.Module):
         dropout_mask: Tensor | None,
         *,
         window: WindowSpec,
-        first_step: int,
-        first_slot: int,
-        writes: range,
-        group: int,
+        timeline: Timeline,
     ) -> tuple[Tensor, Tensor]:
-        """tokens (B, T, d) from ``first_step``, slots (B, K, d) from ``first_slot`` -> pooled (B, len(writes), d), weights.
+        """tokens (B, T, d) and slots (B, K, d) as ``timeline`` calls them -> pooled (B, n_writes, d), weights.
 
         ``projections`` are formed, and ``dropout_mask`` is drawn, once for all groups of writes of a pass.
         """
@@ -80,11 +79,7 @@ class AttentionPooling(nn.Module):
             slots,
             *projections,
             window=window,
-            first_write=writes.start,
-            n_writes=len(writes),
-            write_group=group,
-            first_step=first_step,
-            first_slot=first_slot,
+            **timeline._asdict(),
             normalise=self.normalise,
             dropout_mask=dropout_mask,
         )
@@ -98,7 +93,6 @@ class StrideMemory(nn.Module):
         self.config = config
         self.pooling = AttentionPooling(config)
         self.ssm = MambaStack(config)
-        self.ssm_is_loaded = False  # whether the SSM's weights, with the scale of their output, came from elsewhere
 
     def initialise(self) -> None:
         """Fresh weights."""
@@ -109,7 +103,14 @@ class StrideMemory(nn.Module):
     @torch.no_grad()
     def match_scale(self, embedding: Tensor) -> None:
         """Give slots the root mean square of ``embedding`` (V, d): what is pooled together must be of one scale."""
-        self.ssm.norm_f.weight.fill_(embedding.float().square().mean().sqrt().item())
+        self.ssm.norm_f.weight.fill_(_scale(embedding))
+
+    @torch.no_grad()
+    def has_scale_of(self, embedding: Tensor) -> bool:
+        """Whether the scale of slots is that of a fresh memory, or what ``match_scale`` made of ``embedding``; neither was
+        trained or came from elsewhere, wherever the weights have been since."""
+        weight = self.ssm.norm_f.weight
+        return any(torch.equal(weight, torch.full_like(weight, of)) for of in (self.config.initializer_std, _scale(embedding)))
 
     def forward(
         self,
@@ -138,8 +139,7 @@ class StrideMemory(nn.Module):
             empty = (tokens.new_zeros(tokens.shape[0], 0, width) for width in (self.config.d_model, size))
             new_slots, weights = empty
             return Written(new_slots, conv, ssm, weights if return_weights else None)
-        device = tokens.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        dtype = dtype_of_products(tokens)
         pools_slots = self.config.pool_source == "window" and self.config.n_ssm_outputs > 0
         tokens, slots = tokens.to(dtype), slots.to(dtype) if pools_slots else None
         n_writes = writes.stop - writes.start  # ``len`` is a number that is fixed to compilers of torch 2.10
@@ -160,7 +160,7 @@ class StrideMemory(nn.Module):
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All writes as one operation, which takes the weights of layers that are then not called."""
-        w_q, w_k = (weight.to(tokens.dtype) for weight in self.pooling.projections())
+        w_q, w_k = self.pooling.projections(tokens.dtype)
         return stride_memory(
             tokens,
             slots,
@@ -189,21 +189,19 @@ class StrideMemory(nn.Module):
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, called module by module: where one is hooked, wrapped or another than it was built as."""
-        weights, projections = self.ssm.prepare(), [weight.to(tokens.dtype) for weight in self.pooling.projections()]
+        weights, projections = self.ssm.prepare(), self.pooling.projections(tokens.dtype)
+        n_slots, forgotten = None if slots is None else slots.shape[1], 0
+        timeline = Timeline(writes.start, len(writes), self.config.write_group, first_step, writes.start - (n_slots or 0))
         new_slots, all_weights = [], []
-        for group in [writes] if slots is None else self._groups(writes):
-            part = slice(group.start - writes.start, group.stop - writes.start)
-            start, stop = self._pooled_tokens(group, first_step)
+        for group in groups_of(self.config.window, timeline, n_slots):
+            part = slice(group.writes.start, group.writes.stop)
             pooled, of_pooling = self.pooling(
-                tokens[:, start:stop],
-                slots,
+                tokens[:, group.tokens],
+                None if slots is None else slots[:, group.slots.start - forgotten : group.slots.stop - forgotten],
                 projections,
                 None if mask is None else mask[:, part],
                 window=self.config.window,
-                first_step=first_step + start,
-                first_slot=0 if slots is None else group.start - slots.shape[1],
-                writes=group,
-                group=self.config.write_group,
+                timeline=group.timeline,
             )
             written, conv, ssm = self.ssm(pooled, conv, ssm, weights, None if gate is None else gate[:, part])
             new_slots.append(written)
@@ -211,16 +209,9 @@ class StrideMemory(nn.Module):
             if slots is not None:
                 # Pooling never looks further back than the state does.
                 slots = torch.cat([slots, written.to(slots.dtype)], dim=1)[:, -self.config.n_state_slots :]
+                forgotten = n_slots + group.writes.stop - slots.shape[1]
         return torch.cat(new_slots, dim=1), conv, ssm, torch.cat(all_weights, dim=1)
 
-    def _groups(self, writes: range) -> list[range]:
-        """``writes`` cut where a group ends."""
-        size = self.config.write_group
-        cuts = [writes.start, *range(writes.start // size * size + size, writes.stop, size), writes.stop]
-        return [range(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
-    def _pooled_tokens(self, writes: range, first_step: int) -> tuple[int, int]:
-        """The tokens [start, stop) that ``writes`` pool, counted from ``first_step``, of those that exist."""
-        window = self.config.window
-        start, _ = window.visible_tokens(window.write_step(writes.start))
-        return max(start - first_step, 0), window.write_step(writes[-1]) + 1 - first_step
+def _scale(embedding: Tensor) -> float:
+    return embedding.float().square().mean().sqrt().item()

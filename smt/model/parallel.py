@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from smt.model.decoder import Decoder
-from smt.model.layers import attention_dtype
 from smt.model.memory import StrideMemory
 from smt.model.readout import read_out
 from smt.model.windows import Span
+from smt.runtime.precision import dtype_of_products
 from smt.state.layout import existing
 from smt.state.rings import ends, from_ring, last_entries, to_ring
 from smt.state.state import SMTState
@@ -132,7 +132,7 @@ def initial_state(decoder: Decoder, batch_size: int, *, device: torch.device, dt
     """
     config = decoder.config
     like = torch.empty((), device=device, dtype=dtype)
-    state = SMTState.initial(config, batch_size, device=device, dtype=dtype, attention_dtype=attention_dtype(like))
+    state = SMTState.initial(config, batch_size, device=device, dtype=dtype, attention_dtype=dtype_of_products(like))
     if config.empty_slots == "mask" or config.encoding != "stream":
         return state
     # "zero" in the stream: the entries before the first step are zero vectors that have gone through the layers.

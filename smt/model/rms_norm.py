@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from smt_kernels.operators import is_transformed
+
 
 class RMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` of one dimension, with its parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d)."""
-        # What is compiled, or runs in mixed precision or on a GPU, has a kernel of its own.
+        # What is compiled, or runs in mixed precision or on a GPU, has a kernel of its own; ``torch.func`` takes PyTorch's.
         plain = x.device.type == "cpu" and x.dtype == self.weight.dtype in (torch.float32, torch.float64)
-        if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed():
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)
 

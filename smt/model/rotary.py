@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from smt_kernels.operators import is_transformed
+
 Rotation = tuple[Tensor, Tensor]
 
 # A whole turn, of which angles are integer parts: 64-bit products leave out whole turns, and the angle of every step is exact
@@ -38,7 +40,8 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
 
 def split_and_turn(heads: Tensor, sizes: Sequence[int], turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
     """Heads (B, T, H + 2 H_kv, D) of queries, keys and values, the ``sizes`` of each: the queries and keys turned."""
-    if heads.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    one_node = heads.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
+    if one_node:
         return _SplitAndTurn.apply(heads, *turn, tuple(sizes))
     n_queries, n_keys, n_values = sizes
     q_and_k, v = heads.split([n_queries + n_keys, n_values], dim=-2)

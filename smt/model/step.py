@@ -16,6 +16,7 @@ from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded
 from smt.model.readout import told
 from smt.model.step_layers import decode_stream, decode_stride, decode_token, keep_slots, with_keys
+from smt.runtime.precision import dtype_of_products
 from smt.state.rings import from_ring
 from smt.state.state import SMTState
 from smt_kernels import attention_pool
@@ -69,9 +70,10 @@ def _write(memory: StrideMemory, decoder: Decoder, state: SMTState, writers: Seq
         least = window.pooled_slots(window.writes_made(earliest + 1) - 1, config.write_group)[1]
         valid_memory = slot_stop.clamp(max=n_slots).int() if least < n_slots else None
         valid_tokens = (step + 1).clamp(max=config.m_input_tokens).int() if earliest + 1 < config.m_input_tokens else None
+    dtype = dtype_of_products(windows)
     pooled, weights = attention_pool(
-        windows,
-        *memory.pooling.projections(),
+        windows.to(dtype),
+        *memory.pooling.projections(dtype),
         n_memory=n_slots,
         valid_memory=valid_memory,
         valid_tokens=valid_tokens,

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from smt.config import SMTConfig
 from smt.model.decoder import Decoder
-from smt.model.layers import Block, attention_dtype
+from smt.model.layers import Block
 from smt.model.rotary import Rotation, rotation
 from smt.model.windows import absent_in_block, window_cache
+from smt.runtime.precision import dtype_of_products
 from smt.state.layout import at_most, seen, state_shapes
 from smt.state.rings import from_ring
 from smt.state.state import SMTState
@@ -203,7 +204,7 @@ def _append(
 
 
 def _rotation(config: SMTConfig, step: Tensor, x: Tensor) -> Rotation:
-    return rotation(step, config.head_dim, config.rope_theta, attention_dtype(x))
+    return rotation(step, config.head_dim, config.rope_theta, dtype_of_products(x))
 
 
 def _entering(config: SMTConfig, steps: Sequence[int]) -> list[int]:

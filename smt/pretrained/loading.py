@@ -36,7 +36,7 @@ _MAMBA_LAYER = (
 def load_gpt2(model: nn.Module, source: Any, *, embedding: bool | None = None, first_layers: bool = False) -> LoadReport:
     """Load GPT-2's blocks, final norm, first W positions and token embedding.
 
-    A memory whose SSM has not been loaded is rescaled to the new embedding's root mean square (DESIGN 2.1).
+    A memory that has the scale of the old embedding, neither trained nor loaded, gets that of the new one (DESIGN 2.1).
 
     Args:
         model: a ``StrideMemoryTransformer``.
@@ -59,6 +59,7 @@ def load_gpt2(model: nn.Module, source: Any, *, embedding: bool | None = None, f
         raise ValueError(f"{gpt2.title} has n_positions = {n_positions}, the window needs {config.window_size}")
     refused = _refused_embedding(gpt2, config, embedding)
 
+    follows_embedding = model.memory.has_scale_of(model.embedding.weight)
     transfer = Transfer(model, gpt2)
     transfer.take("wpe.weight", "decoder.positions", lambda tensor: tensor[: config.window_size])
     transfer.take_module("ln_f", "decoder.norm")
@@ -76,7 +77,7 @@ def load_gpt2(model: nn.Module, source: Any, *, embedding: bool | None = None, f
         transfer.skip(name, "a causal mask, not a weight")
     transfer.leave_deeper_layers("h", config.transformer_n_layers)
     report = transfer.finish()
-    if refused is None and not model.memory.ssm_is_loaded:
+    if refused is None and follows_embedding:
         model.memory.match_scale(model.embedding.weight)
     return report
 
@@ -123,7 +124,6 @@ def load_mamba(
         transfer.skip(mamba.embedding, refused)
     transfer.leave_deeper_layers("layers", config.ssm_n_layers)
     report = transfer.finish()
-    model.memory.ssm_is_loaded = True
     if match_scale:
         model.memory.match_scale(model.embedding.weight)
     return report

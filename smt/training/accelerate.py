@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +17,40 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+@contextmanager
+def accelerator_of(training: TrainingConfig) -> Iterator[Accelerator]:
+    """``make_accelerator``; afterwards its trackers are finished, and what Accelerate shares is as it was.
+
+    A process that has its own ``Accelerator``, such as a notebook, keeps its settings, devices and processes. Processes that
+    were connected here are so no longer, unless the block failed: others may wait for this one then, and not for its parting.
+    """
+    from torch import distributed
+
+    before = [dict(shared) for shared in _shared()]
+    were_connected = distributed.is_available() and distributed.is_initialized()
+    accelerator = None
+    try:
+        accelerator = make_accelerator(training)
+        yield accelerator
+        if not were_connected:
+            accelerator.state.destroy_process_group()
+    finally:
+        for tracker in [] if accelerator is None else accelerator.trackers:
+            tracker.finish()
+        for shared, values in zip_longest(_shared(), before, fillvalue={}):
+            shared.clear()
+            shared.update(values)
+
+
 def make_accelerator(training: TrainingConfig) -> Accelerator:
-    """One process alone, or one of those that ``torchrun`` or ``accelerate launch`` has started.
+    """One process alone, or one of those that ``torchrun`` or ``accelerate launch`` has started; the settings of any other
+    ``Accelerator`` of this process are lost.
 
     Raises:
         MissingExtraError: a tracker that is not installed.
         ValueError: no GPU where one is asked for, a number format that the device has not, or FSDP 1.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
 
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:  # Accelerate would leave it out and not say so
@@ -32,7 +59,8 @@ def make_accelerator(training: TrainingConfig) -> Accelerator:
     precision = training.mixed_precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "no"
-    AcceleratorState._reset_state()  # settings of an earlier run in this process
+    for shared in _shared():
+        shared.clear()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
@@ -43,6 +71,15 @@ def make_accelerator(training: TrainingConfig) -> Accelerator:
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("FSDP must be version 2, whose parameters keep their names: accelerate launch --fsdp_version 2")
     return accelerator
+
+
+def _shared() -> list[dict[str, Any]]:
+    """What all instances of Accelerate's states share in this process, as ``vars`` of any of them; gradients', then, where
+    there are any, settings, and devices and processes."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState, is_initialized
+
+    kinds = [GradientState, AcceleratorState, PartialState] if is_initialized() else [GradientState]
+    return [vars(kind()) for kind in kinds]
 
 
 def agreed(accelerator: Accelerator, value: Callable[[], Any]) -> Any:

@@ -23,7 +23,7 @@ from smt.runtime.extras import needs_extra
 from smt.runtime.files import check_folder
 from smt.runtime.process import Interrupted
 from smt.runtime.progress_bar import progress_bar
-from smt.training.accelerate import agreed, make_accelerator, start_trackers
+from smt.training.accelerate import accelerator_of, agreed, start_trackers
 from smt.training.checkpoints import Checkpoints
 from smt.training.clock import Clock
 from smt.training.ending import Outcome, finish, how_to_go_on, results_of, what_is_left
@@ -104,9 +104,9 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         check_folder(out / config.experiment)
     else:
         check_folder(path, "the folder of a run")
-    accelerator = make_accelerator(config.training)
-    say = accelerator.print
     with ExitStack() as held:
+        accelerator = held.enter_context(accelerator_of(config.training))
+        say = accelerator.print
         if path is not None:
             _lock(path, accelerator, held)
         rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
@@ -175,11 +175,6 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         except KeyboardInterrupt as interrupt:
             number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
             raise Interrupted(number, how_to_go_on(path, checkpoints)) from None
-        finally:
-            for tracker in accelerator.trackers:
-                tracker.finish()
-        accelerator.trackers = []
-        accelerator.end_training()
         return outcome
 
 

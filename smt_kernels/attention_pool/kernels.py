@@ -26,7 +26,7 @@ from smt_kernels.attention_pool.backward_kernels import entries_backward_kernel,
 from smt_kernels.attention_pool.forward_kernels import mean_kernel, pool_kernel
 from smt_kernels.attention_pool.reference import Inputs, Kept, Timeline
 from smt_kernels.attention_pool.strips import Strips, strips_of
-from smt_kernels.launch import LaunchSettings, launch, padded_size
+from smt_kernels.launch import LaunchSettings, ceil_div, launch, padded_size
 from smt_kernels.window import WindowSpec
 
 # Windows of a strip, and entries that are multiplied at a time: the least that a dot takes, as programs hold whole entries.
@@ -165,12 +165,12 @@ def _launch(kernel: triton.JITFunction, inputs: Inputs, strips: Strips, normalis
     settings = pool_settings(name, width, tokens.dtype, tokens.device)
     (slots,) = checks.unit_stride(tokens if slots is None else slots)
     if kernel is entries_backward_kernel:
-        blocks = triton.cdiv(strips.held_tokens, ENTRIES) + triton.cdiv(strips.held_slots, ENTRIES)
+        blocks = ceil_div(strips.held_tokens, ENTRIES) + ceil_div(strips.held_slots, ENTRIES)
     else:
-        blocks = triton.cdiv(strips.n_windows, WINDOWS)
+        blocks = ceil_div(strips.n_windows, WINDOWS)
     launch(
         kernel,
-        (strips.n_rows * blocks, triton.cdiv(width, settings.head_chunk)),
+        (strips.n_rows * blocks, ceil_div(width, settings.head_chunk)),
         tokens.device,
         tokens=tokens,
         slots=slots,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smt_kernels import backends, checks
 from smt_kernels.linear_cross_entropy.reference import linear_cross_entropy as reference
-from smt_kernels.operators import register
+from smt_kernels.operators import is_transformed, register
 from smt_kernels.precision import accumulation_dtype
 
 IGNORE_INDEX = -100
@@ -54,7 +54,8 @@ def linear_cross_entropy(
     backend = backends.choose("linear_cross_entropy", hidden, backend)
     if backend == "reference":
         return reference(hidden, weight, targets, ignore_index=ignore_index)
-    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+    # What ``torch.func`` maps over does not tell that it has a gradient.
+    wanted = [torch.is_grad_enabled() and (tensor.requires_grad or is_transformed()) for tensor in (hidden, weight)]
     loss, *_ = _run(hidden, weight, targets, ignore_index, *wanted, backend=backend)
     return loss
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import compiler_options, launch
+from smt_kernels.launch import compiler_options, launch, power_of_two
 from smt_kernels.linear_cross_entropy.chunks import backward, loss_and_gradients
 from smt_kernels.tiles import LN_2, LOG2_E
 
@@ -95,7 +95,7 @@ def softmax_step(
         logits: rows of C columns, of which the first ``n_classes`` are classes; contiguous.
     """
     n_columns = logits.shape[1]
-    block = min(LONGEST_BLOCK, triton.next_power_of_2(n_columns))
+    block = min(LONGEST_BLOCK, power_of_two(n_columns))
     launch(
         _softmax_kernel,
         (len(logits),),

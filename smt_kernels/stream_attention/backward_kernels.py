@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels import launch as launching
-from smt_kernels.launch import head_settings, launch
+from smt_kernels.launch import ceil_div, head_settings, launch
 from smt_kernels.stream_attention.geometry import (
     SIZES,
     arguments,
@@ -266,7 +266,7 @@ def backward(
     for queries, tokens in ((True, True),) if together else ((True, False), (False, True)):
         launch(
             _steps_kernel,
-            (triton.cdiv(n_keys, settings.query_block) * n_batch * n_kv_heads, triton.cdiv(head_dim, settings.head_chunk)),
+            (ceil_div(n_keys, settings.query_block) * n_batch * n_kv_heads, ceil_div(head_dim, settings.head_chunk)),
             q.device,
             *(grad_out, q, k, v, memory_k, memory_v, out, lse, delta, dq, dk, dv),
             *(x.stride()[:3] for x in (grad_out, q, k, v, memory_k, memory_v, out, dq, dk)),
@@ -284,7 +284,7 @@ def backward(
     settings = head_settings(TABLE, "stream_attention_slots", head_dim, q.dtype, q.device)
     launch(
         _slots_kernel,
-        (triton.cdiv(sizes["n_slots"], SLOT_BLOCK) * n_batch * n_kv_heads, triton.cdiv(head_dim, settings.head_chunk)),
+        (ceil_div(sizes["n_slots"], SLOT_BLOCK) * n_batch * n_kv_heads, ceil_div(head_dim, settings.head_chunk)),
         q.device,
         *(grad_out, q, memory_k, memory_v, lse, delta, dmemory_k, dmemory_v),
         *(x.stride()[:3] for x in (grad_out, q, memory_k, memory_v, dmemory_k)),

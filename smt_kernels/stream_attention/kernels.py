@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import head_settings, launch
+from smt_kernels.launch import ceil_div, head_settings, launch
 from smt_kernels.stream_attention.backward_kernels import backward
 from smt_kernels.stream_attention.geometry import SIZES, arguments, slot_visible, slots_seen, token_visible, tokens_seen
 from smt_kernels.stream_attention.settings import SLOT_BLOCK, TABLE
@@ -112,11 +112,11 @@ def forward(
     sizes = arguments(q, k, memory_k, window, first_step, first_slot)
     kernel = "stream_attention_forward" if sizes["GROUP"] == 1 else "stream_attention_forward_grouped"
     settings = head_settings(TABLE, kernel, head_dim, q.dtype, q.device)
-    n_blocks = triton.cdiv(n_queries * sizes["GROUP"], settings.query_block)
+    n_blocks = ceil_div(n_queries * sizes["GROUP"], settings.query_block)
     tensors = q, k, v, memory_k, memory_v, out
     launch(
         _forward_kernel,
-        (n_blocks * n_batch * k.shape[2], triton.cdiv(head_dim, settings.head_chunk)),
+        (n_blocks * n_batch * k.shape[2], ceil_div(head_dim, settings.head_chunk)),
         q.device,
         *tensors,
         lse,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import head_settings, launch, padded_size
+from smt_kernels.launch import ceil_div, head_settings, launch, padded_size
 from smt_kernels.stream_attention_decode.settings import TABLE
 from smt_kernels.tiles import LOG2_E, attend, load, products, rows, store_normalised
 
@@ -71,7 +71,7 @@ def forward(
     settings = head_settings(TABLE, "stream_attention_decode", head_dim, q.dtype, q.device)
     launch(
         _forward_kernel,
-        (n_batch * n_kv_heads, triton.cdiv(head_dim, settings.head_chunk)),
+        (n_batch * n_kv_heads, ceil_div(head_dim, settings.head_chunk)),
         q.device,
         *(q, k, v, memory_k, memory_v, n_tokens, n_slots, out),
         q.stride()[:2],

@@ -7,7 +7,7 @@ buffers of the whole pass, from which every weight gradient is one product, and 
 
 The folder, in the order to read it:
 
-    reference.py   the definition; the tuples of weights and inputs; which writes are a group, and what they see
+    reference.py   the definition; the tuples that all files hand on; which writes are a group, and what they see
     kept.py        what a forward pass keeps for its backward pass
     places.py      where a group lies in that
     blocked.py     the same out of the blocked forms of the two operations that it is made of, for any device
@@ -32,7 +32,7 @@ from smt_kernels.operators import register
 from smt_kernels.precision import accumulation_dtype
 from smt_kernels.stride_memory import reference
 from smt_kernels.stride_memory.kept import kept_size
-from smt_kernels.stride_memory.reference import Inputs, MemoryWeights
+from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, Pass
 from smt_kernels.window import WindowSpec
 
 
@@ -99,16 +99,12 @@ def stride_memory(
     timeline = Timeline(first_write, n_writes, write_group, first_step, first_write - (n_slots or 0))
     _check_settings(tokens, slots, window, timeline, dropout_mask)
     backend = backends.choose("stride_memory", tokens, backend)
-    inputs = Inputs(conv_state, ssm_state, gate, dropout_mask)
+    dropout = None if dropout_mask is None else dropout_mask.detach()
+    inputs = Inputs(conv_state, ssm_state, gate, dropout)
+    run = Pass(*checks.unit_stride(tokens), slots, weights, inputs, window, timeline, normalise)
     if backend == "reference":
-        if dropout_mask is not None:
-            inputs = inputs._replace(dropout=dropout_mask.detach())
-        settings = {"window": window, "timeline": timeline, "normalise": normalise}
-        return Memory(*reference.stride_memory(tokens, slots, weights, inputs, **settings))
-    (tokens,) = checks.unit_stride(tokens)
-    new_slots, new_conv, new_ssm, pooling, _ = _run(
-        tokens, slots, weights, inputs, window, timeline, normalise, backend=backend
-    )
+        return Memory(*reference.stride_memory(*run))
+    new_slots, new_conv, new_ssm, pooling, _ = _run(run, backend=backend)
     return Memory(new_slots, new_conv, new_ssm, pooling.transpose(0, 1).to(tokens.dtype))
 
 
@@ -172,23 +168,14 @@ def _check_settings(
         checks.like("dropout_mask", dropout_mask, "tokens", tokens)
 
 
-def _empty(
-    tokens: Tensor,
-    slots: Tensor | None,
-    weights: MemoryWeights,
-    inputs: Inputs,
-    window: WindowSpec,
-    timeline: Timeline,
-    normalise: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty(run: Pass, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """slots (B, K, d), both states after K, pooling weights (K, B, W), and what is kept, a buffer in float32 or float64."""
-    batch, _, width = tokens.shape
-    wide, size = accumulation_dtype(tokens.dtype), window.n_tokens if slots is None else window.size
-    states = (state.new_empty(state.shape) for state in inputs[:2])
-    pooling = tokens.new_empty((timeline.n_writes, batch, size), dtype=wide)
-    buffer = tokens.new_empty(kept_size(backend, tokens, slots, weights, inputs, window, timeline), dtype=wide)
-    return weights.norm_f.new_empty(batch, timeline.n_writes, width), *states, pooling, buffer
+    batch, _, width = run.tokens.shape
+    wide, n_writes = accumulation_dtype(run.tokens.dtype), run.timeline.n_writes
+    states = (state.new_empty(state.shape) for state in run.inputs[:2])
+    pooling = run.tokens.new_empty((n_writes, batch, run.pooled_size), dtype=wide)
+    buffer = run.tokens.new_empty(kept_size(backend, run), dtype=wide)
+    return run.weights.norm_f.new_empty(batch, n_writes, width), *states, pooling, buffer
 
 
 _run = register(_empty, outputs=4, kept=2, gradients=4 + len(MemoryWeights._fields))

@@ -15,50 +15,39 @@ from torch import Tensor
 
 from smt_kernels.attention_pool import blocked as pooling
 from smt_kernels.attention_pool import reference as pool
-from smt_kernels.attention_pool.reference import Timeline
 from smt_kernels.precision import accumulation
 from smt_kernels.stride_memory.kept import Kept, kept_of, new_kept
-from smt_kernels.stride_memory.reference import EPS, Group, Inputs, MemoryWeights, groups_of
+from smt_kernels.stride_memory.reference import EPS, Group, MemoryWeights, Pass
 from smt_kernels.stride_write.blocked import Order, order_of, write, write_backward
 from smt_kernels.stride_write.kept import KeptBlocked
-from smt_kernels.window import WindowSpec
 
 
-def forward(
-    tokens: Tensor,
-    slots: Tensor | None,
-    weights: MemoryWeights,
-    inputs: Inputs,
-    window: WindowSpec,
-    timeline: Timeline,
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Slots (B, K, d), both states after K writes, pooling weights (K, B, W), and what ``backward`` needs."""
-    arguments = "blocked", tokens, slots, weights, inputs, window, timeline
+    tokens, slots, weights, inputs, *_ = run
     wide = MemoryWeights(*map(accumulation, weights))
-    buffer, kept = new_kept(*arguments)
-    size = window.n_tokens if slots is None else window.size
-    pool_weights = wide.a.new_empty(timeline.n_writes, len(tokens), size)
-    pass_ = _Pass(tokens, slots, wide, inputs, window, timeline, normalise, kept, pool_weights)
+    buffer, kept = new_kept("blocked", run)
+    pool_weights = wide.a.new_empty(run.timeline.n_writes, len(tokens), run.pooled_size)
+    at, of_writes = _Places(run._replace(weights=wide), kept, pool_weights), wide.writes()
     if slots is not None:
-        kept.slots[: slots.shape[1]] = slots.transpose(0, 1)
+        kept.slots[: run.n_slots] = slots.transpose(0, 1)
     conv, ssm = ([accumulation(state) for state in states] for states in inputs[:2])
     new_slots = torch.empty_like(kept.x[0])
-    for index, group in enumerate(pass_.groups):
+    for index, group in enumerate(run.groups()):
         writes = slice(group.writes.start, group.writes.stop)
-        pooled, of_pool = pooling.forward(pass_.pooled_by(group), window, group.timeline, normalise)
-        for part, value in zip(pass_.of_pool(group), of_pool, strict=True):
+        pooled, of_pool = pooling.forward(at.pooled_by(group), run.window, group.timeline, run.normalise)
+        for part, value in zip(at.of_pool(group), of_pool, strict=True):
             part.copy_(value)
         kept.x[0, writes] = pooled.transpose(0, 1)
-        order = pass_.order(group)
+        order = at.order(group)
         for layer in range(len(conv)):
             x, normed, xz, y = (part[layer, writes] for part in (kept.x, kept.normed, kept.xz, kept.y))
             _normalise(x, wide.norm[layer], normed)
             torch.mm(normed.flatten(0, 1), wide.in_proj[layer].T, out=xz.flatten(0, 1))
             kept.starts[layer, index] = ssm[layer]
-            of_write = pass_.written(index, group, layer)
+            of_write = at.written(index, group, layer)
             result, conv[layer], ssm[layer] = write(
-                *xz.chunk(2, dim=-1), conv[layer], ssm[layer], wide.write(layer), order, of_write
+                *xz.chunk(2, dim=-1), conv[layer], ssm[layer], of_writes[layer], order, of_write
             )
             y.copy_(result)
             after = kept.x[layer + 1, writes].flatten(0, 1)
@@ -66,7 +55,7 @@ def forward(
         written = new_slots[writes]
         _normalise(kept.x[-1, writes], wide.norm_f, written)
         if slots is not None:
-            kept.slots[slots.shape[1] :][writes] = written.to(tokens.dtype)
+            kept.slots[run.n_slots :][writes] = written.to(tokens.dtype)
     states = (_stacked(parts, like) for parts, like in zip((conv, ssm), inputs[:2], strict=True))
     return _copied(new_slots.transpose(0, 1), weights.norm_f), *states, pool_weights, buffer
 
@@ -78,37 +67,32 @@ def backward(
     grad_pooling: Tensor | None,
     pool_weights: Tensor,
     buffer: Tensor,
-    tokens: Tensor,
-    slots: Tensor | None,
-    weights: MemoryWeights,
-    inputs: Inputs,
-    window: WindowSpec,
-    timeline: Timeline,
-    normalise: bool,
+    run: Pass,
 ) -> tuple[Tensor, ...]:
     """Gradients of tokens, slots (empty for None), all weights and both states, each in the dtype of its input."""
-    kept = kept_of(buffer, "blocked", tokens, slots, weights, inputs, window, timeline)
+    tokens, slots, weights, inputs, *_ = run
+    kept = kept_of(buffer, "blocked", run)
     wide = MemoryWeights(*map(accumulation, weights))
-    pass_ = _Pass(tokens, slots, wide, inputs, window, timeline, normalise, kept, pool_weights)
-    layers, n_slots = len(wide.a), 0 if slots is None else slots.shape[1]
+    at, of_writes = _Places(run._replace(weights=wide), kept, pool_weights), wide.writes()
+    layers, n_slots = len(wide.a), run.n_slots
     d_tokens = kept.x.new_zeros(tokens.shape)
-    d_slots = kept.x.new_zeros(n_slots + timeline.n_writes, *kept.x.shape[2:])
+    d_slots = kept.x.new_zeros(n_slots + run.timeline.n_writes, *kept.x.shape[2:])
     d_slots[n_slots:] = grad_slots.transpose(0, 1)
     grads = _Gradients(*(torch.empty_like(part) for part in (kept.x, kept.xz, kept.projected, kept.u, kept.query, kept.u_pool)))
     small = "norm", "conv_weight", "conv_bias", "a", "d", "norm_f"
     sums = wide._replace(**{name: torch.zeros_like(getattr(wide, name)) for name in small})
     conv, ssm = ([None] * layers if grad is None else list(grad) for grad in (grad_conv, grad_ssm))
-    for index, group in reversed([*enumerate(pass_.groups)]):
+    for index, group in reversed([*enumerate(run.groups())]):
         writes = slice(group.writes.start, group.writes.stop)
-        order = pass_.order(group)
+        order = at.order(group)
         d_x, d_norm = _normalise_backward(d_slots[n_slots:][writes], kept.x[layers, writes], wide.norm_f)
         sums.norm_f.add_(d_norm)
         for layer in reversed(range(layers)):
             grads.x[layer + 1, writes] = d_x
             d_y = (d_x.flatten(0, 1) @ wide.out_proj[layer]).view_as(kept.y[layer, writes])
             z, start = kept.xz[layer, writes].chunk(2, dim=-1)[1], kept.starts[layer, index]
-            of_write = pass_.written(index, group, layer)
-            found = write_backward(d_y, conv[layer], ssm[layer], z, start, wide.write(layer), order, of_write)
+            of_write = at.written(index, group, layer)
+            found = write_backward(d_y, conv[layer], ssm[layer], z, start, of_writes[layer], order, of_write)
             conv[layer], ssm[layer] = found.conv_state.permute(1, 2, 0), found.ssm_state.mT
             d_xz = grads.xz[layer, writes]
             torch.cat([found.x, found.z], dim=-1, out=d_xz)
@@ -125,11 +109,11 @@ def backward(
         d_query, du = pooling.entries_backward(
             d_x.transpose(0, 1),
             grad_weights,
-            pool.Kept(*pass_.of_pool(group)),
-            pass_.pooled_by(group),
-            window,
+            pool.Kept(*at.of_pool(group)),
+            at.pooled_by(group),
+            run.window,
             group.timeline,
-            normalise,
+            run.normalise,
             d_tokens[:, group.tokens],
             None if slots is None else d_slots[group.slots].transpose(0, 1),
         )
@@ -161,45 +145,34 @@ class _Gradients(NamedTuple):
     u_pool: Tensor  # (K, B, d)
 
 
-class _Pass:
+class _Places(NamedTuple):
     """Where each group of a pass finds what it takes and keeps."""
 
-    def __init__(
-        self,
-        tokens: Tensor,
-        slots: Tensor | None,
-        weights: MemoryWeights,
-        inputs: Inputs,
-        window: WindowSpec,
-        timeline: Timeline,
-        normalise: bool,
-        kept: Kept,
-        pool_weights: Tensor,
-    ) -> None:
-        self.groups = groups_of(window, timeline, None if slots is None else slots.shape[1])
-        self._tokens, self._pools_slots, self._weights, self._inputs = tokens, slots is not None, weights, inputs
-        self._kept, self._pool_weights = kept, pool_weights
+    run: Pass
+    kept: Kept
+    pool_weights: Tensor
 
     def pooled_by(self, group: Group) -> pool.Inputs:
         """What the windows of a group are pooled from."""
-        slots = self._kept.slots[group.slots].transpose(0, 1).to(self._tokens.dtype) if self._pools_slots else None
-        dropout = self._inputs.dropout
+        run = self.run
+        slots = None if run.slots is None else self.kept.slots[group.slots].transpose(0, 1).to(run.tokens.dtype)
+        dropout = run.inputs.dropout
         dropout = None if dropout is None else dropout[:, group.writes.start : group.writes.stop]
-        return pool.Inputs(self._tokens[:, group.tokens], slots, self._weights.w_q, self._weights.w_k, None, dropout)
+        return pool.Inputs(run.tokens[:, group.tokens], slots, run.weights.w_q, run.weights.w_k, None, dropout)
 
     def of_pool(self, group: Group) -> list[Tensor]:
         """What pooling keeps of a group, (B, K, .)."""
-        parts = self._pool_weights, self._kept.mean, self._kept.query, self._kept.u_pool
+        parts = self.pool_weights, self.kept.mean, self.kept.query, self.kept.u_pool
         return [part[group.writes.start : group.writes.stop].transpose(0, 1) for part in parts]
 
     def order(self, group: Group) -> Order | None:
-        gate = self._inputs.gate
+        gate = self.run.inputs.gate
         return order_of(None if gate is None else gate[:, group.writes.start : group.writes.stop])
 
     def written(self, index: int, group: Group, layer: int) -> KeptBlocked:
         """What ``stride_write`` keeps of a group in one layer."""
-        kept, start, stop = self._kept, group.writes.start, group.writes.stop
-        history = self._inputs.conv_state.shape[3]
+        kept, start, stop = self.kept, group.writes.start, group.writes.stop
+        history = self.run.inputs.conv_state.shape[3]
         inputs = kept.inputs[layer, start + history * index : stop + history * (index + 1)]
         parts = kept.conv, kept.u, kept.projected, kept.dt_input, kept.dt, kept.inner
         return KeptBlocked(inputs, *(part[layer, start:stop] for part in parts))

@@ -15,23 +15,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from smt_kernels.attention_pool import kernels as pooling
 from smt_kernels.attention_pool import reference as pool
-from smt_kernels.attention_pool.reference import Timeline
 from smt_kernels.attention_pool.strips import strips_of
+from smt_kernels.launch import ceil_div
 from smt_kernels.stride_memory.kept import Kept, kept_of
 from smt_kernels.stride_memory.norm import norm_backward, weight_sums
-from smt_kernels.stride_memory.places import Place, places_of, pooled_by
-from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, groups_of
+from smt_kernels.stride_memory.places import Layer, Place, layers_of, places_of, pooled_by, written_of_layers
+from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, Pass
 from smt_kernels.stride_write.blocks import partial_sums
-from smt_kernels.stride_write.convolution import Order, conv_states_backward, convolution_backward, order_of, tap_sums
+from smt_kernels.stride_write.conv_states import conv_states_backward
+from smt_kernels.stride_write.convolution_backward import convolution_backward, tap_sums
 from smt_kernels.stride_write.kernels import fewer
+from smt_kernels.stride_write.order import Order, order_of
 from smt_kernels.stride_write.scan import scan_block
 from smt_kernels.stride_write.scan_backward import ScanGradients, scan_backward
-from smt_kernels.window import WindowSpec
 
 
 class Gradients(NamedTuple):
@@ -58,20 +58,15 @@ def backward(
     grad_pooling: Tensor | None,
     pool_weights: Tensor,
     buffer: Tensor,
-    tokens: Tensor,
-    slots: Tensor | None,
-    weights: MemoryWeights,
-    inputs: Inputs,
-    window: WindowSpec,
-    timeline: Timeline,
-    normalise: bool,
+    run: Pass,
 ) -> tuple[Tensor, ...]:
     """Gradients of tokens, slots (empty for None), all weights and both states, each in the dtype of its input."""
-    weights, inputs, timeline = MemoryWeights(*weights), Inputs(*inputs), Timeline(*timeline)
-    kept = kept_of(buffer, "triton", tokens, slots, weights, inputs, window, timeline)
-    weights = MemoryWeights(*(weight.contiguous() for weight in weights))
-    batch, n_slots = len(tokens), 0 if slots is None else slots.shape[1]
-    places = places_of(groups_of(window, timeline, None if slots is None else n_slots), batch)
+    run = Pass.of(run)
+    kept = kept_of(buffer, "triton", run)
+    run = run._replace(weights=MemoryWeights(*(weight.contiguous() for weight in run.weights)))
+    tokens, slots, weights, inputs, *_ = run
+    batch, n_slots = len(tokens), run.n_slots
+    places = places_of(run.groups(), batch)
     grads = _empty(kept, weights, inputs, places, n_slots)
     grads.slots[n_slots:] = grad_slots.transpose(0, 1)
     grads.ssm.zero_() if grad_ssm is None else grads.ssm.copy_(grad_ssm)
@@ -79,27 +74,37 @@ def backward(
     kept_of_pool = pool.Kept(*(part.flatten(0, 1) for part in (pool_weights, kept.mean, kept.query, kept.u_pool)))
     of_pool = pooling.PoolGradients.empty(kept_of_pool)
     order, strides_place = order_of(inputs.gate), (1, batch)
+    layers = [*zip(layers_of(run, kept), _of_layers(grads, grad_conv), strict=True)]
     for place in reversed(places):
-        _layers_backward(place, kept, grads, weights, inputs, grad_conv, order, n_slots)
-        pooled_from, strips = pooled_by(place, tokens, kept, weights, dropout, window)
+        _layers_backward(place, run, kept, grads, layers, order)
+        pooled_from, strips = pooled_by(place, run, kept, dropout)
         grad_pooled = grads.x[0, place.writes].transpose(0, 1)
         grad_weights = None if grad_pooling is None else place.rows_of(grad_pooling)
         of_group = pool.Kept(*(part[place.rows] for part in kept_of_pool))
         grads_of_group = pooling.PoolGradients(*(part[place.rows] for part in of_pool))
         pooling.query_backward(
-            grad_pooled, grad_weights, pooled_from, strips, strides_place, normalise, of_group, grads_of_group
+            grad_pooled, grad_weights, pooled_from, strips, strides_place, run.normalise, of_group, grads_of_group
         )
         if strips.held_slots:
             d_held, only = grads.slots[place.group.slots].transpose(0, 1), strips._replace(held_tokens=0)
             pooling.entries_backward(
-                grad_pooled, pooled_from, only, strides_place, normalise, of_group, grads_of_group, d_held, d_held, adds=True
+                grad_pooled,
+                pooled_from,
+                only,
+                strides_place,
+                run.normalise,
+                of_group,
+                grads_of_group,
+                d_held,
+                d_held,
+                adds=True,
             )
     d_tokens = tokens.new_empty(tokens.shape)
     pooled_from = pool.Inputs(tokens, None if slots is None else tokens[:, :0], weights.w_q, weights.w_k, None, dropout)
-    strips = strips_of(pooled_from, window, timeline)
+    strips = strips_of(pooled_from, run.window, run.timeline)
     grad_pooled = grads.x[0].transpose(0, 1)
     pooling.entries_backward(
-        grad_pooled, pooled_from, strips, strides_place, normalise, kept_of_pool, of_pool, d_tokens, d_tokens
+        grad_pooled, pooled_from, strips, strides_place, run.normalise, kept_of_pool, of_pool, d_tokens, d_tokens
     )
     d_conv = inputs.conv_state.new_empty(inputs.conv_state.shape)
     conv_states_backward(grads.conv, grad_conv, order, weights.conv_weight, d_conv)
@@ -108,61 +113,67 @@ def backward(
     return d_tokens, d_slots, *of_weights, d_conv, grads.ssm.to(inputs.ssm_state.dtype)
 
 
+class LayerGradients(NamedTuple):
+    """Of all groups in one layer."""
+
+    inputs: Tensor  # (K, B, E), of the convolution
+    conv: Tensor  # (K, B, E)
+    ssm: Tensor  # (B, E, N)
+    taps: Tensor  # (sums, E, C + 1)
+    new_conv: Tensor | None  # (B, E, C - 1), of the conv state after all writes
+
+
+def _of_layers(grads: Gradients, grad_conv: Tensor | None) -> list[LayerGradients]:
+    stacked = grads.xz[..., : grads.conv.shape[-1]], grads.conv, grads.ssm, grads.taps
+    of_new = [None] * len(grads.conv) if grad_conv is None else grad_conv.unbind(0)
+    return [LayerGradients(*of_layer) for of_layer in zip(*(part.unbind(0) for part in stacked), of_new, strict=True)]
+
+
 def _layers_backward(
     place: Place,
+    run: Pass,
     kept: Kept,
     grads: Gradients,
-    weights: MemoryWeights,
-    inputs: Inputs,
-    grad_conv: Tensor | None,
+    layers: list[tuple[Layer, LayerGradients]],
     order: Order | None,
-    n_slots: int,
 ) -> None:
     """From the gradients of the slots of one group to those of what is pooled."""
-    layers, inner, n_state = weights.a.shape
+    _, inner, n_state = run.weights.a.shape
     n_writes, batch = len(place.group.writes), grads.ssm.shape[1]
-    blocks = triton.cdiv(inner, scan_block("scan_backward", n_writes, n_state, grads.x.device))
+    blocks = ceil_div(inner, scan_block("scan_backward", n_writes, n_state, grads.x.device))
     chunks = place.chunks.stop - place.chunks.start
-    gate = None if inputs.gate is None else inputs.gate[:, place.writes]
-    d_slots = grads.slots[n_slots:][place.writes].flatten(0, 1)
+    gate = None if run.inputs.gate is None else run.inputs.gate[:, place.writes]
+    d_slots = grads.slots[run.n_slots :][place.writes].flatten(0, 1)
     d_x, d_normed = torch.empty_like(d_slots), grads.x.new_empty(d_slots.shape)
     d_y = grads.x.new_empty(n_writes, batch, inner)
-    sums = weight_sums(len(d_x))
-    of_x = [place.rows_of(grads.x[layer]) for layer in range(layers + 1)]
-    norm_backward(d_slots, place.rows_of(kept.x[layers]), weights.norm_f, None, d_x, of_x[layers], grads.norm[layers, :sums])
-    for layer in reversed(range(layers)):
-        of_write = weights.write(layer)
-        torch.mm(of_x[layer + 1], weights.out_proj[layer], out=d_y.flatten(0, 1))
-        of_scan = ScanGradients(
-            z=grads.xz[layer, place.writes, :, inner:],
-            u=grads.conv[layer, place.writes],
-            dt_product=grads.dt_product[layer, place.writes],
-            projected=partial_sums(d_x, blocks, n_writes, batch, weights.x_proj.shape[1]),
-            ssm_state=grads.ssm[layer],
-            bias=grads.bias[layer, :chunks],
-            a=grads.a[layer, :chunks],
-            d=grads.d[layer, :chunks],
-        )
-        z, starts = kept.xz[layer, place.writes, :, inner:], kept.starts[layer, place.chunks]
-        written = place.written(kept, layer)
-        scan_backward(d_y, grads.ssm[layer], z, gate, written, of_write, starts, of_scan, adds=True)
+    d_y_rows, partials = d_y.flatten(0, 1), partial_sums(d_x, blocks, n_writes, batch, kept.projected.shape[3])
+    totals, of_x, of_xz = (place.rows_of_layers(of) for of in (kept.x, grads.x, grads.xz))
+    z, of_z = (place.writes_of_layers(of[..., inner:]) for of in (kept.xz, grads.xz))
+    of_u, of_dt, of_projected = map(place.writes_of_layers, (grads.conv, grads.dt_product, grads.projected))
+    of_norm = grads.norm[:, : weight_sums(len(d_x))].unbind(0)
+    of_bias, of_a, of_d = (part[:, :chunks].unbind(0) for part in (grads.bias, grads.a, grads.d))
+    written = written_of_layers(place, kept)
+    norm_backward(d_slots, totals[-1], run.weights.norm_f, None, d_x, of_x[-1], of_norm[-1])
+    for i, (layer, of_layer) in reversed([*enumerate(layers)]):
+        torch.mm(of_x[i + 1], layer.out_proj, out=d_y_rows)
+        of_scan = ScanGradients(of_z[i], of_u[i], of_dt[i], partials, of_layer.ssm, of_bias[i], of_a[i], of_d[i])
+        scan_backward(d_y, of_layer.ssm, z[i], gate, written[i], layer.write, written[i].starts, of_scan, adds=True)
         convolution_backward(
-            kept.xz[layer, ..., :inner],
-            inputs.conv_state[layer],
+            layer.inputs,
+            layer.conv_state,
             order,
-            of_write,
-            fewer(of_scan.projected),
-            None if grad_conv is None else grad_conv[layer],
-            grads.conv[layer],
-            grads.projected[layer, place.writes],
-            grads.xz[layer, ..., :inner],
-            grads.taps[layer],
+            layer.write,
+            fewer(partials),
+            of_layer.new_conv,
+            of_layer.conv,
+            of_projected[i],
+            of_layer.inputs,
+            of_layer.taps,
             place.group.writes,
             adds=True,
         )
-        torch.mm(place.rows_of(grads.xz[layer]), weights.in_proj[layer], out=d_normed)
-        total = place.rows_of(kept.x[layer])
-        norm_backward(d_normed, total, weights.norm[layer], d_x, d_x, of_x[layer], grads.norm[layer, :sums])
+        torch.mm(of_xz[i], layer.in_proj, out=d_normed)
+        norm_backward(d_normed, totals[i], layer.norm, d_x, d_x, of_x[i], of_norm[i])
 
 
 def _empty(kept: Kept, weights: MemoryWeights, inputs: Inputs, places: list[Place], n_slots: int) -> Gradients:

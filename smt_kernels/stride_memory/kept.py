@@ -7,12 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smt_kernels.attention_pool.reference import Timeline
 from smt_kernels.kept import Part, buffer_size, new_buffer, parts_of
 from smt_kernels.precision import accumulation_dtype
-from smt_kernels.stride_memory.reference import Group, Inputs, MemoryWeights, groups_of
+from smt_kernels.stride_memory.reference import Group, Pass
 from smt_kernels.stride_write.kept import CHUNK
-from smt_kernels.window import WindowSpec
 
 
 class Kept(NamedTuple):
@@ -47,19 +45,11 @@ def chunks_of(groups: list[Group]) -> list[slice]:
     return chunks
 
 
-def _parts(
-    backend: str,
-    tokens: Tensor,
-    slots: Tensor | None,
-    weights: MemoryWeights,
-    inputs: Inputs,
-    window: WindowSpec,
-    timeline: Timeline,
-) -> dict[str, Part]:
+def _parts(backend: str, run: Pass) -> dict[str, Part]:
+    tokens, weights, groups = run.tokens, run.weights, run.groups()
     batch, _, width = tokens.shape
     layers, inner, n_state = weights.a.shape
-    writes, taps, wide_dtype = timeline.n_writes, weights.conv_weight.shape[2], accumulation_dtype(tokens.dtype)
-    groups = groups_of(window, timeline, None if slots is None else slots.shape[1])
+    writes, taps, wide_dtype = run.timeline.n_writes, weights.conv_weight.shape[2], accumulation_dtype(tokens.dtype)
     fused = backend == "triton"
     dtype = tokens.dtype if fused else wide_dtype
 
@@ -75,7 +65,7 @@ def _parts(
         mean=part(writes, batch, width),
         query=part(writes, batch, len(weights.w_q)),
         u_pool=part(writes, batch, width),
-        slots=nothing if slots is None else part(slots.shape[1] + writes, batch, width),
+        slots=nothing if run.slots is None else part(run.n_slots + writes, batch, width),
         x=part(layers + 1, writes, batch, width, dtype=wide_dtype),
         normed=of_layers(width),
         xz=of_layers(2 * inner),
@@ -92,18 +82,18 @@ def _parts(
     )._asdict()
 
 
-def kept_size(backend: str, tokens: Tensor, *arguments: object) -> int:
-    """Elements, in the accumulation dtype, that hold what ``forward`` keeps; its arguments but the last."""
-    return buffer_size(_parts(backend, tokens, *arguments), accumulation_dtype(tokens.dtype))
+def kept_size(backend: str, run: Pass) -> int:
+    """Elements, in the accumulation dtype, that hold what ``forward`` keeps."""
+    return buffer_size(_parts(backend, run), accumulation_dtype(run.tokens.dtype))
 
 
-def new_kept(backend: str, tokens: Tensor, *arguments: object) -> tuple[Tensor, Kept]:
+def new_kept(backend: str, run: Pass) -> tuple[Tensor, Kept]:
     """A buffer of ``kept_size`` elements, and its parts."""
-    parts = _parts(backend, tokens, *arguments)
-    buffer = new_buffer(tokens, parts, accumulation_dtype(tokens.dtype))
+    parts = _parts(backend, run)
+    buffer = new_buffer(run.tokens, parts, accumulation_dtype(run.tokens.dtype))
     return buffer, Kept(**parts_of(buffer, parts))
 
 
-def kept_of(buffer: Tensor, backend: str, *arguments: object) -> Kept:
+def kept_of(buffer: Tensor, backend: str, run: Pass) -> Kept:
     """A buffer of ``kept_size`` elements cut into its parts."""
-    return Kept(**parts_of(buffer, _parts(backend, *arguments)))
+    return Kept(**parts_of(buffer, _parts(backend, run)))

@@ -17,74 +17,53 @@ from torch import Tensor
 
 from smt_kernels.attention_pool import kernels as pooling
 from smt_kernels.attention_pool import reference as pool
-from smt_kernels.attention_pool.reference import Timeline
 from smt_kernels.stride_memory.gradients import backward
 from smt_kernels.stride_memory.kept import new_kept
 from smt_kernels.stride_memory.norm import add_and_norm
-from smt_kernels.stride_memory.places import places_of, pooled_by
-from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, groups_of
-from smt_kernels.stride_write.convolution import conv_states, order_of
+from smt_kernels.stride_memory.places import layers_of, places_of, pooled_by, written_of_layers
+from smt_kernels.stride_memory.reference import MemoryWeights, Pass
+from smt_kernels.stride_write.conv_states import conv_states
 from smt_kernels.stride_write.kernels import write_rows
+from smt_kernels.stride_write.order import order_of
 from smt_kernels.stride_write.scan import scan
-from smt_kernels.window import WindowSpec
 
 __all__ = ["backward", "forward"]
 
 
-def forward(
-    tokens: Tensor,
-    slots: Tensor | None,
-    weights: MemoryWeights,
-    inputs: Inputs,
-    window: WindowSpec,
-    timeline: Timeline,
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Slots (B, K, d), both states after K writes, pooling weights (K, B, W) in fp32, and what ``backward`` needs."""
-    # Plain tuples where compiled ahead of time.
-    weights, inputs, timeline = MemoryWeights(*weights), Inputs(*inputs), Timeline(*timeline)
-    buffer, kept = new_kept("triton", tokens, slots, weights, inputs, window, timeline)
-    weights = MemoryWeights(*(weight.contiguous() for weight in weights))
-    (layers, inner, _), (batch, _, width) = weights.a.shape, tokens.shape
-    new_slots = weights.norm_f.new_empty(batch, timeline.n_writes, width)
+    run = Pass.of(run)
+    buffer, kept = new_kept("triton", run)
+    run = run._replace(weights=MemoryWeights(*(weight.contiguous() for weight in run.weights)))
+    tokens, slots, weights, inputs, *_ = run
+    (n_layers, inner, _), (batch, _, width), n_writes = weights.a.shape, tokens.shape, run.timeline.n_writes
+    new_slots = weights.norm_f.new_empty(batch, n_writes, width)
     new_conv, new_ssm = (state.new_empty(state.shape) for state in (inputs.conv_state, inputs.ssm_state))
-    size = window.n_tokens if slots is None else window.size
-    pool_weights = tokens.new_empty((timeline.n_writes, batch, size), dtype=torch.float32)
+    pool_weights = tokens.new_empty((n_writes, batch, run.pooled_size), dtype=torch.float32)
     dropout = None if inputs.dropout is None else inputs.dropout.transpose(0, 1).contiguous()
     order, strides_place = order_of(inputs.gate), (1, batch)
     if slots is not None:
-        kept.slots[: slots.shape[1]] = slots.transpose(0, 1)
+        kept.slots[: run.n_slots] = slots.transpose(0, 1)
     kept.starts[:, 0] = inputs.ssm_state
-    n_chunks = kept.starts.shape[1]
-    for place in places_of(groups_of(window, timeline, None if slots is None else slots.shape[1]), batch):
-        pooled_from, strips = pooled_by(place, tokens, kept, weights, dropout, window)
+    n_chunks, layers, slots_by_time = kept.starts.shape[1], layers_of(run, kept), new_slots.transpose(0, 1)
+    for place in places_of(run.groups(), batch):
+        pooled_from, strips = pooled_by(place, run, kept, dropout)
         kept_of_pool = pool.Kept(*map(place.rows_of, (pool_weights, kept.mean, kept.query, kept.u_pool)))
         x, update = (tokens.new_empty(len(kept_of_pool.mean), width) for _ in range(2))
-        pooling.pool(pooled_from, strips, strides_place, normalise, kept_of_pool, x)
+        pooling.pool(pooled_from, strips, strides_place, run.normalise, kept_of_pool, x)
         gate = None if inputs.gate is None else inputs.gate[:, place.writes]
-        for layer in range(layers):
-            total, normed, xz, y = (place.rows_of(of[layer]) for of in (kept.x, kept.normed, kept.xz, kept.y))
-            add_and_norm(x, update if layer else None, weights.norm[layer], total, normed)
-            torch.mm(normed, weights.in_proj[layer].T, out=xz)
-            of_write, halves = weights.write(layer), kept.xz[layer]
-            partials = write_rows(
-                halves[..., :inner], inputs.conv_state[layer], order, of_write, kept.u[layer], place.group.writes
-            )
-            stop = place.chunks.stop
-            scan(
-                halves[place.writes, :, inner:],
-                gate,
-                place.written(kept, layer),
-                partials,
-                of_write,
-                kept.starts[layer, place.chunks.start],
-                kept.y[layer, place.writes],
-                kept.starts[layer, stop] if stop < n_chunks else new_ssm[layer],
-            )
-            torch.mm(y, weights.out_proj[layer].T, out=update)
-            x = total
-        new = None if slots is None else kept.slots[slots.shape[1] :][place.writes].flatten(0, 1)
-        last = place.rows_of(kept.x[layers])
-        add_and_norm(x, update, weights.norm_f, last, new, new_slots.transpose(0, 1)[place.writes])
+        totals, normed, xz, y = (place.rows_of_layers(of) for of in (kept.x, kept.normed, kept.xz, kept.y))
+        z, gated = (place.writes_of_layers(of) for of in (kept.xz[..., inner:], kept.y))
+        written, start, stop = written_of_layers(place, kept), place.chunks.start, place.chunks.stop
+        starts, ends = kept.starts[:, start].unbind(0), (kept.starts[:, stop] if stop < n_chunks else new_ssm).unbind(0)
+        for i, layer in enumerate(layers):
+            add_and_norm(x, update if i else None, layer.norm, totals[i], normed[i])
+            torch.mm(normed[i], layer.in_proj_t, out=xz[i])
+            partials = write_rows(layer.inputs, layer.conv_state, order, layer.write, layer.u, place.group.writes)
+            scan(z[i], gate, written[i], partials, layer.write, starts[i], gated[i], ends[i])
+            torch.mm(y[i], layer.out_proj_t, out=update)
+            x = totals[i]
+        new = None if slots is None else kept.slots[run.n_slots :][place.writes].flatten(0, 1)
+        add_and_norm(x, update, weights.norm_f, totals[n_layers], new, slots_by_time[place.writes])
     conv_states(kept.xz[..., :inner], inputs.conv_state, order, new_conv)
     return new_slots, new_conv, new_ssm, pool_weights, buffer

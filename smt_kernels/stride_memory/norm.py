@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import compiler_options, launch
+from smt_kernels.launch import compiler_options, launch, power_of_two
 from smt_kernels.stride_memory.reference import EPS as REFERENCE_EPS
 from smt_kernels.stride_write.blocks import load, store
 
@@ -102,4 +102,4 @@ def weight_sums(n_rows: int) -> int:
 
 def _sizes(x: Tensor) -> dict[str, int | bool]:
     width = x.shape[-1]
-    return {"WIDTH": width, "D": triton.next_power_of_2(width), **compiler_options(num_warps=4, num_stages=1)}
+    return {"WIDTH": width, "D": power_of_two(width), **compiler_options(num_warps=4, num_stages=1)}

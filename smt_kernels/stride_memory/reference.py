@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,10 @@ class MemoryWeights(NamedTuple):
     out_proj: Tensor  # (L, d, E)
     norm_f: Tensor  # (d,)
 
-    def write(self, layer: int) -> Weights:
-        """What ``stride_write`` takes of a layer."""
+    def writes(self) -> list[Weights]:
+        """What ``stride_write`` takes of each layer."""
         stacked = self.conv_weight, self.conv_bias, self.x_proj, self.dt_proj, self.dt_bias, self.a, self.d
-        return Weights(*(weight[layer] for weight in stacked))
+        return [Weights(*of_layer) for of_layer in zip(*(weight.unbind(0) for weight in stacked), strict=True)]
 
 
 class Inputs(NamedTuple):
@@ -47,6 +48,38 @@ class Inputs(NamedTuple):
     ssm_state: Tensor  # (L, B, E, N)
     gate: Tensor | None  # (B, K) bool
     dropout: Tensor | None  # (B, K, W)
+
+
+class Pass(NamedTuple):
+    """A run of writes: all that it takes."""
+
+    tokens: Tensor  # (B, T, d)
+    slots: Tensor | None  # (B, n, d), those before the first write; None: none is pooled
+    weights: MemoryWeights
+    inputs: Inputs
+    window: WindowSpec
+    timeline: Timeline
+    normalise: bool
+
+    @classmethod
+    def of(cls, parts: Iterable[Any]) -> Pass:
+        """From a pass, or plain tuples in its stead where compiled ahead of time."""
+        tokens, slots, weights, inputs, window, timeline, normalise = parts
+        return cls(tokens, slots, MemoryWeights(*weights), Inputs(*inputs), window, Timeline(*timeline), normalise)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots before the first write."""
+        return 0 if self.slots is None else self.slots.shape[1]
+
+    @property
+    def pooled_size(self) -> int:
+        """Entries that a write pools."""
+        return self.window.n_tokens if self.slots is None else self.window.size
+
+    def groups(self) -> list[Group]:
+        """The groups of its writes."""
+        return groups_of(self.window, self.timeline, None if self.slots is None else self.n_slots)
 
 
 class Group(NamedTuple):
@@ -79,29 +112,23 @@ def groups_of(window: WindowSpec, timeline: Timeline, n_slots: int | None) -> li
 
 
 @unaffected_by_autocast
-def stride_memory(
-    tokens: Tensor,
-    slots: Tensor | None,
-    weights: MemoryWeights,
-    inputs: Inputs,
-    *,
-    window: WindowSpec,
-    timeline: Timeline,
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Slots (B, K, d), both states after K writes and the weights of pooling (B, K, W). See the package docstring."""
+def stride_memory(tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the parts of a pass, slots (B, K, d), both states after K writes and the weights of pooling (B, K, W). See the
+    package docstring."""
+    run = Pass(tokens, *others)
+    weights, inputs, held = run.weights, run.inputs, run.slots
     conv, ssm, written, all_pooling = list(inputs.conv_state), list(inputs.ssm_state), [], []
-    held = slots
-    for group in groups_of(window, timeline, None if slots is None else slots.shape[1]):
+    of_writes = weights.writes()
+    for group in run.groups():
         writes = slice(group.writes.start, group.writes.stop)
         x, pooling = attention_pool_sequence(
             tokens[:, group.tokens],
             None if held is None else held[:, group.slots],
             weights.w_q,
             weights.w_k,
-            window=window,
+            window=run.window,
             timeline=group.timeline,
-            normalise=normalise,
+            normalise=run.normalise,
             dropout_mask=None if inputs.dropout is None else inputs.dropout[:, writes],
         )
         x = x.to(weights.norm_f.dtype)
@@ -109,7 +136,7 @@ def stride_memory(
         for layer in range(len(conv)):
             normed = _rms_norm(x, weights.norm[layer]).to(tokens.dtype)
             half, z = (normed @ weights.in_proj[layer].T).chunk(2, dim=-1)
-            y, conv[layer], ssm[layer] = stride_write(half, z, conv[layer], ssm[layer], weights.write(layer), gate)
+            y, conv[layer], ssm[layer] = stride_write(half, z, conv[layer], ssm[layer], of_writes[layer], gate)
             x = x + y @ weights.out_proj[layer].T
         written.append(_rms_norm(x, weights.norm_f))
         all_pooling.append(pooling)

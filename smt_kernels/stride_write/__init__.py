@@ -5,14 +5,17 @@ h_k = exp(dt_k a) h_{k-1} + dt_k b_k u_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
 
 The folder, in the order to read it:
 
-    reference.py     the definition, and the tuple of weights that all files hand on
-    kept.py          what a forward pass keeps for its backward pass
-    blocked.py       the same for all K at once but for the recurrence, for any device
-    blocks.py        the parts of the formula that kernels share, and their launch with its settings
-    kernels.py       the Triton backend: a single write in one launch; several as convolution and scan
-    convolution.py   what comes before W_x and that product, forward and backward
-    scan.py          what comes behind it, forward, parallel in time
-    scan_backward.py and backward
+    reference.py              the definition, and the tuple of weights that all files hand on
+    kept.py                   what a forward pass keeps for its backward pass
+    blocked.py                the same for all K at once but for the recurrence, for any device
+    blocks.py                 the parts of the formula that kernels share, and their launch with its settings
+    order.py                  which writes of each row happen, as kernels look it up
+    kernels.py                the Triton backend: a single write in one launch; several as convolution and scan
+    convolution.py            what comes before W_x and that product
+    convolution_backward.py   and backward
+    conv_states.py            what is left of the convolution's inputs for the next writes, and backward
+    scan.py                   what comes behind W_x, parallel in time
+    scan_backward.py          and backward
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import launch
+from smt_kernels.launch import ceil_div, launch, power_of_two
 from smt_kernels.stride_write.blocks import (
     advance,
     channels,
@@ -38,17 +38,11 @@ from smt_kernels.stride_write.blocks import (
     store_columns,
     strides,
 )
-from smt_kernels.stride_write.convolution import (
-    Order,
-    conv_blocks,
-    conv_states,
-    conv_states_backward,
-    convolution,
-    convolution_backward,
-    order_of,
-    tap_sums,
-)
+from smt_kernels.stride_write.conv_states import conv_states, conv_states_backward
+from smt_kernels.stride_write.convolution import conv_blocks, convolution
+from smt_kernels.stride_write.convolution_backward import convolution_backward, tap_sums
 from smt_kernels.stride_write.kept import CHUNK, Kept, kept_of, new_kept
+from smt_kernels.stride_write.order import Order, order_of
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.scan import scan, scan_block
 from smt_kernels.stride_write.scan_backward import ScanGradients, scan_backward
@@ -105,7 +99,7 @@ def backward(
     (batch, n_writes, width), (wide, n_state) = x.shape, (len(weights.x_proj_weight), weights.a.shape[1])
     kept = kept_of("triton", buffer, x, conv_state, wide, n_state)
     starts = kept.starts if len(kept.starts) else ssm_state[None]
-    blocks = triton.cdiv(width, scan_block("scan_backward", n_writes, n_state, x.device))
+    blocks = ceil_div(width, scan_block("scan_backward", n_writes, n_state, x.device))
     d_x, d_z = (model.new_empty(model.shape) for model in (x, z))
     grads = ScanGradients(
         z=d_z.transpose(0, 1),
@@ -221,7 +215,7 @@ def _single_write(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, z (B, 1, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, 1) -> y (B, 1, E) and both states; fills kept."""
     (batch, _, width), n_state, rank = x.shape, weights.a.shape[1], weights.dt_proj_weight.shape[1]
-    padded_state, padded_rank = triton.next_power_of_2(n_state), triton.next_power_of_2(rank)
+    padded_state, padded_rank = power_of_two(n_state), power_of_two(rank)
     y, new_conv_state, new_ssm_state = (model.new_empty(model.shape) for model in (x, conv_state, ssm_state))
     chosen = settings("single_write", x.device)
     launch(

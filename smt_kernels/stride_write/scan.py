@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import launch, padded_size
+from smt_kernels.launch import ceil_div, launch, padded_size, power_of_two
 from smt_kernels.stride_write.blocks import channels, load, settings, silu, softplus, store, strides
 from smt_kernels.stride_write.kept import CHUNK, Kept
 from smt_kernels.stride_write.reference import Weights
@@ -216,7 +216,7 @@ def scan(
 
     Fills what else is kept. ssm_state and new_ssm_state are (B, E, N), the second contiguous; the gate is (B, K).
     """
-    n_chunks = triton.cdiv(len(z), CHUNK)
+    n_chunks = ceil_div(len(z), CHUNK)
     inputs = scan_inputs(z, gate, kept, weights, "scan")
     inputs |= {"u": kept.u, "dt_proj_weight": weights.dt_proj_weight, "d": weights.d}
     inputs |= {"strides_y": y.stride()[:2], "stride_partials": partials.stride(0)}
@@ -239,13 +239,13 @@ def carry(first: Tensor | None, ends: Tensor, sums: Tensor, a: Tensor, starts: T
     n_chunks, batch, width, n_state = ends.shape
     chosen, states, steps = (
         settings("carry", a.device),
-        triton.next_power_of_2(n_state),
-        min(STEPS, triton.next_power_of_2(n_chunks)),
+        power_of_two(n_state),
+        min(STEPS, power_of_two(n_chunks)),
     )
     block = chosen.width(steps * states)
     launch(
         carry_kernel,
-        (batch, triton.cdiv(width, block)),
+        (batch, ceil_div(width, block)),
         a.device,
         first=first,
         ends=ends,
@@ -270,7 +270,7 @@ def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, ke
     """What the kernels take that walk over the writes of z (K, B, E), and their sizes."""
     n_writes, batch, width = z.shape
     n_state, rank = weights.a.shape[1], weights.dt_proj_weight.shape[1]
-    states, steps = triton.next_power_of_2(n_state), scan_steps(n_writes)
+    states, steps = power_of_two(n_state), scan_steps(n_writes)
     return {
         "z": z,
         "gate": gate,
@@ -294,17 +294,17 @@ def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, ke
 
 def scan_steps(n_writes: int) -> int:
     """How many of them a program takes at once."""
-    return min(STEPS, triton.next_power_of_2(n_writes))
+    return min(STEPS, power_of_two(n_writes))
 
 
 def scan_block(kernel: str, n_writes: int, n_state: int, device: torch.device) -> int:
     """How many of the E channels a program of ``kernel`` has."""
-    block = settings(kernel, device).width(scan_steps(n_writes) * triton.next_power_of_2(n_state))
+    block = settings(kernel, device).width(scan_steps(n_writes) * power_of_two(n_state))
     return max(min(block, 64), 16)  # at least what a dot takes, and no more than keeps a GPU busy
 
 
 def launch_scan(kernel: triton.JITFunction, name: str, n_chunks: int, **arguments: object) -> None:
     """Launch ``kernel`` once per chunk, batch row and block of E; ``arguments`` hold ``scan_inputs``."""
     device = arguments["z"].device
-    grid = n_chunks * arguments["n_batch"], triton.cdiv(arguments["width"], arguments["E"])
+    grid = n_chunks * arguments["n_batch"], ceil_div(arguments["width"], arguments["E"])
     launch(kernel, grid, device, **arguments, **settings(name, device).options)

@@ -20,7 +20,7 @@ from smt_kernels.attention_pool.reference import Inputs, Kept, Timeline
 from smt_kernels.launch import HEADS
 from smt_kernels.stride_memory import kept as memory_kept
 from smt_kernels.stride_memory.reference import Inputs as MemoryInputs
-from smt_kernels.stride_memory.reference import MemoryWeights
+from smt_kernels.stride_memory.reference import MemoryWeights, Pass
 from smt_kernels.stride_write.kept import CHUNK, kept_size
 from smt_kernels.testing.aot import Call
 from smt_kernels.window import WindowSpec
@@ -198,13 +198,13 @@ def stride_memory(direction: str, width: int, dtype: torch.dtype, device: str) -
     states_of = {"conv": (1, batch, inner, taps - 1), "ssm": (1, batch, inner, states)}
     inputs = MemoryInputs(*(wide(*shape) for shape in states_of.values()), None, None)
     slots, timeline = tensor(batch, window.n_memory, model), Timeline(first_write, writes, 8, first_step, first_write - 15)
-    rest = {"tokens": tokens, "slots": slots, "weights": weights, "inputs": inputs, "window": window, "timeline": timeline}
-    arguments = rest | {"normalise": True}
+    run = Pass(tokens, slots, weights, inputs, window, timeline, normalise=True)
+    arguments = {"run": run}
     if direction == "backward":
         arguments |= {"grad_slots": wide(batch, writes, model), "grad_pooling": None}
         arguments |= {f"grad_{name}": wide(*shape) for name, shape in states_of.items()}
         arguments |= {"pool_weights": wide(writes, batch, window.size)}
-        arguments["buffer"] = wide(memory_kept.kept_size("triton", *rest.values()))
+        arguments["buffer"] = wide(memory_kept.kept_size("triton", run))
     return Case(Call(f"smt_kernels.stride_memory.kernels:{direction}", arguments), 0, batch * writes * window.stride)
 
 

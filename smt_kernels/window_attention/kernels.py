@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smt_kernels.launch import head_settings, launch, padded_size
+from smt_kernels.launch import ceil_div, head_settings, launch, padded_size
 from smt_kernels.tiles import LOG2_E, base_two, dot, load, products, rows, store, store_normalised
 from smt_kernels.window_attention.settings import TABLE
 
@@ -261,7 +261,7 @@ def _launch(
     main_keys, remainder_keys = _blocks(window)
     launch(
         kernel,
-        (n_windows * n_kv_heads, triton.cdiv(head_dim, settings.head_chunk)),
+        (n_windows * n_kv_heads, ceil_div(head_dim, settings.head_chunk)),
         q.device,
         *arguments,
         n_memory=n_memory,

@@ -308,3 +308,20 @@ def test_torch_func_finds_the_gradient(make):
     value = call.inputs[first].clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(value), value)
     assert torch.equal(torch.func.grad(loss)(call.inputs[first]), expected)
+
+
+@pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
+def test_torch_func_maps_over_the_gradient(make):
+    call = make("cpu")
+    first, *others = call.inputs
+    values = torch.stack([call.inputs[first], 2 * call.inputs[first]])
+
+    def loss(value: Tensor) -> Tensor:
+        inputs = {first: value} | {name: call.inputs[name] for name in others}
+        return call(inputs, "blocked")[0].sin().sum()
+
+    gradient = torch.func.grad(loss)
+    expected = torch.stack([gradient(value) for value in values])
+    torch.testing.assert_close(torch.vmap(gradient)(values), expected)
+    torch.testing.assert_close(torch.func.grad(lambda values: torch.vmap(loss)(values).sum())(values), expected)
+    torch.testing.assert_close(torch.vmap(loss)(values), torch.stack([loss(value) for value in values]))

@@ -118,28 +118,21 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
     from smt_kernels.attention_pool import kernels as pooling
     from smt_kernels.attention_pool.reference import Timeline
     from smt_kernels.stride_memory import kernels, norm
-    from smt_kernels.stride_memory.reference import Inputs
-    from smt_kernels.stride_write import convolution, scan
+    from smt_kernels.stride_memory.reference import Inputs, Pass
+    from smt_kernels.stride_write import conv_states, convolution, convolution_backward, scan
 
     def operations(problem: Problem) -> tuple[list[str], list[str]]:
         tensors, case = problem.tensors, problem.case
         weights = MemoryWeights(*(tensors[name] for name in MemoryWeights._fields))
         inputs = Inputs(tensors["conv_state"], tensors["ssm_state"], problem.gate, problem.dropout)
-        rest = (
-            tensors["tokens"],
-            tensors["slots"],
-            weights,
-            inputs,
-            case.window,
-            Timeline(0, case.writes, case.group, 0, 0),
-            True,
-        )
+        timeline = Timeline(0, case.writes, case.group, 0, 0)
+        run = Pass(tensors["tokens"], tensors["slots"], weights, inputs, case.window, timeline, normalise=True)
         with Operations() as forward:
             counted.append(forward)
-            *outputs, buffer = kernels.forward(*rest)
+            *outputs, buffer = kernels.forward(run)
         with Operations() as backward:
             counted.append(backward)
-            kernels.backward(*(torch.rand_like(out) for out in outputs[:3]), None, outputs[3], buffer, *rest)
+            kernels.backward(*(torch.rand_like(out) for out in outputs[:3]), None, outputs[3], buffer, run)
         return forward.names, [name for name in backward.names if not name.startswith("rand_like")]
 
     counted: list[Operations] = []
@@ -149,7 +142,7 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
         with torch.utils._python_dispatch._disable_current_modes():
             launching.launch(kernel, grid, device, *arguments, **named)
 
-    for module in (pooling, norm, convolution, scan):
+    for module in (pooling, norm, convolution, convolution_backward, conv_states, scan):
         monkeypatch.setattr(module, "launch", launch)
     make = {(layers, writes): Case("counted", 1, writes, 2, layers, dropout=True) for layers in (1, 2) for writes in (2, 6)}
     for direction, most in ((0, 5), (1, 5)):

@@ -69,14 +69,26 @@ def test_the_config_of_a_checkpoint_is_a_config_of_a_run_and_the_other_way_round
     assert read_config(tmp_path / "run.yaml") == read_config(tmp_path / "fields.yaml") == SMTConfig(**SIZES)
 
 
-def test_a_loaded_memory_keeps_its_scale_when_an_embedding_is_loaded_on_top(saved):
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("comes_by", ["folder", "state_dict", "here"])
+def test_a_trained_memory_keeps_its_scale_when_an_embedding_is_loaded_on_top_and_a_fresh_one_follows(
+    comes_by, trained, tmp_path
+):
     from transformers import GPT2Config, GPT2Model
 
-    model = StrideMemoryTransformer.from_pretrained(saved)
-    before = model.memory.ssm.norm_f.weight.clone()
+    model = model_of()
+    if trained:
+        model.memory.ssm.norm_f.weight.data[3] += 0.01
+    before = model.memory.ssm.norm_f.weight.detach().clone()
+    if comes_by == "folder":
+        model.save_pretrained(tmp_path)
+        model = StrideMemoryTransformer.from_pretrained(tmp_path)
+    elif comes_by == "state_dict":
+        weights, model = model.state_dict(), model_of()
+        model.load_state_dict(weights)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 37, "bos_token_id": 0, "eos_token_id": 0}
     model.load_gpt2(GPT2Model(GPT2Config(**sizes)))
-    assert torch.equal(model.memory.ssm.norm_f.weight, before)
+    assert torch.equal(model.memory.ssm.norm_f.weight, before) is trained
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,20 @@ def test_a_step_changes_the_state_passed_in_only_when_told_to(encoding):
     assert (aux.state.tokens.data_ptr(), aux.state.slots.data_ptr()) == rings
 
 
+@pytest.mark.parametrize("pool_source", ["window", "tokens"])
+def test_under_autocast_a_single_step_pools_and_writes_in_the_formats_of_a_sequence(pool_source):
+    model, ids, seen = build(pool_source=pool_source), torch.randint(VOCAB, (2, 31)), []  # the last step makes a write
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        sequence = model(ids, return_weights=True)[1].attention_weights[:, -1]
+        state = model(ids[:, :-1])[1].state
+        for layer in model.memory.ssm.layers:
+            layer.register_forward_hook(lambda layer, given, result: seen.append(result[0].dtype))
+        step = model(ids[:, -1:], state, return_weights=True)[1].attention_weights[:, -1]
+        assert torch.equal(step.to(sequence.dtype), sequence) and sequence.dtype == torch.bfloat16
+        model(ids)
+    assert {*seen} == {torch.float32}
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_decoding_step_calls_the_same_operations_on_the_same_sizes_at_any_step(encoding):
     class Operations(TorchDispatchMode):

@@ -134,6 +134,19 @@ class TestRun:
         scalars = {tag: [event.step for event in log.Scalars(tag)] for log in events for tag in log.Tags()["scalars"]}
         assert scalars["train_loss"] == scalars["learning_rate"] == [10, 20] and scalars["val_loss"] == [10, 20]
 
+    def test_a_run_that_fails_finishes_its_trackers_and_the_accelerator_of_the_caller_is_as_it_was(self, tmp_path, monkeypatch):
+        from accelerate import Accelerator
+        from accelerate.tracking import TensorBoardTracker
+
+        mine, finished = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3), []
+        monkeypatch.setattr(TensorBoardTracker, "finish", lambda tracker: finished.append(tracker))
+        monkeypatch.setattr(Trainer, "_step", lambda *arguments, **options: 1 / 0)
+        config = run_config(tmp_path, steps=1, report_to=["tensorboard"], mixed_precision="no", gradient_accumulation_steps=2)
+        with pytest.raises(ZeroDivisionError):
+            run(config, tmp_path / "out")
+        assert len(finished) == 1
+        assert mine.mixed_precision == "bf16" and mine.gradient_accumulation_steps == 3 and mine.state.num_processes == 1
+
     def test_a_tracker_that_is_not_installed_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ImportError, match="report_to names wandb, which is not installed: pip install wandb"):
