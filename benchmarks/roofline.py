@@ -6,8 +6,8 @@
 Bytes are those requested, as if nothing were found in a cache. Too few warps do not keep the memory busy: the share is a fit to
 four launches on an H200, whose copies reach 88 % and whose large products 81 % of the data sheet, which stands for all cards.
 What it misses, and by how much, is in docs/results.md: kernels that have few programs, or spill, take longer. Full attention is
-taken at its best: each tensor moved once, each visible pair multiplied once, one launch per direction, every byte in time. Peaks
-are those of NVIDIA's data sheets (A100, 2021; H100, 2023).
+taken at its best: each tensor moved once, each visible pair multiplied once, one launch per direction, every byte in time.
+Peaks are those of NVIDIA's data sheets (A100, 2021; H100, 2023).
 """
 
 from __future__ import annotations
