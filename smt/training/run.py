@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from smt.config import SMTConfig
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
 from smt.data.tokenizer import TRAINED
 from smt.data.walk import DocumentWalk
@@ -109,7 +110,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
         limit = config.training.save_total_limit
         snapshot = None if path is None else Checkpoints(path, limit=limit, **rank).newest()
-        start = StartingPoint(config.training.init_from if snapshot is None else {})
+        start = StartingPoint(config.training.init_from if snapshot is None else {}, config.architecture)
         if snapshot is None:
             config = start.adopted_by(config)
             if start.tokenizer is not None:
@@ -122,7 +123,8 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         changed = None if snapshot is None else RunFolder(path).check_text(text)
         rows = config.data.batch_size * accelerator.num_processes
         idle = text.idle_rows(rows, config.data.part_length)
-        for warning in filter(None, (text.warning(config.model.window_size), idle, changed)):
+        short = text.warning(config.model.window_size) if isinstance(config.model, SMTConfig) else None
+        for warning in filter(None, (short, idle, changed)):
             if accelerator.is_main_process:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         if config.data.tokenizer in TRAINED:
