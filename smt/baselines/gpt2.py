@@ -91,8 +91,12 @@ class FullAttentionGPT2(nn.Module):
 
     def forward(self, input_ids: Tensor, state: Any = None, *, targets: Tensor) -> tuple[Tensor, NoMemory]:
         """Mean cross-entropy per target of input_ids and targets (B, T), -100 where nothing is due."""
-        hidden = self.transformer(input_ids, use_cache=False).last_hidden_state
-        return head_loss(hidden, self.embedding.weight, targets), NoMemory()
+        hidden, memory = self.encode(input_ids)
+        return head_loss(hidden, self.embedding.weight, targets), memory
+
+    def encode(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, NoMemory]:
+        """Hidden states (B, T, d) after the final norm, before the head."""
+        return self.transformer(input_ids, use_cache=False).last_hidden_state, NoMemory()
 
     def causal_lm(self) -> GPT2LMHeadModel:
         """The same parameters as a model of Hugging Face."""

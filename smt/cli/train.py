@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from smt.cli.run_fields import USUAL_CONFIG, USUAL_GPU_CONFIG, add_run_fields, overrides, usual_config
 
 if TYPE_CHECKING:
+    from smt.evaluation.preference import PairEvaluation
     from smt.training.run import Outcome
 
 EXAMPLES = """\
@@ -21,10 +22,11 @@ EXAMPLES = """\
   smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
   smt train --config my_run.yaml --out runs
   smt train --resume results/stdlib/20260101_120000
+  smt train --stage orpo --init_from checkpoint=results/stdlib/20260101_120000 --pairs pairs.jsonl
   torchrun --nproc-per-node 2 -m smt train     on two processes
   smt train --config start/config.yaml --init_from checkpoint=start --learning_rates transformer=5e-6,ssm=5e-6"""
 
-USUAL = f"{USUAL_CONFIG}, on a GPU {USUAL_GPU_CONFIG}"
+USUAL = f"{USUAL_CONFIG}, on a GPU {USUAL_GPU_CONFIG}; orpo for that stage"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +47,13 @@ def run(options: argparse.Namespace, started: float) -> int:
         raise ValueError("--resume goes on with a run as it was begun; it takes no other setting")
     from smt.training.run import resume
     from smt.training.run import run as train
-    from smt.training.settings import RunConfig
+    from smt.training.second_stage import SECOND_STAGE, staged
 
     if options.resume is not None:
         outcome = resume(options.resume, started=started)
     else:
-        config = RunConfig.from_yaml(options.config or usual_config(given), given)
+        usual = SECOND_STAGE if given.get("stage") == SECOND_STAGE else usual_config(given)
+        config = staged(options.config or usual, given)
         outcome = train(config, options.out or "results", started=started)
     if outcome.is_main:
         _report(outcome, time.perf_counter() - started)
@@ -71,10 +74,20 @@ def _report(outcome: Outcome, seconds: float) -> None:
         f"validation loss {evaluation.loss:.4f} nats per token\n"
         f"perplexity      {evaluation.perplexity:.2f}\n"
         f"bits per byte   {evaluation.bits_per_byte:.3f}\n"
+        f"{_of_pairs(evaluation.pairs)}"
         f"training        {progress.n_tokens:,} tokens in {progress.step:,} steps, {progress.padding:.1%} padding\n"
         f"speed           {progress.tokens_per_second:,.0f} tokens/s\n"
         f"total time      {seconds:.0f} s\n"
         f"files           {outcome.folder}"
+    )
+
+
+def _of_pairs(pairs: PairEvaluation | None) -> str:
+    if pairs is None:
+        return ""
+    return (
+        f"held-out pairs  {pairs.n_pairs:,}, {pairs.accuracy:.1%} with the chosen more likely, log odds apart by "
+        f"{pairs.margin:.3f}, loss {pairs.loss:.4f}\n"
     )
 
 

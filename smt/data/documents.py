@@ -168,14 +168,19 @@ def hold_out(source: str, read: Read) -> Corpus:
     content, skipped = hashlib.sha256(), LeftOut()
     for document in read(skipped):
         content.update(hash_texts(*_parts(document)).encode())
-        rank = _rank(document.name)
+        rank = rank_of(document.name)
         lowest, highest, n_documents = min(lowest, rank), max(highest, rank), n_documents + 1
     if n_documents == 0:
         raise ValueError(f"text must hold UTF-8 text, {source} holds none: {skipped or 'nothing there'}")
     if n_documents == 1:
         return _hold_out_end(source, read)
-    limit = min(max(_RANKS // HELD_OUT_EVERY, lowest + 1), highest)
-    return split(source, read, lambda name: "validation" if _rank(name) < limit else "train", content.hexdigest())
+    limit = held_out_below(lowest, highest)
+    return split(source, read, lambda name: "validation" if rank_of(name) < limit else "train", content.hexdigest())
+
+
+def held_out_below(lowest: int, highest: int) -> int:
+    """The rank below which about one in ``HELD_OUT_EVERY`` is held out: at least the lowest there is, never the highest."""
+    return min(max(_RANKS // HELD_OUT_EVERY, lowest + 1), highest)
 
 
 def _hold_out_end(source: str, read: Read) -> Corpus:
@@ -196,8 +201,8 @@ def _hold_out_end(source: str, read: Read) -> Corpus:
     return split(source, both, lambda name: "train" if name == document.name else "validation", content)
 
 
-def _rank(name: str) -> int:
-    """Uniform in [0, 2^64)."""
+def rank_of(name: str) -> int:
+    """By which a name is held out or not, whatever others there are: uniform in [0, 2^64)."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big")
 
 

@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from smt.data.documents import Corpus, Document, LeftOut, hold_out
 
 JSON_LINES = (".jsonl", ".ndjson")
+HALF_A_PAIR = "lines with half a surrogate pair"
 
 
 def read_text(path: str | Path, *, text_field: str = "text") -> Corpus:
@@ -53,7 +54,7 @@ def read_document(path: Path, name: str, skipped: LeftOut) -> Iterator[Document]
 def _documents(root: Path, text_field: str, skipped: LeftOut) -> Iterator[Document]:
     for path in _paths(root, skipped):
         name = _name(path, root)
-        if not _is_unicode(name):
+        if not is_unicode(name):
             skipped.note("names that are not UTF-8", _spelled(name))
         elif (reason := _no_file(path)) is not None:
             skipped.note(reason, name)
@@ -99,39 +100,46 @@ def _no_file(path: Path) -> str | None:
     return None if stat.S_ISREG(mode) else "pipes, sockets and devices"
 
 
-def _lines(path: Path, name: str, text_field: str, skipped: LeftOut) -> Iterator[Document]:
+def json_lines(path: Path, name: str, skipped: LeftOut) -> Iterator[tuple[str, Any]]:
+    """The values of the lines of a file, which may be gzipped, each with its name, ``name:number``; blank lines have none.
+
+    Lines that are no JSON in UTF-8, and what cannot be read of a file, are counted in ``skipped``.
+    """
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield from _line(line, f"{name}:{number}", text_field, skipped)
+                    yield from _values(line, f"{name}:{number}", skipped)
     except (gzip.BadGzipFile, EOFError, zlib.error):
         skipped.note("not readable as gzip", name)
     except PermissionError:
         skipped.note("files that may not be read", name)
 
 
-def _line(line: bytes, name: str, text_field: str, skipped: LeftOut) -> Iterator[Document]:
+def _values(line: bytes, name: str, skipped: LeftOut) -> Iterator[tuple[str, Any]]:
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        yield name, json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         skipped.note("not UTF-8", name)
-        return
     except (ValueError, RecursionError) as error:
         # Python also refuses what is JSON: integers of thousands of digits, and deep nesting.
         is_json = not isinstance(error, json.JSONDecodeError)
         skipped.note("lines with too long a number or too deep a nesting" if is_json else "lines that are not JSON", name)
-        return
-    text = values.get(text_field) if isinstance(values, dict) else None
-    if not isinstance(text, str):
-        skipped.note(f"lines without a text in {text_field!r}", name)
-    elif not _is_unicode(text):
-        skipped.note("lines with half a surrogate pair", name)
-    else:
-        yield from _unless_empty(name, text, skipped)
 
 
-def _is_unicode(text: str) -> bool:
+def _lines(path: Path, root_name: str, text_field: str, skipped: LeftOut) -> Iterator[Document]:
+    for name, values in json_lines(path, root_name, skipped):
+        text = values.get(text_field) if isinstance(values, dict) else None
+        if not isinstance(text, str):
+            skipped.note(f"lines without a text in {text_field!r}", name)
+        elif not is_unicode(text):
+            skipped.note(HALF_A_PAIR, name)
+        else:
+            yield from _unless_empty(name, text, skipped)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can spell the text: half a surrogate pair, which JSON can, it cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -22,16 +22,18 @@ class DataConfig:
             ``dataset`` it must be given: each of its rows is a document.
         dataset_config: for ``dataset``, which of its configurations.
         text_field: the column of a data set, or the field of .jsonl, that holds the text.
+        pairs: for stage ``orpo``, a file of JSON lines with the texts ``prompt``, ``chosen`` and ``rejected``.
         tokenizer: ``bpe`` or ``unigram``, trained on the training documents with the model's ``vocab_size``; else a folder
             with a Hugging Face tokenizer or GPT-2's two files, or a name on the Hub.
         recall: for the source ``recall``: fields of ``smt.data.recall.RecallTask``.
         cache: the folder that keeps tokens, tokenizers and downloads from run to run; None: the user's cache folder.
-        batch_size: rows; each walks along one document at a time.
-        chunk_length: steps of each row in one batch; gradients stop at its start, memory does not.
+        batch_size: rows; each walks along one document at a time. In stage ``orpo`` pairs, of two rows each.
+        chunk_length: steps of each row in one batch; gradients stop at its start, memory does not. In stage ``orpo`` the
+            longest pair: of longer ones the prompt is cut on the left.
         part_length: cut training documents into parts of so many tokens, each read as a document of its own, where there are
             fewer documents than rows; None: documents stay whole. Held-out documents always do.
         lanes: groups of rows that take turns, batch by batch, so that consecutive steps see different documents.
-        eval_batch_size: rows in evaluation.
+        eval_batch_size: rows in evaluation, and pairs.
         eval_chunk_length: steps of each row in one batch of evaluation.
         eval_documents: evaluate on so many held-out documents, the first of them; None: on all.
     """
@@ -41,6 +43,7 @@ class DataConfig:
     dataset: str | None = None
     dataset_config: str | None = None
     text_field: str = "text"
+    pairs: str | None = None
     tokenizer: str = "bpe"
     recall: dict[str, int] = field(default_factory=dict)
     cache: str | None = None
@@ -59,7 +62,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("text", "dataset", "tokenizer", "cache"):
+        for name in ("text", "dataset", "pairs", "tokenizer", "cache"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, expand_home(getattr(self, name)))
         if self.text is not None:

@@ -183,7 +183,7 @@ class DocumentWalk(IterableDataset):
 
     def _begin_epoch(self, epoch: int, taken: int = 0) -> None:
         self._epoch, self._taken = epoch, taken
-        generator = torch.Generator("cpu").manual_seed(_mixed(self.seed, epoch)) if self.shuffle else None
+        generator = torch.Generator("cpu").manual_seed(epoch_seed(self.seed, epoch)) if self.shuffle else None
         self._order = epoch_order(self._n_steps, self._n_rows, generator)
 
     def _next_lane(self) -> int | None:
@@ -253,6 +253,6 @@ def epoch_order(n_steps: Sequence[int], n_rows: int, generator: torch.Generator 
     return [index for drawn in dict.fromkeys(order) for index in groups[drawn]]
 
 
-def _mixed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
     """A seed of its own for each epoch of each seed."""
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8], "big") >> 1

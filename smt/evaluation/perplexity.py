@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smt.data.walk import Batch
+from smt.evaluation.preference import PairEvaluation
 from smt.runtime.device import sent
 from smt.state.carried import CarriedStates
 
@@ -31,12 +32,14 @@ class Evaluation:
         n_targets: how many tokens were predicted.
         n_bytes: how many bytes of text they spell.
         n_characters: how many characters; None: not counted.
+        pairs: of a model that is trained on them, how it tells held-out pairs apart.
     """
 
     nats: float
     n_targets: int
     n_bytes: int
     n_characters: int | None = None
+    pairs: PairEvaluation | None = None
 
     @property
     def loss(self) -> float:
@@ -57,6 +60,19 @@ class Evaluation:
     def bits_per_character(self) -> float | None:
         """Bits to encode a character; None where characters were not counted."""
         return None if self.n_characters is None else self.nats / (math.log(2) * self.n_characters)
+
+    @property
+    def criterion(self) -> float:
+        """The held-out loss of what is trained, by which the best weights are chosen."""
+        return self.loss if self.pairs is None else self.pairs.loss
+
+    @property
+    def of_pairs(self) -> dict[str, float]:
+        """The figures of held-out pairs, by the names under which a run records them; none where there are none."""
+        if self.pairs is None:
+            return {}
+        of = self.pairs
+        return {"pair_loss": of.loss, "reward_accuracy": of.accuracy, "log_odds_margin": of.margin}
 
 
 @torch.no_grad()

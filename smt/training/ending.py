@@ -84,6 +84,7 @@ def results_of(trainer: Trainer, evaluation: Evaluation | None, started: float) 
         "val_bits_per_byte": evaluation and evaluation.bits_per_byte,
         "val_tokens": evaluation and evaluation.n_targets,
         "val_bytes": evaluation and evaluation.n_bytes,
+        **({} if evaluation is None else {f"final_{name}": value for name, value in evaluation.of_pairs.items()}),
         "parameters": trainer.model.count_parameters()["total"],
         "steps": progress.step,
         "train_tokens": progress.n_tokens,

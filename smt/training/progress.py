@@ -11,13 +11,21 @@ LOSS_STEPS = 10
 
 @dataclass
 class History:
-    """Losses over the run, by optimiser step."""
+    """Losses over the run, by optimiser step; those of held-out pairs are empty where a stage has none."""
 
     train_loss: list[float] = field(default_factory=list)
     train_steps: list[int] = field(default_factory=list)
     val_loss: list[float] = field(default_factory=list)
     val_ppl: list[float] = field(default_factory=list)
     eval_steps: list[int] = field(default_factory=list)
+    pair_loss: list[float] = field(default_factory=list)
+    reward_accuracy: list[float] = field(default_factory=list)
+    log_odds_margin: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """What ``metrics_history.json`` records."""
+        of_pairs = ("pair_loss", "reward_accuracy", "log_odds_margin")
+        return {name: values for name, values in asdict(self).items() if values or name not in of_pairs}
 
 
 @dataclass
@@ -32,7 +40,8 @@ class Progress:
         seconds: time spent in steps, evaluations and checkpoints left out.
         first_seconds, first_tokens: of the first step since the process began, which pays for allocations and caches.
         recent: nats and targets of the latest ``LOSS_STEPS`` steps whose losses are known.
-        best: the lowest held-out loss, and at which step (``best_val_loss``, ``best_val_ppl``, ``best_step``).
+        best: the evaluation with the lowest held-out loss of what is trained, and at which step (``best_val_loss``,
+            ``best_val_ppl``, ``best_step``).
         unimproved: evaluations since then.
     """
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from smt.config import SMTConfig
+from smt.data.pairs import TokenizedPairs, read_pairs
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
 from smt.data.tokenizer import TRAINED
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
+from smt.evaluation.preference import evaluate_pairs
 from smt.model.checkpoint import CONFIG_FILE
 from smt.runtime.extras import needs_extra
 from smt.runtime.files import check_folder
@@ -28,6 +30,7 @@ from smt.training.clock import Clock
 from smt.training.ending import Outcome, finish, how_to_go_on, results_of, what_is_left
 from smt.training.run_folder import RunFolder, new_folder
 from smt.training.settings import RunConfig
+from smt.training.stage import Preference, Pretraining
 from smt.training.starting_point import StartingPoint, fresh_model
 from smt.training.trainer import DivergedError, Trainer
 
@@ -52,8 +55,8 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
 
     Raises:
         MissingExtraError: a package of the ``train`` extra is not installed.
-        ValueError: a text that cannot be read, weights to start from that do not fit, no GPU where one is asked for, or a
-            folder that cannot be written.
+        ValueError: a text or pairs that cannot be read, weights to start from that do not fit, no GPU where one is asked for,
+            or a folder that cannot be written.
         DivergedError: a loss or a gradient that is not finite; the folder has the results until then, and can be resumed.
         Interrupted: as it says; so can the folder, where the run had begun.
     """
@@ -121,10 +124,11 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
             text = tokenize_corpus(data, config.model.vocab_size)
         say(text.describe(), flush=True)
         changed = None if snapshot is None else RunFolder(path).check_text(text)
-        rows = config.data.batch_size * accelerator.num_processes
-        idle = text.idle_rows(rows, config.data.part_length)
-        short = text.warning(config.model.window_size) if isinstance(config.model, SMTConfig) else None
-        for warning in filter(None, (short, idle, changed)):
+        pairs = None
+        if config.data.pairs is not None:
+            pairs = read_pairs(config.data.pairs, text.tokenizer, config.data.chunk_length)
+            say(pairs.describe(), flush=True)
+        for warning in filter(None, (*_warnings(config, text, accelerator), changed)):
             if accelerator.is_main_process:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         if config.data.tokenizer in TRAINED:
@@ -142,8 +146,8 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         size += ", compiled" * compiled
         say(f"{size} on {accelerator.device}", flush=True)
 
-        clock = Clock(config.training, started, epoch_targets=text.train.n_targets)
-        trainer = Trainer(model, text.train, config.data, config.training, clock, accelerator, counted=text.train.counted)
+        clock = Clock(config.training, started, epoch_targets=(text.train if pairs is None else pairs).n_targets)
+        trainer = Trainer(model, _stage(config, text, pairs, accelerator), config.training, clock, accelerator)
         if snapshot is not None:
             trainer.resume(snapshot)
             say(f"resumed in {path} after step {trainer.progress.step:,}", flush=True)
@@ -157,7 +161,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
                 folder.save_text(text)
                 folder.save_config(config)  # last: what has one is a run
             start_trackers(accelerator, config, path)
-            evaluation = _train(trainer, text, config, folder, checkpoints)
+            evaluation = _train(trainer, text, pairs, config, folder, checkpoints)
             outcome = finish(trainer, text, config, folder, evaluation, started)
             if outcome.is_main:
                 checkpoints.finish()  # last: without results the run can still be resumed
@@ -180,6 +184,26 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         return outcome
 
 
+def _warnings(config: RunConfig, text: TokenizedCorpus, accelerator: Accelerator) -> list[str | None]:
+    """What the user may not have meant; nothing is wrong with it."""
+    if config.training.stage == "orpo":
+        return [None if config.training.init_from else "stage orpo begins with fresh weights: nothing is in init_from"]
+    rows = config.data.batch_size * accelerator.num_processes
+    short = text.warning(config.model.window_size) if isinstance(config.model, SMTConfig) else None
+    return [short, text.idle_rows(rows, config.data.part_length)]
+
+
+def _stage(
+    config: RunConfig, text: TokenizedCorpus, pairs: TokenizedPairs | None, accelerator: Accelerator
+) -> Pretraining | Preference:
+    options = {
+        "seed": config.training.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes
+    }  # fmt: skip
+    if pairs is None:
+        return Pretraining(text.train, config.data, counted=text.train.counted, **options)
+    return Preference(pairs.train, config.data, strength=config.training.orpo_lambda, **options)
+
+
 def _lock(path: Path, accelerator: Accelerator, held: ExitStack) -> None:
     """Make the folder of a run and keep others from training there until ``held`` is left; one process does it for all."""
 
@@ -199,7 +223,12 @@ def _lock(path: Path, accelerator: Accelerator, held: ExitStack) -> None:
 
 
 def _train(
-    trainer: Trainer, text: TokenizedCorpus, config: RunConfig, folder: RunFolder, checkpoints: Checkpoints
+    trainer: Trainer,
+    text: TokenizedCorpus,
+    pairs: TokenizedPairs | None,
+    config: RunConfig,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
 ) -> Evaluation:
     accelerator, clock, done = trainer.accelerator, trainer.clock, trainer.progress
     evaluation_seconds: float | None = None
@@ -223,9 +252,15 @@ def _train(
         ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         batches = DocumentWalk(held_out, counted=counted, **sizes, **ranks, epochs=1, shuffle=False, together=True)
         evaluation = evaluate(trainer.objective, batches, n_bytes, total=trainer.total)
+        told = f"step {done.step}: held-out loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per byte"
+        if pairs is not None:
+            options = {"batch_size": config.data.eval_batch_size, "strength": config.training.orpo_lambda}
+            of_pairs = evaluate_pairs(trainer.objective, pairs.held_out, **options)
+            evaluation = replace(evaluation, pairs=of_pairs)
+            told += f"; pairs: loss {of_pairs.loss:.4f}, accuracy {of_pairs.accuracy:.1%}, margin {of_pairs.margin:.3f}"
         evaluation_seconds = time.perf_counter() - started
         if accelerator.is_main_process:
-            bar.write(f"step {done.step}: held-out loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per byte")
+            bar.write(told)
         return evaluation
 
     def save_best() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +82,7 @@ class RunFolder:
 
     def save_history(self, history: History) -> None:
         """Write ``metrics_history.json``."""
-        self._save_json(HISTORY_FILE, asdict(history))
+        self._save_json(HISTORY_FILE, history.to_dict())
 
     def save_results(
         self, config: RunConfig, results: dict[str, Any], device: torch.device, *, stopped: str | None = None

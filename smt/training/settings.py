@@ -31,9 +31,12 @@ CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The optimiser and its bounds.
+    """What is trained, the optimiser and its bounds.
 
     Args:
+        stage: ``pretrain`` on documents, or ``orpo`` on the preference pairs of ``pairs`` (Hong et al., 2024,
+            arXiv:2403.07691).
+        orpo_lambda: in stage ``orpo``, weight of the odds ratio loss beside the loss of the chosen completion.
         minutes: wall-clock bound of the whole command, evaluation and sample included; the schedule follows the clock.
         steps: bound in optimiser steps instead, which makes a run repeatable; None: epochs or the clock decide.
         epochs: bound in passes over the training documents instead.
@@ -65,6 +68,8 @@ class TrainingConfig:
         sample_tokens: length of the sample at the end.
     """
 
+    stage: str = "pretrain"
+    orpo_lambda: float = 0.1
     minutes: float = 4.5
     steps: int | None = None
     epochs: int | None = None
@@ -94,6 +99,7 @@ class TrainingConfig:
     sample_tokens: int = 160
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "stage": ("pretrain", "orpo"),
         "learning_rates": tuple(MODEL_PARTS),
         "freeze": tuple(MODEL_PARTS),
         "init_from": ("checkpoint", "gpt2", "mamba"),
@@ -113,8 +119,7 @@ class TrainingConfig:
         for name in ("beta_1", "beta_2", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        check_at_least(self, 0, "weight_decay", "orpo_lambda")
         for name, rate in self.learning_rates.items():
             if not rate > 0:
                 raise ValueError(f"learning_rates of {name} must be above 0, got {rate}; freeze={name} stops its training")
@@ -154,6 +159,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_folder_name("experiment", self.experiment)
+        self._check_stage()
         check_choice("architecture", self.architecture, self.CHOICES["architecture"])
         if not isinstance(self.model, CONFIGS[self.architecture]):
             wanted, got = CONFIGS[self.architecture].__name__, type(self.model).__name__
@@ -169,6 +175,19 @@ class RunConfig:
             raise ValueError(
                 f"init_from must be a checkpoint for architecture {self.architecture!r}, got {self.training.init_from}"
             )
+
+    def _check_stage(self) -> None:
+        if self.training.stage != "orpo":
+            if self.data.pairs is not None:
+                raise ValueError(f"pairs are read in stage 'orpo' alone, got them in stage {self.training.stage!r}")
+            return
+        if self.data.pairs is None:
+            raise ValueError("pairs must be given for stage 'orpo', got None")
+        for name, value in asdict(self.model).items():
+            if name.endswith("dropout") and value:
+                raise ValueError(
+                    f"{name} must be 0 in stage 'orpo', which compares what one model says of two rows, got {value}"
+                )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -222,11 +241,7 @@ class RunConfig:
         Raises:
             ValueError: no such file, not a mapping, or as ``from_dict``.
         """
-        packaged = CONFIG_FOLDER / f"{path}.yaml"
-        file = packaged if packaged.is_file() else Path(path)
-        if not file.is_file():
-            names = ", ".join(sorted(example.stem for example in CONFIG_FOLDER.glob("*.yaml")))
-            raise ValueError(f"config must be a YAML file or one of the examples ({names}), got {str(path)!r}")
+        file = packaged_or_file(path)
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -250,7 +265,8 @@ class RunConfig:
         sources = {name: _if_there(source) for name, source in training.init_from.items() if name != "checkpoint"}
         if "checkpoint" in training.init_from:
             sources["checkpoint"] = _absolute(training.init_from["checkpoint"])
-        paths = {"text": _absolute(data.text), "cache": _absolute(data.cache), "dataset": _if_there(data.dataset)}
+        paths = {name: _absolute(getattr(data, name)) for name in ("text", "pairs", "cache")}
+        paths["dataset"] = _if_there(data.dataset)
         if data.tokenizer not in TRAINED:
             paths["tokenizer"] = _if_there(data.tokenizer)
         return replace(self, data=replace(data, **paths), training=replace(training, init_from=sources))
@@ -258,6 +274,20 @@ class RunConfig:
     def to_yaml(self, path: str | Path) -> None:
         """Write all fields as YAML."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def packaged_or_file(path: str | Path) -> Path:
+    """The packaged example of that name, or the file.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    packaged = CONFIG_FOLDER / f"{path}.yaml"
+    file = packaged if packaged.is_file() else Path(path)
+    if not file.is_file():
+        names = ", ".join(sorted(example.stem for example in CONFIG_FOLDER.glob("*.yaml")))
+        raise ValueError(f"config must be a YAML file or one of the examples ({names}), got {str(path)!r}")
+    return file
 
 
 def _absolute(path: str | None) -> str | None:

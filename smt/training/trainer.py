@@ -1,12 +1,8 @@
-"""The training loop: rows walk along whole documents, memory is carried and cut from its graph, AdamW follows the clock.
+"""The training loop: a stage gives batches and their losses, memory is carried and cut from its graph, AdamW follows the clock.
 
-Accelerate does what depends on the machine: one process or many (DDP, or FSDP 2), autocast, accumulation. Every process walks
-its own rows of the same documents, so two processes of B rows train what one of 2 B rows trains. An optimiser step descends,
-over the rows of all processes and all batches that it accumulates,
-
-    (sum of nats / targets that the loss counts) * (steps that are read / steps of full batches)
-
-so that all its targets weigh the same, wherever they are, and a step in which rows wait weighs less than a full one.
+Accelerate does what depends on the machine: one process or many (DDP, or FSDP 2), autocast, accumulation. Every process has
+its own rows of every batch, so two processes of B rows train what one of 2 B rows trains. What an optimiser step descends, over
+the rows of all processes and all batches that it accumulates, is the stage's (``smt.training.stage``).
 
 On a GPU the next step is launched before the numbers of this one are read (``taken_step``), so that the device always has work.
 """
@@ -15,26 +11,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from smt.data.parts import Parts
-from smt.data.walk import Batch, DocumentWalk
 from smt.evaluation.perplexity import Evaluation
-from smt.runtime.device import sent
 from smt.state.carried import CarriedStates
 from smt.training.checkpoints import Snapshot
 from smt.training.clock import Clock, schedule
-from smt.training.objective import ChunkLoss
 from smt.training.parameter_groups import parameter_groups
 from smt.training.progress import LOSS_STEPS, Progress
-from smt.training.settings import DataConfig, TrainingConfig
-from smt.training.shapes import full_shape
+from smt.training.settings import TrainingConfig
 from smt.training.sharding import is_sharded, placed_like, whole
+from smt.training.stage import Preference, Pretraining
 from smt.training.taken_step import HostCopy, TakenStep
 
 if TYPE_CHECKING:
@@ -58,48 +50,30 @@ class Trainer:
 
     Attributes:
         model: the model itself, whatever wraps it.
-        objective: what gives its loss (``ChunkLoss``), as Accelerate has prepared it.
+        objective: what gives its losses, of the stage and of held-out text, as Accelerate has prepared it.
         progress: what has been done.
         evaluation: the latest one in this process; None: there was none.
         learning_rate: of the first parameter group, in the latest step.
 
     Args:
         model: what ``ChunkLoss`` takes, with ``parts`` and ``config``: a ``StrideMemoryTransformer``, or a baseline.
-        documents: tokens of each, (L,) integers: a ``TokenStore``, arrays or tensors.
-        counted: of each document, (L,) bool, which tokens the loss counts; None: all but the first.
+        stage: what is trained; of several processes each has the stage of its rank.
         clock: says how far the run is; of several processes the first one's counts.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        documents: Sequence[Any],
-        data: DataConfig,
+        stage: Pretraining | Preference,
         training: TrainingConfig,
         clock: Clock,
         accelerator: Accelerator,
-        *,
-        counted: Sequence[Any] | None = None,
     ) -> None:
         self.model, self.training, self.clock, self.accelerator = model, training, clock, accelerator
         groups = parameter_groups(model, training)
         optimiser = torch.optim.AdamW(groups, betas=(training.beta_1, training.beta_2), fused=True)
-        self.objective, self._optimiser = accelerator.prepare(ChunkLoss(model), optimiser)
-        if data.part_length is not None:
-            documents = Parts(documents, data.part_length)
-            counted = None if counted is None else Parts(counted, data.part_length)
-        self._walk = DocumentWalk(
-            documents,
-            counted=counted,
-            batch_size=data.batch_size,
-            length=data.chunk_length,
-            lanes=data.lanes,
-            seed=training.seed,
-            together=True,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        self._length, self._full_batch = data.chunk_length, data.batch_size * data.chunk_length
+        self.objective, self._optimiser = accelerator.prepare(stage.objective(model), optimiser)
+        self._stage, self._walk = stage, stage.walk
         self._states = CarriedStates()
         on_gpu = accelerator.device.type == "cuda"
         # What a GPU has compiled or chosen for one shape serves every step.
@@ -141,9 +115,9 @@ class Trainer:
 
         def evaluated() -> Evaluation:
             evaluation = evaluate()
-            if not math.isfinite(evaluation.loss):
-                step, rate = self.progress.step, self.learning_rate
-                raise DivergedError(f"the held-out loss is {evaluation.loss}", step, rate)
+            for loss in (evaluation.loss, evaluation.criterion):
+                if not math.isfinite(loss):
+                    raise DivergedError(f"the held-out loss is {loss}", self.progress.step, self.learning_rate)
             self.evaluation = evaluation
             if self._record(evaluation):
                 on_best()
@@ -179,7 +153,7 @@ class Trainer:
             return evaluated()
         return self.evaluation or evaluate()  # a run that is resumed behind its last evaluation has it on record, and no more
 
-    def _step(self, batches: Iterator[Batch], progress: float, *, is_first: bool) -> None:
+    def _step(self, batches: Iterator[Any], progress: float, *, is_first: bool) -> None:
         """One optimiser step, of ``gradient_accumulation_steps`` batches.
 
         Raises:
@@ -193,20 +167,21 @@ class Trainer:
             group["lr"] = group["peak"] * share
         self.learning_rate = self._optimiser.param_groups[0]["lr"]
 
-        accumulated = [self._shaped(next(batches)) for _ in range(self.training.gradient_accumulation_steps)]
-        counts = self.total(torch.tensor([_counts(batch) for batch in accumulated], dtype=torch.int64, device="cpu").sum(0))
-        n_targets, n_steps, n_positions = counts.tolist()
-        # Per nat; Accelerate takes the mean over batches and over processes, so that neither stands in it.
-        weight = n_steps / self._full_batch / max(1, n_targets)
+        stage = self._stage
+        shaped = stage.full_shape if self._keeps_shapes else lambda batch: batch
+        accumulated = [shaped(next(batches)) for _ in range(self.training.gradient_accumulation_steps)]
+        counts = torch.tensor([stage.counts(batch) for batch in accumulated], dtype=torch.int64, device="cpu").sum(0)
+        counts = self.total(counts).tolist()
+        n_targets, n_steps, n_positions = counts[:3]
+        weight = stage.weight(counts)
         # A GPU has little use for float64.
         nats = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
         for batch in accumulated:
             with self.accelerator.accumulate(self.objective):
-                reading, state = self._states.continued(batch)
-                loss, state = self.objective(sent(reading.input_ids, device), sent(reading.targets, device), state)
-                self._states.keep(batch, state)
-                self.accelerator.backward(loss * (reading.n_targets * weight))
-            nats += loss.detach().to(nats.dtype) * reading.n_targets
+                terms = stage.terms(self.objective, batch, self._states, counts, device)
+                self.accelerator.backward(sum(mean * (factor * weight) for mean, factor in terms))
+            for mean, factor in terms:
+                nats += mean.detach().to(nats.dtype) * factor
         nats = self.total(nats)
         norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip)).to(nats)
         numbers = HostCopy(torch.stack([nats, norm]))
@@ -226,9 +201,6 @@ class Trainer:
         self._read(unread=1 if self._reads_late and not is_first else 0)
         if is_first:
             self.progress.end_first()
-
-    def _shaped(self, batch: Batch) -> Batch:
-        return full_shape(batch, self._length) if self._keeps_shapes else batch
 
     def _read(self, unread: int = 0) -> None:
         """Wait for the steps that have been taken, but the latest ``unread``, and note their losses.
@@ -334,15 +306,16 @@ class Trainer:
     def _record(self, evaluation: Evaluation) -> bool:
         """Note an evaluation of the model as it is; whether it beats all before."""
         done = self.progress
-        done.history.val_loss.append(evaluation.loss)
-        done.history.val_ppl.append(evaluation.perplexity)
+        figures = {"val_loss": evaluation.loss, "val_ppl": evaluation.perplexity, **evaluation.of_pairs}
+        for name, value in figures.items():
+            getattr(done.history, name).append(value)
         done.history.eval_steps.append(done.step)
-        self.accelerator.log({"val_loss": evaluation.loss, "val_ppl": evaluation.perplexity}, step=done.step)
-        if done.best and evaluation.loss >= done.best["best_val_loss"]:
+        self.accelerator.log(figures, step=done.step)
+        if done.best and evaluation.criterion >= done.best.get("best_pair_loss", done.best["best_val_loss"]):
             done.unimproved += 1
             return False
         done.unimproved = 0
-        done.best = {"best_val_loss": evaluation.loss, "best_val_ppl": evaluation.perplexity, "best_step": done.step}
+        done.best = {**{f"best_{name}": value for name, value in figures.items()}, "best_step": done.step}
         return True
 
     def _agreed_progress(self) -> float:
@@ -359,8 +332,3 @@ class Trainer:
     def _has_stopped_improving(self) -> bool:
         patience = self.training.early_stopping_patience
         return patience is not None and self.progress.unimproved >= patience
-
-
-def _counts(batch: Batch) -> list[int]:
-    """Targets that the loss counts, steps, and positions of the rows that read."""
-    return [batch.n_targets, batch.n_steps, batch.targets[batch.reading].numel()]

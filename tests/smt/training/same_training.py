@@ -1,10 +1,12 @@
-"""The same optimiser steps in one batch or several, on one process or two: eight rows in all, cut in any way."""
+"""The same optimiser steps in one batch or several, on one process or two: eight rows, or pairs, in all, cut in any way."""
 
 import torch
 from tiny_training import trainer_of
 
+from smt.data.pairs import Pair
+
 ROWS, LENGTH, STEPS = 8, 24, 4
-TASKS = ("text", "recall")
+TASKS = ("text", "recall", "pairs")
 # conftest.py opens the memory of one process alone.
 MODEL = {"slot_gate": "open", "slot_readout": False}
 
@@ -12,17 +14,20 @@ MODEL = {"slot_gate": "open", "slot_readout": False}
 def trained(task, accumulated, processes=1):
     """What steps on eight documents of one length leave, all of them in every step: losses, and gradients of the first step.
 
-    Recall counts other numbers of targets in every row and chunk, in some none; text counts all.
+    Recall counts other numbers of targets in every row and chunk, in some none; text counts all. Pairs are of many lengths.
     """
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(0, 270, (LENGTH + 1,), generator=generator) for _ in range(ROWS)]
-    counted = None
+    counted = pairs = None
     if task == "recall":
         share = torch.arange(ROWS)[:, None] / ROWS  # from none to most
         counted = list((torch.rand(ROWS, LENGTH + 1, generator=generator) < share).numpy())
+    if task == "pairs":
+        tokens = [document.tolist() for document in documents]
+        pairs = [Pair(some[: row + 1], some[row + 1 : 2 * row + 3], some[-row - 1 :]) for row, some in enumerate(tokens)]
     data = {"batch_size": ROWS // accumulated // processes, "lanes": accumulated, "chunk_length": LENGTH // 3}
     options = {"steps": STEPS, "learning_rate": 0.01, "gradient_accumulation_steps": accumulated}
-    trainer = trainer_of(documents, data=data, counted=counted, model=MODEL, **options)
+    trainer = trainer_of(documents, data=data, counted=counted, pairs=pairs, model=MODEL, **options)
     batches, losses, first = iter(trainer._walk), [], []
     clip = trainer.accelerator.clip_grad_norm_
 

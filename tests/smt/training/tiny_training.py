@@ -8,6 +8,7 @@ from smt.evaluation.perplexity import Evaluation
 from smt.training.accelerate import make_accelerator
 from smt.training.clock import Clock
 from smt.training.settings import DataConfig, RunConfig, TrainingConfig
+from smt.training.stage import Preference, Pretraining
 from smt.training.trainer import Trainer
 
 MODEL = dict(
@@ -36,15 +37,21 @@ def random_documents():
     return [torch.randint(0, MODEL["vocab_size"], (length,), generator=generator) for length in (9, 30, 31, 50)]
 
 
-def trainer_of(documents=None, clock=None, model=None, data=None, counted=None, **training):
-    """A trainer of a tiny model of a fixed seed."""
+def trainer_of(documents=None, clock=None, model=None, data=None, counted=None, pairs=None, **training):
+    """A trainer of a tiny model of a fixed seed, on documents or on pairs."""
     torch.manual_seed(0)
     model = StrideMemoryTransformer(SMTConfig(**{**MODEL, **(model or {})}))
     training = TrainingConfig(**{"steps": 6, "evaluations": 1, "device": "cpu", **training})
     data = DataConfig(**{**DATA, **(data or {})})
     documents = random_documents() if documents is None else documents
     clock = clock or Clock(training, 0.0, epoch_targets=sum(len(document) - 1 for document in documents))
-    return Trainer(model, documents, data, training, clock, make_accelerator(training), counted=counted)
+    accelerator = make_accelerator(training)
+    options = {"seed": training.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    if pairs is None:
+        stage = Pretraining(documents, data, counted=counted, **options)
+    else:
+        stage = Preference(pairs, data, strength=training.orpo_lambda, **options)
+    return Trainer(model, stage, training, clock, accelerator)
 
 
 def train_tiny(on_step=lambda done: None, losses=(), **options):
