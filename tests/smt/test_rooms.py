@@ -22,6 +22,7 @@ LEVELS = [
     ["benchmarks"],
     ["smt.__init__", "smt.__main__"],  # the front door
     ["smt.cli"],
+    ["smt.study"],
     ["smt.experiments"],
     ["smt.training"],
     ["smt.evaluation", "smt.huggingface"],
