@@ -20,7 +20,11 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["smt", "smt.*", "smt_kernels", "smt_kernels.*"]),
-    package_data={"smt": ["configs/*.yaml", "studies/*.yaml"], "smt.huggingface": ["model_card.md"]},
+    package_data={
+        "smt": ["configs/*.yaml", "studies/*.yaml"],
+        "smt.study": ["configs/*.yaml"],
+        "smt.huggingface": ["model_card.md"],
+    },
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",

@@ -37,10 +37,11 @@ COMMANDS = {
     "plot": "draw the training curves of a run again, or those of several runs in one figure",
     "compare": "put finished runs into one table, sorted by perplexity, and one plot",
     "ablate": "train the variants of a configuration, then compare them in one table and one plot",
+    "study": "train several models on the same text in two stages, and report which wins where",
     "info": "say what is installed here, and which backend runs each kernel operation and why",
 }
 # What these say can be lost, what they compute is in a folder.
-RESULTS_IN_FILES = ("train", "eval", "ablate", "convert", "plot")
+RESULTS_IN_FILES = ("train", "eval", "ablate", "study", "convert", "plot")
 EXAMPLES = """\
   smt train                                    the standard library's source, in less than 5 minutes on 2 cores
   smt train --text my_novels/ --minutes 30     your own text, for longer

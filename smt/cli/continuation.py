@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from smt.baselines import ChunkedHymba, architecture_of
 from smt.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from smt.model.checkpoint import CONFIG_FILE
+from smt.hymba.config import HymbaConfig
+from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.model.generation import check_sampling
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.sources import HF_CONFIG_FILE
@@ -43,7 +45,7 @@ class Sampling:
 class Continuer:
     """A model with its tokenizer. Every prompt is the beginning of a document, and the end of the document ends it."""
 
-    def __init__(self, model: StrideMemoryTransformer, tokenizer: Tokenizer, sampling: Sampling) -> None:
+    def __init__(self, model: StrideMemoryTransformer | ChunkedHymba, tokenizer: Tokenizer, sampling: Sampling) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
             raise ValueError(f"the tokenizer in the folder is not the model's: it has {sizes}")
@@ -92,7 +94,7 @@ class Continuer:
         """Load what a training run, ``save_pretrained`` of either class of model or ``smt convert`` left.
 
         Raises:
-            ValueError: a file that is missing or damaged.
+            ValueError: a file that is missing or damaged, or a model that does not decode by itself.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -104,7 +106,15 @@ class Continuer:
 
             model = SMTForCausalLM.from_pretrained(folder).model.to(device)
         else:
-            model = StrideMemoryTransformer.from_pretrained(folder, device=device)
+            architecture = architecture_of(folder)
+            if architecture == "smt":
+                model = StrideMemoryTransformer.from_pretrained(folder, device=device)
+            elif architecture == "hymba":
+                model = ChunkedHymba(read_config(folder / CONFIG_FILE, HymbaConfig))
+                load_weights(model, folder)
+                model.to(device).eval()
+            else:
+                raise ValueError(f"model must be of architecture smt or hymba, {folder} is of {architecture}")
         return cls(model, Tokenizer.pretrained(folder), sampling)
 
 

@@ -17,23 +17,36 @@ USUAL_CONFIG, USUAL_GPU_CONFIG = "stdlib", "stdlib_gpu"
 _DEFAULTS = f"""\
 Each replaces the field of the configuration. Its default is for a configuration without the field; another one is that of
 the packaged configuration {USUAL_CONFIG}, which is what runs without --config (smt train on a GPU: {USUAL_GPU_CONFIG})."""
+_OF_ANOTHER = """\
+For --architecture {architecture}, beside these of the fields of model, which then have defaults of its own: {shared}. What \
+else the configuration says of a model of another architecture is left out."""
 
 
 def add_run_fields(parser: argparse.ArgumentParser) -> None:
     """Add an option for every field of ``RunConfig`` and its parts, but for ``experiment``, which names a run's folder."""
     from smt.data.recall import RecallTask
-    from smt.training.settings import PARTS, RunConfig
+    from smt.training.settings import PARTS, RunConfig, parts_of
 
     usual = RunConfig.from_yaml(USUAL_CONFIG).flat()
     parser.add_argument_group("fields of a run", description=_DEFAULTS)
     whole = [field.name for field in fields(RunConfig) if field.name not in ("experiment", *PARTS)]
     groups = {"run": (RunConfig, whole)}
     groups.update({part: (settings, [field.name for field in fields(settings)]) for part, settings in PARTS.items()})
+    described = {}
+    for architecture in RunConfig.CHOICES["architecture"]:
+        settings = parts_of(architecture)["model"]
+        if settings is not PARTS["model"]:
+            names, of_model = [field.name for field in fields(settings)], groups["model"][1]
+            shared = ", ".join(name for name in names if name in of_model)
+            title = f"model of the architecture {architecture}"
+            described[title] = _wrapped(_OF_ANOTHER.format(architecture=architecture, shared=shared))
+            groups[title] = settings, [name for name in names if name not in of_model]
     for title, (settings, names) in groups.items():
-        group, meaning, defaults = parser.add_argument_group(title), meanings(settings), defaults_of(settings)
+        group = parser.add_argument_group(title, description=described.get(title))
+        meaning, defaults = meanings(settings), defaults_of(settings)
         for name in names:
             shown = f"default: {as_text(defaults[name])}"
-            if usual[name] != defaults[name]:
+            if usual.get(name, defaults[name]) != defaults[name]:
                 shown += f"; {USUAL_CONFIG}: {as_text(usual[name])}"
             text = f"{in_brief(meaning.get(name, ''))} ({shown})"
             group.add_argument(
@@ -57,15 +70,19 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 def _metavar(settings: type, name: str) -> str:
     kind, choices = kind_of(settings, name), choices_of(settings).get(name)
-    word = kind.replace(" | None", "").upper() if choices is None else f"{{{','.join(choices)}}}"
+    inner = kind.removeprefix("tuple[").replace(", ...]", "").replace(" | None", "")
+    word = inner.upper() if choices is None else f"{{{','.join(choices)}}}"
     return f"{word}=VALUE,..." if kind.startswith("dict") else f"{word},..." if kind.startswith("tuple") else word
 
 
 def _table(settings: type) -> str:
     meaning = meanings(settings)
-    width = shutil.get_terminal_size().columns - 2
     lines = [
         f"{name:<13}{in_brief(meaning.get(name, ''))} (default: {as_text(value)})"
         for name, value in defaults_of(settings).items()
     ]
-    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 15) for line in lines)
+    return "\n".join(_wrapped(line, subsequent_indent=" " * 15) for line in lines)
+
+
+def _wrapped(text: str, **options: str) -> str:
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 2, **options)

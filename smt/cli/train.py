@@ -68,8 +68,9 @@ def _report(outcome: Outcome, seconds: float) -> None:
     evaluation, progress = outcome.evaluation, outcome.progress
     bound = outcome.config.data.eval_documents
     documents = "documents whole" if bound is None else f"the first {bound} documents at most, whole"
+    carried = "memory carried" if outcome.config.architecture == "smt" else f"{outcome.config.data.eval_chunk_length} at a time"
     print(
-        f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, {documents}, memory carried\n"
+        f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, {documents}, {carried}\n"
         f"validation loss {evaluation.loss:.4f} nats per token\n"
         f"perplexity      {evaluation.perplexity:.2f}\n"
         f"bits per byte   {evaluation.bits_per_byte:.3f}\n"

@@ -2,9 +2,9 @@
 
     scores[i] = log p(document[i + 1] | document[0], ..., document[i])
 
-``SMTScorer`` carries the memory through a whole document. ``CausalLMScorer`` runs any causal language model of Hugging Face
-with as much context as it takes: a longer document is read in overlapping windows, and each token scored once, with at least
-half a window before it.
+``SMTScorer`` carries the memory through a whole document. ``WindowScorer`` runs any other model with as much context as it
+takes: a longer document is read in overlapping windows, and each token scored once, with at least half a window before it.
+``CausalLMScorer`` is that of the causal language models of Hugging Face.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from smt.data.walk import IGNORE_INDEX, DocumentWalk
 from smt.model.transformer import StrideMemoryTransformer
@@ -112,7 +112,62 @@ class SMTScorer:
         return scores
 
 
-class CausalLMScorer:
+class WindowScorer:
+    """A model that reads every window anew.
+
+    Args:
+        model: what is run.
+        logits: runs it: tokens (B, T) -> (B, T, V).
+        vocab_size: V.
+        context: tokens that it sees at most.
+        device: where it is.
+    """
+
+    def __init__(
+        self, model: nn.Module, logits: Callable[[Tensor], Tensor], vocab_size: int, context: int, device: torch.device
+    ) -> None:
+        self.model, self.context = model, context
+        self._logits, self._vocab_size, self._device = logits, vocab_size, device
+
+    @torch.no_grad()
+    def score(self, documents: Sequence[Any]) -> list[TokenScores]:
+        """As ``Scorer.score``."""
+        scores = [TokenScores.of_length(len(document)) for document in documents]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            pieces = [
+                (index, *bounds)
+                for index, document in enumerate(documents)
+                for bounds in windows(len(document) - 1, self.context)
+            ]
+            pieces.sort(key=lambda piece: piece[3] - piece[1])  # of similar length together: little padding
+            while pieces:
+                longest = pieces[-1][3] - pieces[-1][1]
+                together = max(1, CHUNK_ELEMENTS // (longest * self._vocab_size))
+                pieces, group = pieces[:-together], pieces[-together:]
+                self._score(documents, group, longest, scores)
+        finally:
+            self.model.train(was_training)
+        return scores
+
+    def _score(
+        self, documents: Sequence[Any], group: list[tuple[int, int, int, int]], longest: int, scores: list[TokenScores]
+    ) -> None:
+        device = self._device
+        # Padding is on the right, where no token before it sees it.
+        ids = torch.zeros(len(group), longest + 1, dtype=torch.int64, device="cpu")
+        for row, (index, start, _, stop) in enumerate(group):
+            ids[row, : stop - start + 1] = _tokens(documents[index])[start : stop + 1]
+        ids = ids.to(device)
+        with precision(device):
+            logits = self._logits(ids[:, :-1])
+        log_probs, greedy = _of_targets(logits, ids[:, 1:])
+        for row, (index, start, first, stop) in enumerate(group):
+            scores[index].fill(first, log_probs[row, first - start : stop - start], greedy[row, first - start : stop - start])
+
+
+class CausalLMScorer(WindowScorer):
     """Any causal language model of Hugging Face.
 
     Args:
@@ -129,46 +184,13 @@ class CausalLMScorer:
         most = next((length for length in named if isinstance(length, int) and length > 0), None)
         if context is not None and (context < 2 or (most is not None and context > most)):
             raise ValueError(f"context must lie in 2..{most or 'any length'} for this model, got {context}")
-        self.model = model
-        self.context: int = context or most or UNNAMED_CONTEXT
-
-    @torch.no_grad()
-    def score(self, documents: Sequence[Any]) -> list[TokenScores]:
-        """As ``Scorer.score``."""
-        scores = [TokenScores.of_length(len(document)) for document in documents]
-        vocab_size = self.model.config.get_text_config().vocab_size
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            pieces = [
-                (index, *bounds)
-                for index, document in enumerate(documents)
-                for bounds in windows(len(document) - 1, self.context)
-            ]
-            pieces.sort(key=lambda piece: piece[3] - piece[1])  # of similar length together: little padding
-            while pieces:
-                longest = pieces[-1][3] - pieces[-1][1]
-                together = max(1, CHUNK_ELEMENTS // (longest * vocab_size))
-                pieces, group = pieces[:-together], pieces[-together:]
-                self._score(documents, group, longest, scores)
-        finally:
-            self.model.train(was_training)
-        return scores
-
-    def _score(
-        self, documents: Sequence[Any], group: list[tuple[int, int, int, int]], longest: int, scores: list[TokenScores]
-    ) -> None:
-        device = self.model.device
-        # Padding is on the right, where no token before it sees it.
-        ids = torch.zeros(len(group), longest + 1, dtype=torch.int64, device="cpu")
-        for row, (index, start, _, stop) in enumerate(group):
-            ids[row, : stop - start + 1] = _tokens(documents[index])[start : stop + 1]
-        ids = ids.to(device)
-        with precision(device):
-            logits = self.model(ids[:, :-1], use_cache=False).logits
-        log_probs, greedy = _of_targets(logits, ids[:, 1:])
-        for row, (index, start, first, stop) in enumerate(group):
-            scores[index].fill(first, log_probs[row, first - start : stop - start], greedy[row, first - start : stop - start])
+        super().__init__(
+            model,
+            lambda ids: model(ids, use_cache=False).logits,
+            model.config.get_text_config().vocab_size,
+            context or most or UNNAMED_CONTEXT,
+            model.device,
+        )
 
 
 def windows(length: int, context: int | None) -> list[tuple[int, int, int]]:

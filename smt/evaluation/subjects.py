@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from smt.baselines import FullAttentionGPT2
+from smt.baselines import CONFIGS, architecture_of, build
 from smt.data.settings import DataConfig
 from smt.data.sources import SOURCES
 from smt.data.tokenizer import Tokenizer
-from smt.evaluation.scorer import CausalLMScorer, Scorer, SMTScorer
+from smt.evaluation.scorer import CausalLMScorer, Scorer, SMTScorer, WindowScorer
 from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.extras import needs_extra
 from smt.runtime.fields import parse
 from smt.runtime.files import read_yaml
+
+NAMES = {"smt": "SMT", "gpt2": "GPT-2", "hymba": "Hymba"}
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,21 @@ def open_run(folder: str | Path, device: torch.device, *, name: str | None = Non
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"run must be a folder that smt train left, {folder} is none")
-    values = _values(path)
-    if values.get("architecture", "smt") == "gpt2":
-        model = FullAttentionGPT2(read_config(path / CONFIG_FILE), values["data"]["chunk_length"])
-        load_weights(model, path)
-        name, ours = name or "GPT-2", None
-        scorer: Scorer = CausalLMScorer(model.causal_lm().to(device).eval())
-    else:
+    architecture = architecture_of(path)
+    ours: StrideMemoryTransformer | None = None
+    if architecture == "smt":
         model = ours = StrideMemoryTransformer.from_pretrained(path, device=device)
-        name, scorer = name or "SMT", SMTScorer(ours, **sizes)
+        scorer: Scorer = SMTScorer(ours, **sizes)
+    else:
+        # Nothing but these weights is read: neither has a memory, and both were trained on chunks.
+        context = _values(path)["data"]["chunk_length"]
+        model = build(architecture, read_config(path / CONFIG_FILE, CONFIGS[architecture]), context)
+        load_weights(model, path)
+        model.to(device).eval()
+        if architecture == "gpt2":
+            scorer = CausalLMScorer(model.causal_lm().to(device).eval())
+        else:
+            scorer = WindowScorer(model, model.logits, model.config.vocab_size, context, device)
     try:
         tokenizer = Tokenizer.load(path)
     except FileNotFoundError as error:
@@ -66,7 +74,7 @@ def open_run(folder: str | Path, device: torch.device, *, name: str | None = Non
     if tokenizer.vocab_size > model.config.vocab_size:
         most = model.config.vocab_size
         raise ValueError(f"{folder} must have a tokenizer of at most vocab_size = {most} tokens, got {tokenizer.vocab_size}")
-    return Subject(name, scorer, tokenizer, ours)
+    return Subject(name or NAMES[architecture], scorer, tokenizer, ours)
 
 
 def open_causal_lm(source: str, device: torch.device, context: int | None = None) -> Subject:

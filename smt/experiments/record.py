@@ -52,7 +52,7 @@ class RunRecord:
         name: how tables and plots call it.
         folder: where it is.
         experiment: its name.
-        encoding: of the window; for another architecture, that architecture's name.
+        encoding: of the window; of another architecture its name, and where it has several its layout.
         pool_source: what a write pools; None where nothing is written.
         parameters: of the model.
         steps, tokens: of its training.
@@ -103,7 +103,7 @@ class RunRecord:
                 name=name or folder.name,
                 folder=folder,
                 experiment=values["experiment"],
-                encoding=model["encoding"] if ours else architecture,
+                encoding=model["encoding"] if ours else " ".join([architecture, *filter(None, [model.get("layout")])]),
                 pool_source=model["pool_source"] if ours and model["writes"] else None,
                 parameters=results["parameters"],
                 steps=results["steps"],

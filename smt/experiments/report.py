@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from smt.config import SMTConfig
 from smt.data.sources import read_corpus
 from smt.evaluation.ablation import slot_reach
 from smt.evaluation.plots import plot_position_differences, plot_positions
@@ -134,7 +135,7 @@ def score_cells(finished: Sequence[CellOutcome]) -> tuple[dict[str, list[TokenSc
 
 def _plot_positions(scores: Mapping[str, Sequence[TokenScores]], finished: Sequence[CellOutcome], path: Path) -> None:
     curves = {label: loss_by_position(score) for label, score in scores.items()}
-    models = [outcome.cell.config.model for outcome in finished]
+    models = [model for outcome in finished if isinstance(model := outcome.cell.config.model, SMTConfig)]
     marks = {}
     for name, positions in {
         "window's tokens": {model.m_input_tokens for model in models},

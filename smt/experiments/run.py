@@ -22,7 +22,11 @@ from smt.training.settings import RunConfig
 
 OUTPUT_FILE = "output.txt"
 # The process of a cell imports what this one imports: neither -m nor -c, which look into the current folder first, would.
-START = "import sys; sys.path[:] = sys.argv[2:]; from smt.experiments.cell import main; sys.exit(main(sys.argv[1]))"
+START = """import importlib, sys
+module, folder, *sys.path[:] = sys.argv[1:]
+sys.exit(importlib.import_module(module).main(folder))"""
+# What such a process does.
+CELL_MODULE = "smt.experiments.cell"
 # For a process that has been told to end, until it is killed.
 SECONDS_TO_END = 10.0
 
@@ -76,7 +80,7 @@ def run_study(
         write_files({folder / CELL_FILE: cell.config.anchored().to_yaml})
         tell(f"{place[cell.label]}: begins" + (f", output in {folder / OUTPUT_FILE}" if jobs > 1 else ""))
         started = time.perf_counter()
-        error = attempt(folder) if jobs == 1 else _attempt_apart(folder, jobs, apart)
+        error = attempt(folder) if jobs == 1 else attempt_apart(folder, jobs, apart)
         seconds = f"{time.perf_counter() - started:.0f} s"
         ended = "finished in" if error is None else f"failed, see {folder / FAILURE_FILE}, after"
         tell(f"{place[cell.label]}: {ended} {seconds}")
@@ -147,12 +151,18 @@ class Processes:
                 process.wait()
 
 
-def _attempt_apart(folder: Path, jobs: int, processes: Processes) -> str | None:
-    """As ``attempt``, in a process of its own, whose end is no end of this one."""
+def attempt_apart(folder: Path, jobs: int, processes: Processes, module: str = CELL_MODULE) -> str | None:
+    """As ``attempt``, in a process of its own, whose end is no end of this one.
+
+    Args:
+        folder: of the cell, in which the process leaves what it says.
+        jobs: processes that run at once, and share the threads.
+        module: whose ``main`` the process runs.
+    """
     threads = str(max(1, _cores() // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     with (folder / OUTPUT_FILE).open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-c", START, str(folder), *sys.path]
+        command = [sys.executable, "-c", START, module, str(folder), *sys.path]
         code = processes.run(command, env=environment, stdout=output, stderr=output)
     if code == 0:
         return None

@@ -6,6 +6,7 @@ is a valid configuration of a run, and a run's folder is a checkpoint.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +15,14 @@ import yaml
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
+from smt.runtime.fields import parse
 from smt.runtime.files import read_safetensors, tensors_writer, text_writer, write_files
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 NAMES_SHOWN = 3
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config")  # of a model: a dataclass with ``from_dict`` and ``to_dict``
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
@@ -29,11 +32,11 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fields = yaml.safe_dump({"model": model.config.to_dict()}, sort_keys=False)
+    described = yaml.safe_dump({"model": model.config.to_dict()}, sort_keys=False)
     write_files(
         {
             folder / WEIGHTS_FILE: tensors_writer(model.state_dict()),
-            folder / CONFIG_FILE: text_writer(fields),
+            folder / CONFIG_FILE: text_writer(described),
         }
     )
 
@@ -72,7 +75,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, leave: tuple[str, ...]
         ValueError: as ``load_model``; the message names the fields of the configurations that differ.
     """
     folder = Path(folder)
-    theirs, ours = read_config(folder / CONFIG_FILE).to_dict(), model.config.to_dict()
+    theirs, ours = read_config(folder / CONFIG_FILE, type(model.config)).to_dict(), model.config.to_dict()
     tensors = {name: tensor for name, tensor in _read_weights(folder).items() if name not in leave}
     differing = [f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
     _check(model, tensors, folder, leave, f"; its config has {', '.join(differing)}" if differing else "")
@@ -82,17 +85,19 @@ def load_weights(model: nn.Module, folder: str | Path, *, leave: tuple[str, ...]
     return list(tensors)
 
 
-def read_config(path: str | Path) -> SMTConfig:
-    """The model's part of a YAML file: of a checkpoint, of a run, or nothing but the fields of ``SMTConfig``.
+def read_config(path: str | Path, settings: type[Config] = SMTConfig) -> Config:
+    """The model's part of a YAML file: of a checkpoint, of a run, or nothing but the fields of ``settings``.
 
     Raises:
         ValueError: no such file, not a mapping, an unknown field or a value out of range.
     """
-    return SMTConfig.from_dict(read_fields(path))
+    known = {field.name for field in fields(settings)}  # ``from_dict`` refuses others
+    given = read_fields(path).items()
+    return settings.from_dict({name: parse(settings, name, value) if name in known else value for name, value in given})
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
-    """The fields of ``SMTConfig`` that a YAML file gives, unchecked; errors as ``read_config``."""
+    """The fields of a model's configuration that a YAML file gives, unchecked; errors as ``read_config``."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no {path}")
@@ -100,10 +105,10 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    fields = values.get("model", values) if isinstance(values, dict) else values
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(fields).__name__}")
-    return fields
+    given = values.get("model", values) if isinstance(values, dict) else values
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(given).__name__}")
+    return given
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
-_KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "tuple": tuple}
+_KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "tuple": tuple, "Any": object}
 # What torch's generators and every other take.
 LARGEST_SEED = 2**63 - 1
 
@@ -175,7 +175,7 @@ def check_at_least(settings: Any, least: int, *names: str) -> None:
 
 def _is_a(kind: str, value: Any) -> bool:
     outer = re.match(r"\w+", kind).group()
-    return isinstance(value, _KINDS[outer]) and not (isinstance(value, bool) and outer != "bool")
+    return isinstance(value, _KINDS[outer]) and not (isinstance(value, bool) and outer not in ("bool", "Any"))
 
 
 def _inner(kind: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smt.config import SMTConfig
 from smt.data.tokenized import TokenizedCorpus
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.perplexity import Evaluation
@@ -117,7 +118,9 @@ def what_is_left(path: Path, checkpoints: Checkpoints, progress: Progress) -> st
 def _sample(model: torch.nn.Module, document: np.ndarray, config: RunConfig, tokenizer: Tokenizer) -> tuple[str, str]:
     """The beginning of a held-out document, and how the model goes on."""
     device = model.embedding.weight.device
-    prompt = torch.tensor(document[: config.model.m_input_tokens].tolist(), device=device)
+    model_config = config.model
+    length = model_config.m_input_tokens if isinstance(model_config, SMTConfig) else max(1, config.data.chunk_length // 4)
+    prompt = torch.tensor(document[:length].tolist(), device=device)
     generator = torch.Generator(device).manual_seed(config.training.seed)
     (tokens,) = model.generate(
         prompt[None], config.training.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, generator=generator

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from smt.config import SMTConfig
 from smt.data.pairs import TokenizedPairs, read_pairs
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
 from smt.data.tokenizer import TRAINED
@@ -112,7 +113,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
         limit = config.training.save_total_limit
         snapshot = None if path is None else Checkpoints(path, limit=limit, **rank).newest()
-        start = StartingPoint(config.training.init_from if snapshot is None else {})
+        start = StartingPoint(config.training.init_from if snapshot is None else {}, config.architecture)
         if snapshot is None:
             config = start.adopted_by(config)
             if start.tokenizer is not None:
@@ -183,7 +184,8 @@ def _warnings(config: RunConfig, text: TokenizedCorpus, accelerator: Accelerator
     if config.training.stage == "orpo":
         return [None if config.training.init_from else "stage orpo begins with fresh weights: nothing is in init_from"]
     rows = config.data.batch_size * accelerator.num_processes
-    return [text.warning(config.model.window_size), text.idle_rows(rows, config.data.part_length)]
+    short = text.warning(config.model.window_size) if isinstance(config.model, SMTConfig) else None
+    return [short, text.idle_rows(rows, config.data.part_length)]
 
 
 def _stage(

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 import yaml
 
+from smt.baselines.architectures import CONFIGS
 from smt.config import SMTConfig
 from smt.data.settings import DataConfig
 from smt.data.tokenizer import TRAINED
+from smt.hymba.config import HymbaConfig
 from smt.model.transformer import PARTS as MODEL_PARTS
 from smt.pretrained.loading import GPT2_ENCODING
 from smt.runtime.fields import (
@@ -142,26 +144,36 @@ class RunConfig:
     Attributes:
         experiment: the name of the folder of its runs.
         model, data, training: its three parts.
-        architecture: ``smt``, or ``gpt2``, to compare with: full attention to the last ``chunk_length`` tokens, with the sizes
-            that ``model`` gives its decoder.
+        architecture: ``smt``; or, to compare with, ``gpt2``: full attention to the last ``chunk_length`` tokens, with the sizes
+            that ``model`` gives its decoder; or ``hymba``: attention and Mamba, with a ``model`` of its own. Neither carries
+            anything from chunk to chunk.
     """
 
     experiment: str
-    model: SMTConfig
+    model: SMTConfig | HymbaConfig
     data: DataConfig
     training: TrainingConfig
     architecture: str = "smt"
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"architecture": ("smt", "gpt2")}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"architecture": tuple(CONFIGS)}
 
     def __post_init__(self) -> None:
         check_folder_name("experiment", self.experiment)
         self._check_stage()
         check_choice("architecture", self.architecture, self.CHOICES["architecture"])
-        if self.architecture == "gpt2" and self.data.eval_chunk_length > self.data.chunk_length:
+        if not isinstance(self.model, CONFIGS[self.architecture]):
+            wanted, got = CONFIGS[self.architecture].__name__, type(self.model).__name__
+            raise TypeError(f"model must be of type {wanted} for architecture {self.architecture!r}, got a {got}")
+        if self.architecture == "smt":
+            return
+        if self.data.eval_chunk_length > self.data.chunk_length:
             raise ValueError(
-                f"eval_chunk_length must be at most chunk_length = {self.data.chunk_length} for architecture 'gpt2', which has "
-                f"learnt no positions beyond, got {self.data.eval_chunk_length}"
+                f"eval_chunk_length must be at most chunk_length = {self.data.chunk_length} for architecture "
+                f"{self.architecture!r}, which has read nothing longer, got {self.data.eval_chunk_length}"
+            )
+        if not set(self.training.init_from) <= {"checkpoint"}:
+            raise ValueError(
+                f"init_from must be a checkpoint for architecture {self.architecture!r}, got {self.training.init_from}"
             )
 
     def _check_stage(self) -> None:
@@ -181,6 +193,8 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any], overrides: dict[str, Any] | None = None) -> RunConfig:
         """Build from ``{experiment, architecture, model: {}, data: {}, training: {}}``, single fields overridden by name.
 
+        Where ``architecture`` is overridden by one with another kind of ``model``, that keeps the fields that both have.
+
         Raises:
             ValueError: an unknown part or field, with the nearest name, or a value out of range.
             TypeError: a value of the wrong type.
@@ -193,22 +207,31 @@ class RunConfig:
                 kind = "a mapping of fields" if name in PARTS else "of type str"
                 raise ValueError(f"{name} must be {kind}, got {value!r}")
         parts = {part: dict(values.get(part, {})) for part in PARTS}
-        of_run = {"experiment": "run", **{name: values[name] for name in OF_RUN if name in values}}
+        of_run = {"experiment": "run", "architecture": "smt", **{name: values[name] for name in OF_RUN if name in values}}
+        of_file = of_run["architecture"]
+        of_run.update({name: value for name, value in (overrides or {}).items() if name in OF_RUN})
+        architecture = of_run["architecture"]
+        for name in (of_file, architecture):
+            check_choice("architecture", name, cls.CHOICES["architecture"])
+        left = _names(CONFIGS[of_file]) - _names(CONFIGS[architecture])
+        parts["model"] = {name: value for name, value in parts["model"].items() if name not in left}
         for name, value in (overrides or {}).items():
-            part = None if name in OF_RUN else part_of(name)
-            (of_run if part is None else parts[part])[name] = value
-        for part, settings in PARTS.items():
+            if name not in OF_RUN:
+                parts[part_of(name, architecture)][name] = value
+        kinds = parts_of(architecture)
+        for part, settings in kinds.items():
             known = [field.name for field in fields(settings)]
             for name in parts[part]:
                 if name not in known:
+                    _check_architecture(name, architecture)
                     raise ValueError(f"{part} has no field {name!r}; did you mean {nearest(name, known)!r}?")
         parsed = {
             part: {name: parse(settings, name, value) for name, value in parts[part].items()}
-            for part, settings in PARTS.items()
+            for part, settings in kinds.items()
         }
-        if "gpt2" in (parsed["training"].get("init_from") or ()):
+        if architecture == "smt" and "gpt2" in (parsed["training"].get("init_from") or ()):
             parsed["model"].setdefault("encoding", GPT2_ENCODING)
-        built = {part: settings(**parsed[part]) for part, settings in PARTS.items()}
+        built = {part: settings(**parsed[part]) for part, settings in kinds.items()}
         return cls(**of_run, **built)
 
     @classmethod
@@ -280,13 +303,30 @@ OF_RUN = ("experiment", "architecture")
 PARTS: dict[str, type] = {"model": SMTConfig, "data": DataConfig, "training": TrainingConfig}
 
 
-def part_of(name: str) -> str:
-    """The part of a run that has the field ``name``.
+def parts_of(architecture: str) -> dict[str, type]:
+    """The parts of a run, by name: what each of them is."""
+    return {**PARTS, "model": CONFIGS[architecture]}
+
+
+def part_of(name: str, architecture: str = "smt") -> str:
+    """The part of a run of that architecture that has the field ``name``.
 
     Raises:
-        ValueError: none has; the message gives the nearest name.
+        ValueError: none has; the message gives the architectures that have it, or the nearest name.
     """
-    owners = {field.name: part for part, settings in PARTS.items() for field in fields(settings)}
+    owners = {field: part for part, settings in parts_of(architecture).items() for field in _names(settings)}
     if name not in owners:
+        _check_architecture(name, architecture)
         raise ValueError(f"there is no setting {name!r}; did you mean {nearest(name, (*owners, *OF_RUN))!r}?")
     return owners[name]
+
+
+def _check_architecture(name: str, architecture: str) -> None:
+    """Raise ValueError if the model of another architecture has the field ``name``, and that of this one has not."""
+    others = [other for other, settings in CONFIGS.items() if name in _names(settings)]
+    if others and architecture not in others:
+        raise ValueError(f"{name} is a field of architecture {' and '.join(others)}, this run is of {architecture}")
+
+
+def _names(settings: type) -> set[str]:
+    return {field.name for field in fields(settings)}

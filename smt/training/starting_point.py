@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from smt.baselines import FullAttentionGPT2
+from smt.baselines import CONFIGS, RunModel, architecture_of, build
 from smt.data.tokenizer import TOKENIZER_FILE
 from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
-from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.families import READERS
 from smt.pretrained.loading import load_parts
 from smt.pretrained.sources import open_source
@@ -25,13 +24,10 @@ from smt.training.settings import RunConfig
 NO_TOKENIZER = "without a tokenizer.json its tokens are not those of this run"
 
 
-def fresh_model(config: RunConfig) -> StrideMemoryTransformer | FullAttentionGPT2:
+def fresh_model(config: RunConfig) -> RunModel:
     """A fresh model, the same on every process."""
     torch.manual_seed(config.training.seed)
-    if config.architecture == "gpt2":
-        model = FullAttentionGPT2(config.model, config.data.chunk_length)
-    else:
-        model = StrideMemoryTransformer(config.model)
+    model = build(config.architecture, config.model, config.data.chunk_length)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -45,11 +41,11 @@ class StartingPoint:
         vocab_size: rows of that embedding; None: as many as the run's tokenizer has tokens.
     """
 
-    def __init__(self, init_from: Mapping[str, str]) -> None:
+    def __init__(self, init_from: Mapping[str, str], architecture: str = "smt") -> None:
         """Open what ``TrainingConfig.init_from`` names.
 
         Raises:
-            ValueError: as ``open_source`` and ``read_config``.
+            ValueError: as ``open_source``, a checkpoint that is none, or one of another architecture.
         """
         self._sources = {kind: open_source(init_from[kind]) for kind in READERS if kind in init_from}
         self._checkpoint = Path(init_from["checkpoint"]) if "checkpoint" in init_from else None
@@ -57,7 +53,11 @@ class StartingPoint:
         self.vocab_size: int | None = None
         self._embedding: str | None = None
         if self._checkpoint is not None:
-            config, path = read_config(self._checkpoint / CONFIG_FILE), self._checkpoint / TOKENIZER_FILE
+            theirs = architecture_of(self._checkpoint)
+            if theirs != architecture:
+                raise ValueError(f"init_from names a checkpoint of architecture {theirs}, this run is of {architecture}")
+            config = read_config(self._checkpoint / CONFIG_FILE, CONFIGS[theirs])
+            path = self._checkpoint / TOKENIZER_FILE
             if path.is_file():
                 self.tokenizer, self.vocab_size = path, config.vocab_size
         for kind, source in self._sources.items():
@@ -76,14 +76,15 @@ class StartingPoint:
             data=replace(config.data, tokenizer=str(self.tokenizer.parent.absolute())),  # a folder may be called bpe
         )
 
-    def load(self, model: StrideMemoryTransformer, *, match_scale: bool = False) -> LoadReport | None:
+    def load(self, model: RunModel, *, match_scale: bool = False) -> LoadReport | None:
         """Fill ``model``; None where everything is fresh. ``match_scale`` as in ``load_mamba``.
 
         Raises:
             ValueError: weights that do not fit the model.
         """
         if self._checkpoint is not None:
-            skipped = {} if self.tokenizer is not None else {"embedding.weight": NO_TOKENIZER}
+            embedding = next(name for name, weight in model.named_parameters() if weight is model.embedding.weight)
+            skipped = {} if self.tokenizer is not None else {embedding: NO_TOKENIZER}
             loaded = load_weights(model, self._checkpoint, leave=tuple(skipped))
             return LoadReport(f"checkpoint {self._checkpoint}", loaded, skipped, list(skipped))
         if not self._sources:

@@ -22,10 +22,12 @@ LEVELS = [
     ["benchmarks"],
     ["smt.__init__", "smt.__main__"],  # the front door
     ["smt.cli"],
+    ["smt.study"],
     ["smt.experiments"],
     ["smt.training"],
     ["smt.evaluation", "smt.huggingface"],
-    ["smt.baselines", "smt.hymba"],
+    ["smt.baselines"],
+    ["smt.hymba"],
     ["smt.model"],
     ["smt.pretrained", "smt.state"],
     ["smt.config", "smt.data"],

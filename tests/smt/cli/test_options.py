@@ -9,6 +9,7 @@ from smt.cli import COMMANDS, main, parser_of
 from smt.cli.parser import UsageError
 from smt.data.recall import RecallTask
 from smt.evaluation.run import TASKS
+from smt.hymba.config import HymbaConfig
 from smt.runtime.fields import as_text, choices_of, defaults_of
 from smt.runtime.meanings import in_brief, meanings
 from smt.training.settings import PARTS, RunConfig
@@ -21,7 +22,7 @@ def options_of(command):
     return [action for action in parser_of(command)._actions if action.dest != "help"]
 
 
-def printed_help(command, capsys, monkeypatch, columns=400):
+def printed_help(command, capsys, monkeypatch, columns=600):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         main([command, "--help"])
@@ -57,10 +58,11 @@ def test_a_default_is_in_the_help(command):
 def test_every_field_has_its_meaning_its_choices_its_default_and_that_of_the_usual_configuration(command, capsys, monkeypatch):
     lines = [" ".join(line.split()) for line in printed_help(command, capsys, monkeypatch).splitlines()]
     usual = RunConfig.from_yaml("stdlib").flat()
-    for settings in PARTS.values():
-        for name, default in defaults_of(settings).items():
+    of_another = {name: value for name, value in defaults_of(HymbaConfig).items() if name not in usual}
+    for settings, defaults in [*((settings, defaults_of(settings)) for settings in PARTS.values()), (HymbaConfig, of_another)]:
+        for name, default in defaults.items():
             shown = f"default: {as_text(default)}"
-            shown += f"; stdlib: {as_text(usual[name])}" if usual[name] != default else ""
+            shown += f"; stdlib: {as_text(usual[name])}" if usual.get(name, default) != default else ""
             end = f"{in_brief(meanings(settings)[name])} ({shown})"
             (place,) = [index for index, line in enumerate(lines) if line.startswith(f"--{name} ")]
             option, found, _ = " ".join(lines[place : place + 2]).partition(end)

@@ -83,8 +83,24 @@ class TestSettings:
             ({"report_to": "wandbb"}, ValueError, "wandbb"),
             ({"steps": "3", "epochs": "2"}, ValueError, "a run has one bound, got steps = 3 and epochs = 2"),
             ({"save_steps": "0"}, ValueError, "save_steps must be at least 1, got 0"),
-            ({"architecture": "gpt3"}, ValueError, "architecture must be one of smt, gpt2, got 'gpt3'"),
-            ({"architecture": "gpt2"}, ValueError, "eval_chunk_length must be at most chunk_length = 128 for architecture"),
+            ({"architecture": "gpt3"}, ValueError, "architecture must be one of smt, gpt2, hymba, got 'gpt3'"),
+            (
+                {"architecture": "gpt2"},
+                ValueError,
+                "eval_chunk_length must be at most chunk_length = 128 for architecture 'gpt2'",
+            ),
+            ({"architecture": "hymba"}, ValueError, "eval_chunk_length must be at most chunk_length = 128 for architecture"),
+            ({"n_layers": 2}, ValueError, "n_layers is a field of architecture hymba, this run is of smt"),
+            (
+                {"architecture": "hymba", "stride": 2},
+                ValueError,
+                "stride is a field of architecture smt and gpt2, this run is of",
+            ),
+            (
+                {"architecture": "hymba", "eval_chunk_length": 8, "init_from": "gpt2=x"},
+                ValueError,
+                "init_from must be a checkpoint for architecture 'hymba', got {'gpt2': 'x'}",
+            ),
             ({"device": "tpu"}, ValueError, "device must be one of auto, cpu, cuda, got 'tpu'"),
             *(
                 ({"experiment": name}, ValueError, "experiment must be the name of a folder")

@@ -1,0 +1,155 @@
+"""The files that a study leaves, all made from its JSON: the report of one page, and the details behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from smt.runtime.extras import optional
+from smt.runtime.files import text_writer, write_files
+from smt.study import plots
+from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
+from smt.study.expected import expected_table
+from smt.study.figures import NAMES, Study
+from smt.study.tables import (
+    carried_table,
+    orpo_table,
+    quality_table,
+    results_csv,
+    sharing_table,
+    speed_table,
+    winners_table,
+)
+
+REPORT_FILE = "report.md"
+STAGE_NAMES = {TRAINING: "stage 1", EQUAL_TIME: "stage 1, equal time", ORPO: "stage 2, ORPO"}
+
+
+def save_report(study: Study, folder: Path) -> list[Path]:
+    """Write every file but ``study.json``; the paths of what could be written."""
+    texts = {
+        "ablation_results.csv": results_csv(study),
+        "generation_samples.txt": samples(study),
+        "detailed_metrics.txt": details(study),
+        REPORT_FILE: report(study),
+    }
+    write_files({folder / name: text_writer(text) for name, text in texts.items()})
+    files = [folder / name for name in texts]
+    drawn: dict[str, Callable[[Path], Any]] = {
+        "ablation_results.png": partial(plots.plot_results, study),
+        "training_stages_comparison.png": partial(plots.plot_stages, study),
+        "report.png": partial(plots.plot_report, study, conditions(study)),
+    }
+    for name, draw in drawn.items():
+        with optional(name):
+            write_files({folder / name: draw})
+            files.append(folder / name)
+    return files
+
+
+def conditions(study: Study) -> list[str]:
+    """What must be known to read the tables, one sentence each."""
+    settings, text, where = study["settings"], study["text"], study["environment"]
+    first, second = study["stages"][TRAINING], study["stages"][ORPO]
+    length, held_out, several = first["chunk_length"], text["held_out"], len(settings["seeds"]) > 1
+    seeds = ", ".join(map(str, settings["seeds"]))
+    lines = [
+        f"Seeds {seeds}; ± is the standard deviation over them." if several else f"Seed {seeds} alone: no spread.",
+        f"{text['source']}: {text['training']['tokens']:,} tokens of {_documents(text['training'])} to train on, "
+        f"{held_out['tokens']:,} of {_documents(held_out)} held out whole. The vocabulary of {text['vocabulary']:,} tokens was "
+        "learned from the former.",
+        f"Stage 1: {first['steps']:,} steps of {first['batch_size']} x {length} tokens, the same in the same order for every "
+        f"model, at a learning rate of {first['learning_rate']:g} for all.",
+        f"Every {length} tokens are read as if nothing came before, in training and in evaluation, by all models alike.",
+    ]
+    if second is not None:
+        lines.append(
+            f"Stage 2: ORPO, {second['steps']:,} steps of {second['batch_size']} pairs at {second['learning_rate']:g}. A pair "
+            f"is the true continuation of {settings['prompt_length']} tokens of a training document and the model's own, of "
+            f"{settings['completion_length']} tokens each; reward accuracy and margin are of pairs of held-out documents."
+        )
+    lines.append(
+        f"{where['date']}, {where['processor']}, {where['cores']} cores, device {where['device']}, PyTorch {where['torch']}, "
+        f"Python {where['python']}, revision {where['revision']}. Peak memory is that of "
+        + ("tensors on the GPU." if where["device"] != "cpu" else "the process, Python and libraries included.")
+    )
+    return lines
+
+
+def _documents(of: dict[str, int]) -> str:
+    return f"{of['documents']} document" + "s" * (of["documents"] != 1)
+
+
+def report(study: Study) -> str:
+    """The page, as Markdown."""
+    parts = [
+        "# Hymba and its relatives, and SMT",
+        f"```\n{study['command']}\n```",
+        "\n".join(f"- {line}" for line in conditions(study)),
+        "## Which model wins where",
+        winners_table(study),
+        "## Equal tokens",
+        quality_table(study),
+    ]
+    if carried := carried_table(study):
+        parts += [
+            "SMT is the only one that can carry something on. It has been trained on pieces here, never across them:",
+            carried,
+        ]
+    if any(run["stage"] == EQUAL_TIME for run in study["runs"]):
+        count = study["settings"]["equal_time_seeds"]
+        parts += [
+            "## Equal time",
+            f"Trained anew with {'the first seed' if count == 1 else f'the first {count} seeds'}, for as many steps as take "
+            "the time of the middle one of all models, each with its whole schedule.",
+            quality_table(study, EQUAL_TIME),
+        ]
+    parts += [
+        "## Stage 2: ORPO",
+        orpo_table(study),
+        "## Speed and memory",
+        speed_table(study),
+        "## Sharing of keys and values",
+        "In the configuration of the documents, 15 layers with attention in each; global layers share with none:",
+        sharing_table(study, "documents"),
+    ]
+    if own := sharing_table(study, "own"):
+        parts += ["In this study, layout `parallel`, as a running model keeps them:", own]
+    parts += ["## What the documents expect", expected_table(study)]
+    if study["failures"]:
+        parts += ["## What failed", "\n".join(f"- {label}: {error}" for label, error in study["failures"].items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def samples(study: Study) -> str:
+    """How each model goes on, after each stage."""
+    lines = []
+    for run in study["runs"]:
+        if "sample" in run:
+            lines += [
+                f"=== {NAMES[run['model']]}, seed {run['seed']}, {STAGE_NAMES[run['stage']]} ===",
+                f"{run['sample']['prompt']}>>>{run['sample']['continuation']}",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def details(study: Study) -> str:
+    """Everything that was measured, run by run, but for curves and samples."""
+    lines = [study["command"], *conditions(study), ""]
+    for name, model in study["models"].items():
+        lines += [f"{name}: {json.dumps(model)}"]
+    for run in study["runs"]:
+        lines += ["", f"=== {NAMES[run['model']]}, seed {run['seed']}, {STAGE_NAMES[run['stage']]} ==="]
+        told = {name: value for name, value in run.items() if name not in ("model", "seed", "stage", "curve", "sample")}
+        for name, value in told.items():
+            inner = value.items() if isinstance(value, dict) else [("", value)]
+            lines += [f"{f'{name} {key}'.strip():<32}{_plain(item)}" for key, item in inner]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,182 @@
+"""Run a study: a process for each model and seed, one after the other; what has been done is not done again."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smt.data.settings import DataConfig
+from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
+from smt.experiments.cell import FAILURE_FILE
+from smt.experiments.run import OUTPUT_FILE, Processes, attempt_apart
+from smt.runtime.files import check_folder, read_json, read_yaml, text_writer, write_files
+from smt.study.cell import CELL_FILE, TRAINING, is_done, measured_file
+from smt.study.settings import StudySettings
+from smt.study.sizes import Sized, sized_models
+from smt.training.settings import RunConfig
+
+CELL_MODULE = "smt.study.cell"
+# Set when all models have been trained for as many tokens, so it tells no two studies apart.
+EQUAL_TIME_STEPS = "equal_time_steps"
+VOCABULARY = 4000
+
+
+@dataclass(frozen=True)
+class StudyCell:
+    """A model with a seed.
+
+    Attributes:
+        model, seed: which.
+        folder: of all that is left of it.
+        error: why it has not come to its end; None: it has.
+    """
+
+    model: str
+    seed: int
+    folder: Path
+    error: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How it is called."""
+        return f"{self.model},seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study whose text has been read and whose models have been sized.
+
+    Attributes:
+        settings: what is compared.
+        folder: of its results.
+        text: what all models read.
+        models: by name.
+    """
+
+    settings: StudySettings
+    folder: Path
+    text: TokenizedCorpus
+    models: dict[str, Sized]
+
+    @property
+    def data(self) -> DataConfig:
+        """Of stage 1."""
+        return _data(self.settings)
+
+    @property
+    def cells(self) -> list[StudyCell]:
+        """Every model with the first seed, then with the next."""
+        return [
+            StudyCell(model, seed, self.folder / f"{model},seed={seed}")
+            for seed in self.settings.seeds
+            for model in self.settings.models
+        ]
+
+
+def prepare(settings: StudySettings, out: str | Path = "results") -> Prepared:
+    """Read the text and size the models.
+
+    Raises:
+        ValueError: a text that cannot be read, a field that is wrong, or a folder that cannot be written.
+    """
+    folder = check_folder(Path(out) / settings.name)
+    text = tokenize_corpus(_data(settings), _asked_vocabulary(settings))
+    return Prepared(settings, folder, text, sized_models(settings, text.tokenizer.vocab_size))
+
+
+def run_study(prepared: Prepared, tell: Callable[[str], None] = print) -> list[StudyCell]:
+    """Run every cell that has not been; one that fails does not stop the others.
+
+    Raises:
+        ValueError: a folder holds a cell of another study; nothing is run then.
+    """
+    cells, seeds = prepared.cells, prepared.settings.seeds[: prepared.settings.equal_time_seeds]
+    wanted = {cell.label: _wanted(prepared, cell) for cell in cells}
+    for cell in cells:
+        _check_same(cell.folder, wanted[cell.label])
+    ended = {cell.label: _run(cell, wanted[cell.label], f"[{i}/{len(cells)}]", tell) for i, cell in enumerate(cells, 1)}
+    timed = [cell for cell in cells if cell.seed in seeds and ended[cell.label].error is None]
+    steps = _steps_of_equal_time(timed)
+    for index, cell in enumerate(timed, 1):
+        more = {**wanted[cell.label], EQUAL_TIME_STEPS: steps[cell.label]}
+        ended[cell.label] = _run(cell, more, f"[equal time {index}/{len(timed)}]", tell)
+    return list(ended.values())
+
+
+def _run(cell: StudyCell, wanted: dict[str, Any], place: str, tell: Callable[[str], None]) -> StudyCell:
+    if is_done(cell.folder, equal_time=wanted[EQUAL_TIME_STEPS] is not None):
+        tell(f"{place} {cell.label}: finished before, not run again")
+        return cell
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / FAILURE_FILE).unlink(missing_ok=True)
+    write_files({cell.folder / CELL_FILE: text_writer(yaml.safe_dump(wanted, sort_keys=False))})
+    tell(f"{place} {cell.label}: begins, output in {cell.folder / OUTPUT_FILE}")
+    started, processes = time.perf_counter(), Processes()
+    try:
+        error = attempt_apart(cell.folder, 1, processes, CELL_MODULE)
+    except BaseException:  # such as Ctrl-C: no process stays behind
+        processes.end()
+        raise
+    seconds = f"{time.perf_counter() - started:.0f} s"
+    tell(f"{place} {cell.label}: " + (f"finished in {seconds}" if error is None else f"failed after {seconds}: {error}"))
+    return replace(cell, error=error)
+
+
+def _steps_of_equal_time(cells: Sequence[StudyCell]) -> dict[str, int]:
+    """By label, how many steps of a model take as long as the whole training of the middle one."""
+    told = {cell.label: read_json(measured_file(cell.folder, TRAINING)) for cell in cells}
+    if not told:
+        return {}
+    middle = statistics.median(of["training_seconds"] for of in told.values())
+    return {label: max(1, round(of["steps"] * middle / of["training_seconds"])) for label, of in told.items()}
+
+
+def _wanted(prepared: Prepared, cell: StudyCell) -> dict[str, Any]:
+    """What the process of a cell is to do, as YAML can hold it."""
+    settings, sized = prepared.settings, prepared.models[cell.model]
+    run = RunConfig.from_dict(
+        {
+            "experiment": TRAINING,
+            "architecture": sized.architecture,
+            "model": {**sized.config.to_dict(), "vocab_size": _asked_vocabulary(settings)},
+            "data": settings.run.get("data", {}),
+            "training": {**settings.run.get("training", {}), "seed": cell.seed},
+        }
+    )
+    of_pairs = ("n_pairs", "n_held_out_pairs", "prompt_length", "completion_length")
+    wanted = {
+        "run": run.anchored().to_dict(),
+        "orpo": settings.orpo,
+        "pairs": {name: getattr(settings, name) for name in of_pairs},
+        **{name: getattr(settings, name) for name in ("context", "decode_tokens", "sample_tokens")},
+        EQUAL_TIME_STEPS: None,
+    }
+    return yaml.safe_load(yaml.safe_dump(wanted))  # tuples are lists there
+
+
+def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
+    path = folder / CELL_FILE
+    if not path.is_file():
+        return
+    there = {**read_yaml(path), EQUAL_TIME_STEPS: None}
+    differing = [name for name in wanted if there.get(name) != wanted[name]]
+    if differing:
+        raise ValueError(
+            f"{folder} is of another study, with other {', '.join(differing)}; give this one another --out or name, or remove "
+            "that folder"
+        )
+
+
+def _asked_vocabulary(settings: StudySettings) -> int:
+    """Of the tokenizer; a text may give it fewer tokens."""
+    return settings.hymba.get("vocab_size", VOCABULARY)
+
+
+def _data(settings: StudySettings) -> DataConfig:
+    return RunConfig.from_dict({"data": settings.run.get("data", {})}).data

@@ -1,0 +1,129 @@
+"""What a study compares, and how much of it: one YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from smt.hymba.config import ArchType
+from smt.runtime.fields import check_at_least, check_fields, check_folder_name, nearest
+from smt.runtime.files import read_yaml
+
+FOLDER = Path(__file__).parent / "configs"
+# The model that is ours, beside the layouts of a Hymba.
+OURS = "smt"
+QUICK = "quick"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What a study compares.
+
+    Args:
+        name: of the folder with its results.
+        models: layouts of a Hymba, and ``smt``.
+        seeds: each model is trained with every one of them.
+        equal_time_seeds: with so many of the seeds, the first of them, each model is trained once more, for as many steps as
+            take the time of the middle one of all models.
+        run: ``data`` and ``training`` of stage 1, as in the configuration of a run.
+        hymba: fields that all layouts share; the width of their MLPs follows from the number of parameters.
+        smt: fields of ours; its numbers of layers follow from the number of parameters.
+        orpo: fields of the runs of stage 2.
+        n_pairs: preference pairs to train on, made by each model of stage 1 from training documents.
+        n_held_out_pairs: further ones, of held-out documents, to measure on.
+        prompt_length: tokens of their prompts.
+        completion_length: tokens of their completions.
+        context: tokens that are read before the speed of decoding, and what is kept for it, are measured.
+        decode_tokens: tokens that are drawn to measure it.
+        sample_tokens: tokens of each sample.
+        map_model: whose attention is drawn.
+        map_tokens: tokens of the text that it is drawn for.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type or out of range, with its name.
+    """
+
+    name: str
+    models: tuple[str, ...] = (*(layout.value for layout in ArchType), OURS)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    equal_time_seeds: int = 1
+    run: dict[str, Any] = field(default_factory=dict)
+    hymba: dict[str, Any] = field(default_factory=dict)
+    smt: dict[str, Any] = field(default_factory=dict)
+    orpo: dict[str, Any] = field(default_factory=dict)
+    n_pairs: int = 256
+    n_held_out_pairs: int = 128
+    prompt_length: int = 64
+    completion_length: int = 64
+    context: int = 128
+    decode_tokens: int = 32
+    sample_tokens: int = 80
+    map_model: str = "parallel"
+    map_tokens: int = 192
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "models": (*(layout.value for layout in ArchType), OURS),
+        "map_model": tuple(layout.value for layout in ArchType),
+    }
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_folder_name("name", self.name)
+        sizes = (
+            "n_pairs",
+            "n_held_out_pairs",
+            "prompt_length",
+            "completion_length",
+            "context",
+            "decode_tokens",
+            "sample_tokens",
+        )
+        check_at_least(self, 1, *sizes, "map_tokens")
+        check_at_least(self, 0, "equal_time_seeds")
+        for name in ("models", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be one or more, each once, got {values}")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *, quick: bool = False, seeds: tuple[int, ...] = ()) -> StudySettings:
+        """Read a YAML file, or the packaged study of that name.
+
+        Args:
+            quick: as its part ``quick`` says, which has other values for some fields; or, if that is the name of another study,
+                as that one's does.
+            seeds: in the stead of the file's.
+
+        Raises:
+            ValueError: no such file, an unknown field with the nearest name, or no quick form.
+        """
+        packaged = FOLDER / f"{path}.yaml"
+        file = packaged if packaged.is_file() else Path(path)
+        if not file.is_file():
+            names = ", ".join(sorted(example.stem for example in FOLDER.glob("*.yaml")))
+            raise ValueError(f"config must be a YAML file or one of the packaged studies ({names}), got {str(path)!r}")
+        values = {"name": file.stem, **read_yaml(file)}
+        of_quick = values.pop(QUICK, None)
+        if quick:
+            if isinstance(of_quick, str):
+                return cls.from_yaml(of_quick, quick=True, seeds=seeds)
+            if of_quick is None:
+                raise ValueError(f"{file} has no quick form: it has no part {QUICK}")
+            values = _merged({**values, "name": f"{values['name']}_quick"}, of_quick)
+        if seeds:
+            values["seeds"] = seeds
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"a study has no field {name!r}; did you mean {nearest(name, known)!r}?")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The values of both, those of the second where they differ."""
+    both = dict(first)
+    for name, value in second.items():
+        before = both.get(name)
+        both[name] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return both

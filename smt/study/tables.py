@@ -1,0 +1,202 @@
+"""The tables of a study, made from its JSON alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from smt.runtime.names import in_markdown
+from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
+from smt.study.figures import NAMES, Figure, Study, at, best, listed, over_seeds
+from smt.study.measure import BATCH_SIZES, LONG
+
+LOSS = at("held_out", "loss")
+KIB, MIB = 1024, 1024**2
+CSV_COLUMNS = {
+    "model": at("model"),
+    "seed": at("seed"),
+    "stage": at("stage"),
+    "parameters": at("parameters"),
+    "steps": at("steps"),
+    "train_tokens": at("train_tokens"),
+    "training_seconds": at("training_seconds"),
+    "val_loss": LOSS,
+    "perplexity": at("held_out", "perplexity"),
+    "bits_per_byte": at("held_out", "bits_per_byte"),
+    "val_loss_memory_carried": at("carried", "loss"),
+    "train_tokens_per_second": at("tokens_per_second"),
+    **{f"decode_tokens_per_second_batch_{size}": at("decoding", str(size)) for size in BATCH_SIZES},
+    "kept_bytes_measured": at("kept", "measured"),
+    "kept_bytes_counted": at("kept", "counted"),
+    f"kept_bytes_counted_at_{LONG}": at("kept", f"counted_at_{LONG}"),
+    "peak_bytes": at("peak_bytes"),
+    "reward_accuracy_before": at("preference", "before", "accuracy"),
+    "reward_accuracy_after": at("preference", "after", "accuracy"),
+    "log_odds_margin_before": at("preference", "before", "margin"),
+    "log_odds_margin_after": at("preference", "after", "margin"),
+}
+# Where a model can win: in words, the stage, what is compared, whether less is better, and how it is shown.
+CONTESTS: dict[str, tuple[str, Callable[..., Any], bool, Callable[[float], str]]] = {
+    "loss after equal tokens": (TRAINING, LOSS, True, "{:.3f}".format),
+    "loss after equal time": (EQUAL_TIME, LOSS, True, "{:.3f}".format),
+    "loss after ORPO": (ORPO, LOSS, True, "{:.3f}".format),
+    "log odds margin after ORPO": (ORPO, at("preference", "after", "margin"), False, "{:.3f}".format),
+    "training speed (tokens/s)": (TRAINING, at("tokens_per_second"), False, "{:,.0f}".format),
+    **{
+        f"decoding speed, batch {size} (tokens/s)": (TRAINING, at("decoding", str(size)), False, "{:,.0f}".format)
+        for size in BATCH_SIZES
+    },
+    f"least kept at {LONG:,} tokens (KiB)": (
+        TRAINING,
+        lambda run: run["kept"][f"counted_at_{LONG}"] / KIB,
+        True,
+        "{:,.0f}".format,
+    ),
+    "peak memory in training (MiB)": (
+        TRAINING,
+        lambda run: run["peak_bytes"] and run["peak_bytes"] / MIB,
+        True,
+        "{:,.0f}".format,
+    ),
+}
+
+
+def results_csv(study: Study) -> str:
+    """Every run, unrounded."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for run in study["runs"]:
+        writer.writerow([find(run) for find in CSV_COLUMNS.values()])
+    return file.getvalue()
+
+
+def quality_table(study: Study, stage: str = TRAINING) -> str:
+    """What each model has learned after equal tokens, or after ``stage``."""
+    rows = []
+    for model, of_model in study["models"].items():
+        figures = [over_seeds(study, model, stage, find) for find in (LOSS, at("held_out", "bits_per_byte"))]
+        perplexity = over_seeds(study, model, stage, at("held_out", "perplexity"))
+        rows.append(
+            [
+                NAMES[model],
+                f"{of_model['parameters']:,}",
+                f"{of_model['embedding'] / of_model['parameters']:.0%}",
+                _shown(over_seeds(study, model, stage, at("steps")), "{:,.0f}".format),
+                _shown(figures[0], "{:.3f}".format),
+                _shown(perplexity, "{:,.1f}".format),
+                _shown(figures[1], "{:.3f}".format),
+            ]
+        )
+    header = ["model", "parameters", "embedding", "steps", "validation loss", "perplexity per token", "bits per byte"]
+    return markdown(header, rows)
+
+
+def carried_table(study: Study) -> str:
+    """Ours with its memory carried through whole documents, beside every piece read anew; empty where it is not there."""
+    rows = []
+    for model in study["models"]:
+        for stage, name in ((TRAINING, "stage 1"), (ORPO, "stage 2")):
+            carried = over_seeds(study, model, stage, at("carried", "loss"))
+            if carried is not None:
+                anew = over_seeds(study, model, stage, LOSS)
+                rows.append([NAMES[model], name, _shown(anew, "{:.3f}".format), _shown(carried, "{:.3f}".format)])
+    return markdown(["model", "after", "every piece anew", "memory carried through whole plays"], rows) if rows else ""
+
+
+def speed_table(study: Study) -> str:
+    """Speed and memory."""
+    rows = []
+    for model, of_model in study["models"].items():
+
+        def shown(find: Callable[..., Any], show: Callable[[float], str], model: str = model) -> str:
+            return _shown(over_seeds(study, model, TRAINING, find), show)
+
+        rows.append(
+            [
+                NAMES[model],
+                shown(at("tokens_per_second"), "{:,.0f}".format),
+                *(shown(at("decoding", str(size)), "{:,.0f}".format) for size in BATCH_SIZES),
+                shown(_scaled(KIB, "kept", "measured"), "{:,.1f}".format),
+                shown(_scaled(KIB, "kept", "counted"), "{:,.1f}".format),
+                f"{of_model[f'bytes_at_{LONG}'] / KIB:,.1f}",
+                shown(_scaled(MIB, "peak_bytes"), "{:,.0f}".format),
+            ]
+        )
+    context = study["settings"]["context"]
+    header = ["model", "training (tokens/s)", *(f"decoding, batch {size} (tokens/s)" for size in BATCH_SIZES)]
+    header += [f"kept at {context} tokens, measured (KiB)", "counted (KiB)", f"counted at {LONG:,} (KiB)"]
+    return markdown([*header, "peak memory in training (MiB)"], rows)
+
+
+def orpo_table(study: Study) -> str:
+    """What stage 2 changes: held-out loss, and how the model tells true continuations from its own."""
+    rows = []
+    for model in study["models"]:
+        before, after = (over_seeds(study, model, stage, LOSS) for stage in (TRAINING, ORPO))
+        of_pairs = [
+            _shown(over_seeds(study, model, ORPO, at("preference", when, name)), show)
+            for name, show in (("accuracy", "{:.1%}".format), ("margin", "{:.3f}".format))
+            for when in ("before", "after")
+        ]
+        rows.append([NAMES[model], _shown(before, "{:.3f}".format), _shown(after, "{:.3f}".format), *of_pairs])
+    header = ["model", "loss before", "loss after", "reward accuracy before", "after", "log odds margin before", "after"]
+    return markdown(header, rows)
+
+
+def winners_table(study: Study) -> str:
+    """Which model wins where."""
+    rows, several = [], len(study["settings"]["seeds"]) > 1
+    for name, (stage, find, lowest, show) in CONTESTS.items():
+        found = best(study, stage, find, lowest=lowest)
+        if found is not None:
+            (first, *alike), figure = found
+            rows.append([name, NAMES[first], figure.text(show), *[listed(alike) or "-"] * several])
+    return markdown(["", "best", "its figure", *["not told apart from it"] * several], rows)
+
+
+def sharing_table(study: Study, which: str) -> str:
+    """What sharing of keys and values saves, in the configuration of the ``documents`` or in the study's ``own``."""
+    rows, found = [], study["sharing"][which]
+    if not found:
+        return ""
+    for row in found:
+        layers, owners = row["layers"], row["owners"]
+        measured = "-" if row["measured"] is None else f"{row['measured'] / KIB:,.1f}"
+        whole = found[0][f"counted_at_{LONG}"]
+        rows.append(
+            [
+                row["kv_sharing"],
+                f"{layers}/{owners} = {layers / owners:.2f}x",
+                measured,
+                f"{row['counted'] / KIB:,.1f}",
+                f"{row[f'counted_at_{LONG}'] / KIB:,.1f}",
+                f"{whole / row[f'counted_at_{LONG}']:.2f}x",
+            ]
+        )
+    at_context = f"at {found[0]['tokens']} tokens"
+    header = ["sharing", "layers / those that make keys and values", f"kept {at_context}, measured (KiB)", "counted (KiB)"]
+    return markdown([*header, f"counted at {LONG:,} (KiB)", "less in bytes"], rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns but the first are flush right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [[in_markdown(cell) for cell in row] for row in (header, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:]))
+
+
+def _shown(figure: Figure | None, show: Callable[[float], str]) -> str:
+    return "-" if figure is None else figure.text(show)
+
+
+def _scaled(unit: int, *path: str) -> Callable[..., Any]:
+    find = at(*path)
+
+    def scaled(run: Any) -> float | None:
+        value = find(run)
+        return None if value is None else value / unit
+
+    return scaled
