@@ -8,8 +8,8 @@ from torch import Tensor
 from smt.hymba.model import Hymba
 from smt.hymba.passes import queries_and_keys
 from smt.model.batch import check_tokens
-from smt.model.layers import attention_dtype
 from smt.model.rotary import rotation
+from smt.runtime.precision import dtype_of_products
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def _queries_and_keys(model: Hymba, input_ids: Tensor, layer: int) -> tuple[Tens
         model.train(was_training)
     config, of_layer = model.config, model.layers[layer]
     position = config.n_meta_tokens + torch.arange(x.shape[1], device=x.device)
-    turn = rotation(position, config.head_dim, config.rope_theta, attention_dtype(x))
+    turn = rotation(position, config.head_dim, config.rope_theta, dtype_of_products(x))
     source = config.layers()[layer].kv_source
     shared = left[source].tokens if source != layer else None
     q, (k, _) = queries_and_keys(of_layer, of_layer.mixer.heads(of_layer.norm_1(x)), turn, shared)

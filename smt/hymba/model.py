@@ -23,11 +23,11 @@ from smt.hymba.output import HymbaOutput
 from smt.hymba.passes import Held, sequence_layer, step_layer
 from smt.model.batch import check_tokens, token_counts
 from smt.model.generation import NextLogits, generate, stream
-from smt.model.layers import attention_dtype
 from smt.model.loss import head_loss
 from smt.model.mamba import MambaMixer
 from smt.model.rms_norm import RMSNorm
 from smt.model.rotary import rotation
+from smt.runtime.precision import dtype_of_products
 from smt.state.rings import take
 
 # Of one function, at most, when a model is compiled.
@@ -131,7 +131,7 @@ class Hymba(nn.Module):
     def begin(self) -> list[Held]:
         """What the meta tokens leave in each layer, of one row: what every sequence begins with."""
         config, weight = self.config, self.embedding.weight
-        dtype = attention_dtype(weight)
+        dtype = dtype_of_products(weight)
         shapes = (config.ssm_d_conv - 1, dtype), (config.ssm_d_state, torch.promote_types(dtype, torch.float32))
         zeros = tuple(weight.new_zeros(1, config.ssm_d_inner, size, dtype=dtype) for size, dtype in shapes)
         empty = [Held(None, zeros if plan.mamba else (None, None)) for plan in self.plans]
@@ -166,7 +166,7 @@ class Hymba(nn.Module):
         """
         config, x = self.config, self.dropout(x)
         positions = config.n_meta_tokens + first + torch.arange(x.shape[1], device=x.device)
-        turn = rotation(positions, config.head_dim, config.rope_theta, attention_dtype(x))
+        turn = rotation(positions, config.head_dim, config.rope_theta, dtype_of_products(x))
         left: list[Held | None] = []
         for index, (layer, plan) in enumerate(zip(self.layers[:n_layers], self.plans, strict=False)):
             source, shared, seen, window = plan.kv_source, None, None, None
@@ -189,7 +189,7 @@ class Hymba(nn.Module):
         """One embedded token per row, (B, 1, d), through all layers, into the cache."""
         config, lengths = self.config, cache.device_lengths
         cache.make_room(max(cache.lengths) + 1)
-        turn = rotation(config.n_meta_tokens + lengths, config.head_dim, config.rope_theta, attention_dtype(x))
+        turn = rotation(config.n_meta_tokens + lengths, config.head_dim, config.rope_theta, dtype_of_products(x))
         turn = tuple(part[:, None] for part in turn)
         n_metas = torch.full_like(lengths, config.n_meta_tokens, dtype=torch.int32)
         for index, (layer, plan, of_layer) in enumerate(zip(self.layers, self.plans, cache.layers, strict=True)):
