@@ -41,7 +41,7 @@ STUDY = {
 }  # fmt: skip
 FILES = {
     "study.json", "ablation_results.csv", "ablation_results.png", "training_stages_comparison.png", "generation_samples.txt",
-    "detailed_metrics.txt", "report.md", "report.png",
+    "detailed_metrics.txt", "report.md", "report.png", "attention_maps_training.png", "attention_maps_orpo.png",
 }  # fmt: skip
 
 
@@ -153,7 +153,8 @@ def test_maps_are_drawn_of_what_has_finished_and_nothing_is_trained(made, tmp_pa
     file, folder = made
     assert main(["study", "--config", str(file), "--out", str(tmp_path), "--maps"]) == 1
     assert "maps are drawn from runs that have finished; parallel has none" in capsys.readouterr().err
-    shutil.copytree(folder, tmp_path / "micro")
+    shutil.copytree(folder, tmp_path / "micro", ignore=shutil.ignore_patterns("*.png"))
     assert main(["study", "--config", str(file), "--out", str(tmp_path), "--maps"]) == 0
+    assert not (tmp_path / "micro" / "report.png").exists()
     drawn = sorted(path.name for path in (tmp_path / "micro").glob("attention_maps_*.png"))
     assert drawn == ["attention_maps_orpo.png", "attention_maps_training.png"]
