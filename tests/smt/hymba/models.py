@@ -4,7 +4,7 @@ import torch
 
 from smt.hymba import Hymba, HymbaConfig
 
-SIZES = {"vocab_size": 40, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_mlp": 40, "sliding_window": 4, "n_meta_tokens": 3}
+SIZES = {"vocab_size": 40, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_mlp": 40, "sliding_window": 4, "n_meta_tokens": 6}
 SIZES |= {"ssm_d_state": 5, "dropout": 0.0, "initializer_range": 0.25}
 # In each of the hybrids two local layers share keys and values; in ``hybrid`` a Mamba layer lies between them.
 LAYOUTS = {

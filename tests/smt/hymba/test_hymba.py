@@ -148,11 +148,11 @@ def test_multiply_adds_of_attention_are_those_that_torch_counts():
     # An SSM costs what it costs in the memory, and the parallel block's attention all that it sees with wider values.
     memory = SMTConfig(d_model=32, d_k=32, transformer_n_heads=4, ssm_n_layers=1, ssm_d_state=5)
     mamba = configuration("mamba", n_layers=1)
-    mlp, head, metas = 3 * 32 * 40, 40 * 32, 3 * 32
+    mlp, head, metas = 3 * 32 * 40, 40 * 32, 6 * 32
     assert products_per_token(mamba, 100) == ssm_products(memory) + mlp + head
     assert n_parameters(mamba) == ssm_parameters(memory) + mlp + 32 + head + metas
     block = configuration("parallel", n_layers=1)
-    attention = 32 * (32 + 16 + 32) + (3 + 100) * (32 + 64)
+    attention = 32 * (32 + 16 + 32) + (6 + 100) * (32 + 64)
     assert products_per_token(block, 100) == products_per_token(mamba, 100) + attention
 
 
