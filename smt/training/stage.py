@@ -2,10 +2,11 @@
 
 An optimiser step descends a sum of terms over all batches and processes,
 
-    weight * sum over its batches of sum_k factor_k mean_k
+    weight * sum over its batches of sum_k factor_k value_k
 
-The factors turn means into nats per target of the step, so that neither batches nor processes stand in it; the weight divides
-by the targets of the step. A term of another unit, such as a mean over pairs, has a factor that makes up for it.
+The factors turn values, such as means over targets, into nats per target of the step, so that neither batches nor processes
+stand in it; the weight divides by the targets of the step. A term of another unit, such as a mean over pairs, has a factor that
+makes up for it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from smt.state.carried import CarriedStates
 from smt.training.objective import ChunkLoss, PairLogProbabilities
 from smt.training.shapes import full_shape
 
-# A mean of a batch, and what makes nats of it.
+# A mean, or a sum, over a batch, and what makes nats of it.
 Term = tuple[Tensor, float]
 
 

@@ -25,7 +25,8 @@ def trained(task, accumulated, processes=1):
     if task == "pairs":
         tokens = [document.tolist() for document in documents]
         pairs = [Pair(some[: row + 1], some[row + 1 : 2 * row + 3], some[-row - 1 :]) for row, some in enumerate(tokens)]
-    data = {"batch_size": ROWS // accumulated // processes, "lanes": accumulated, "chunk_length": LENGTH // 3}
+    data = {"batch_size": ROWS // accumulated // processes, "lanes": accumulated}
+    data["chunk_length"] = LENGTH // 3 if pairs is None else LENGTH  # pairs are not cut into chunks
     options = {"steps": STEPS, "learning_rate": 0.01, "gradient_accumulation_steps": accumulated}
     trainer = trainer_of(documents, data=data, counted=counted, pairs=pairs, model=MODEL, **options)
     batches, losses, first = iter(trainer._walk), [], []

@@ -140,6 +140,20 @@ class TestStage:
         assert held_out.loss == pytest.approx(trainer.progress.loss, rel=1e-5)  # what the first step descends
 
 
+def test_reading_late_and_in_full_shapes_trains_the_same():
+    """As on a GPU, where every batch has the shape of every other, and no step waits for the numbers of its own."""
+    trainers, losses = [trainer_of(pairs=PAIRS, learning_rate=0.01) for _ in range(2)], []
+    trainers[1]._keeps_shapes = trainers[1]._reads_late = True
+    for trainer in trainers:
+        batches = iter(trainer._walk)
+        for step in range(3):
+            trainer._step(batches, step / 3, is_first=not step)
+        trainer._read()
+        losses.append(torch.tensor([nats / n_targets for nats, n_targets in trainer.progress.recent]))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0.0)
+    assert trainers[0].progress.padding < trainers[1].progress.padding
+
+
 def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -235,7 +249,7 @@ def test_a_pair_that_is_longer_than_a_row_is_refused():
 
 def test_without_pairs_the_command_is_refused_before_anything_is_read(first_stages, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--stage", "orpo", "--init_from", f"checkpoint={first_stages['smt']}", "--text", "none"]) == 2
+    assert main(["train", "--stage", "orpo", "--init_from", f"checkpoint={first_stages['smt']}", "--text", "nowhere"]) == 1
     assert capsys.readouterr() == ("", "smt: error: pairs must be given for stage 'orpo', got None\n")
     assert not list(tmp_path.iterdir())
 
