@@ -18,6 +18,7 @@ from typing import Any
 
 import claims
 import publish_card
+import publish_study
 import yaml
 from committed import (
     CACHE,
@@ -160,6 +161,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "decoding": decoding_table,
     "stdlib": stdlib_sentence,
     "study": study_table,
+    "comparison": publish_study.section,
     "budgets": budgets_table,
     "claims": claims.as_markdown,
 }
@@ -195,6 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         draw_speed()
         draw_memory()
+        publish_study.draw_studies()
     return 0
 
 

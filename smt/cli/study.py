@@ -29,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, started: float) -> int:
     """Run what has not finished, then write and print the report."""
+    from smt.runtime.extras import optional
     from smt.study.maps import draw_maps
     from smt.study.record import record, save
     from smt.study.report import REPORT_FILE, save_report
@@ -51,6 +52,9 @@ def run(options: argparse.Namespace, started: float) -> int:
     if not study["runs"]:
         raise ValueError(f"no cell came to an end: {'; '.join(f'{label}: {why}' for label, why in study['failures'].items())}")
     files = [save(study, prepared.folder), *save_report(study, prepared.folder)]
+    if settings.map_model in settings.models:
+        with optional("attention maps"):
+            files += draw_maps(prepared)
     print(f"\n{Path(prepared.folder / REPORT_FILE).read_text(encoding='utf-8')}\nfiles           {', '.join(map(str, files))}")
     if study["failures"]:
         raise ValueError(f"{len(study['failures'])} of {len(cells)} cells failed")

@@ -12,11 +12,11 @@ Study = Mapping[str, Any]
 # How models are called in tables and plots.
 NAMES = {
     "mamba": "Mamba",
-    "global": "attention, global",
-    "local": "attention, local",
-    "hybrid_50_50": "hybrid, 50/50",
-    "hybrid": "hybrid, by layer",
-    "parallel": "hybrid, parallel",
+    "global": "global attention",
+    "local": "local attention",
+    "hybrid_50_50": "hybrid 50/50",
+    "hybrid": "hybrid by layer",
+    "parallel": "parallel hybrid",
     "smt": "SMT (stream)",
 }
 

@@ -73,7 +73,10 @@ def plot_maps(weights: dict[str, Tensor], layers: dict[str, int], config: HymbaC
         _map(axes, of_layer.mean(0), config.n_meta_tokens)
         meta = of_layer[..., : config.n_meta_tokens].sum(-1).mean().item()
         reach = "sees everything before" if kind == "global" else f"window of {config.sliding_window} tokens"
-        axes.set_title(f"layer {layers[kind]}, {kind}: {reach}\n{meta:.0%} of the weight on meta tokens", fontsize=LARGE)
+        axes.set_title(
+            f"layer {layers[kind] + 1} of {config.n_layers}, {kind}: {reach}\n{meta:.0%} of the weight on meta tokens",
+            fontsize=LARGE,
+        )
     canvas.colorbar(panels[0].images[0], ax=panels, label="attention weight", shrink=0.8)
     canvas.suptitle(title, fontsize=LARGE)
     save(canvas, path)
@@ -81,6 +84,7 @@ def plot_maps(weights: dict[str, Tensor], layers: dict[str, int], config: HymbaC
 
 def _map(axes: Axes, weights: Tensor, n_metas: int) -> None:
     from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
 
     n_tokens = weights.shape[0]
     # Meta tokens stand before the first token.
@@ -90,12 +94,10 @@ def _map(axes: Axes, weights: Tensor, n_metas: int) -> None:
         weights.clamp(min=LEAST).numpy(), cmap="magma", norm=norm, extent=extent, aspect="auto", interpolation="nearest"
     )
     if n_metas:
-        axes.axvspan(-n_metas, 0, color="tab:cyan", alpha=0.18)
-        axes.axvline(0, color="tab:cyan", linewidth=2)
-        axes.annotate(
-            "meta tokens", (-n_metas / 2, 0.97 * n_tokens), rotation=90, color="tab:cyan", fontsize=LARGE, ha="center",
-            va="bottom", fontweight="bold",
-        )  # fmt: skip
+        frame = Rectangle((-n_metas, 0), n_metas, n_tokens, fill=False, edgecolor="tab:cyan", linewidth=3, clip_on=False)
+        axes.add_patch(frame)
+        box = {"facecolor": "white", "edgecolor": "tab:cyan", "boxstyle": "round"}
+        axes.annotate("meta tokens", (-n_metas / 2, 0.97 * n_tokens), rotation=90, fontsize=MEDIUM, ha="center", bbox=box)
     axes.set_xlabel("looked at: meta tokens (left of 0), then tokens of the text", fontsize=MEDIUM)
     axes.set_ylabel("token that looks", fontsize=MEDIUM)
     axes.tick_params(labelsize=SMALL)

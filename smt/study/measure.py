@@ -34,7 +34,8 @@ def held_out_loss(objective: nn.Module, text: TokenStore, data: DataConfig) -> E
     pieces = Parts([text[index] for index in range(len(text))[: data.eval_documents]], data.eval_chunk_length)
     sizes = {"batch_size": data.eval_batch_size, "length": data.eval_chunk_length}
     batches = DocumentWalk(pieces, epochs=1, shuffle=False, together=True, **sizes)
-    return evaluate(objective, batches, sum(text.n_bytes[: data.eval_documents]))
+    with precision(next(objective.parameters()).device):
+        return evaluate(objective, batches, sum(text.n_bytes[: data.eval_documents]))
 
 
 def decoding_speeds(model: RunModel, prompt: Tensor, n_tokens: int) -> dict[str, float]:

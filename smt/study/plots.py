@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "black")
 SMALL, MEDIUM, LARGE = 11, 12, 14
-PAGE = (11.7, 16.5)
+# Inches, and characters of a line of text.
+PAGE, PAGE_COLUMNS = (11.7, 16.5), 116
 
 
 def plot_results(study: Study, path: str | Path) -> None:
@@ -58,7 +59,7 @@ def plot_stages(study: Study, path: str | Path) -> None:
     curves.legend(fontsize=SMALL)
     curves.grid(alpha=0.3)
     stages = (("stage 1", TRAINING), ("stage 2 (ORPO)", ORPO))
-    _pairs(losses, study, [(name, stage, LOSS) for name, stage in stages], "validation loss (nats per token)", floor=True)
+    _pairs(losses, study, [(name, stage, LOSS) for name, stage in stages], "validation loss (nats per token)")
     losses.set_title("held-out plays", fontsize=LARGE)
     found = [(f"{when} stage 2", ORPO, at("preference", when, "margin")) for when in ("before", "after")]
     _pairs(margins, study, found, "log odds, true minus own continuation")
@@ -69,14 +70,21 @@ def plot_stages(study: Study, path: str | Path) -> None:
     save(canvas, path)
 
 
-def plot_report(study: Study, conditions: Sequence[str], path: str | Path) -> None:
-    """One page: who wins where, a table and bars."""
+def plot_report(study: Study, conditions: Sequence[str], winners: Sequence[str], path: str | Path) -> None:
+    """One page: what was done, who wins where, a table and bars."""
     canvas = canvas_of(PAGE)
-    header, table, lower = canvas.subplots(3, 1, height_ratios=(0.30, 0.22, 0.48))
+    header, table, lower = canvas.subplots(3, 1, height_ratios=(0.33, 0.19, 0.48))
     header.axis("off")
-    wrapped = [textwrap.fill(line, 112, subsequent_indent="   ") for line in conditions]
     header.set_title("Hymba and its relatives, and SMT", fontsize=20, loc="left")
-    header.text(0, 0.98, "\n".join(f"·  {line}" for line in wrapped), fontsize=MEDIUM, va="top", linespacing=1.35)
+    done, won = (
+        "\n".join(textwrap.fill(f"·  {line}", PAGE_COLUMNS, subsequent_indent="   ") for line in lines)
+        for lines in (conditions, winners)
+    )
+    text = header.text(0, 0.99, done, fontsize=MEDIUM, va="top", linespacing=1.3)
+    header.annotate("Which model wins where", (0, 0), xycoords=text, xytext=(0, -10), textcoords="offset points", va="top",
+                    fontsize=LARGE)  # fmt: skip
+    header.annotate(won, (0, 0), xycoords=text, xytext=(0, -34), textcoords="offset points", va="top", fontsize=MEDIUM,
+                    linespacing=1.3)  # fmt: skip
     _table(table, study)
     lower.axis("off")
     left, right = (lower.inset_axes(bounds) for bounds in ((0.17, 0.56, 0.34, 0.40), (0.64, 0.56, 0.34, 0.40)))
@@ -164,9 +172,7 @@ def _draw_bars(
     axes.grid(alpha=0.3, axis="x")
 
 
-def _pairs(
-    axes: Axes, study: Study, found: Sequence[tuple[str, str, Callable[..., Any]]], label: str, *, floor: bool = False
-) -> None:
+def _pairs(axes: Axes, study: Study, found: Sequence[tuple[str, str, Callable[..., Any]]], label: str) -> None:
     """Two dots for each model with an arrow between them."""
     for place, model in enumerate(study["models"]):
         figures = [over_seeds(study, model, stage, find) for _, stage, find in found]

@@ -21,6 +21,7 @@ from smt.study.tables import (
     results_csv,
     sharing_table,
     speed_table,
+    winners,
     winners_table,
 )
 
@@ -41,7 +42,7 @@ def save_report(study: Study, folder: Path) -> list[Path]:
     drawn: dict[str, Callable[[Path], Any]] = {
         "ablation_results.png": partial(plots.plot_results, study),
         "training_stages_comparison.png": partial(plots.plot_stages, study),
-        "report.png": partial(plots.plot_report, study, conditions(study)),
+        "report.png": partial(plots.plot_report, study, conditions(study), winners(study)),
     }
     for name, draw in drawn.items():
         with optional(name):

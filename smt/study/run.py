@@ -100,11 +100,12 @@ def run_study(prepared: Prepared, tell: Callable[[str], None] = print) -> list[S
     wanted = {cell.label: _wanted(prepared, cell) for cell in cells}
     for cell in cells:
         _check_same(cell.folder, wanted[cell.label])
+        wanted[cell.label][EQUAL_TIME_STEPS] = _there(cell.folder).get(EQUAL_TIME_STEPS)  # decided when it ran before
     ended = {cell.label: _run(cell, wanted[cell.label], f"[{i}/{len(cells)}]", tell) for i, cell in enumerate(cells, 1)}
     timed = [cell for cell in cells if cell.seed in seeds and ended[cell.label].error is None]
     steps = _steps_of_equal_time(timed)
     for index, cell in enumerate(timed, 1):
-        more = {**wanted[cell.label], EQUAL_TIME_STEPS: steps[cell.label]}
+        more = {**wanted[cell.label], EQUAL_TIME_STEPS: wanted[cell.label][EQUAL_TIME_STEPS] or steps[cell.label]}
         ended[cell.label] = _run(cell, more, f"[equal time {index}/{len(timed)}]", tell)
     return list(ended.values())
 
@@ -161,16 +162,22 @@ def _wanted(prepared: Prepared, cell: StudyCell) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
-    path = folder / CELL_FILE
-    if not path.is_file():
+    there = _there(folder)
+    if not there:
         return
-    there = {**read_yaml(path), EQUAL_TIME_STEPS: None}
+    there[EQUAL_TIME_STEPS] = None
     differing = [name for name in wanted if there.get(name) != wanted[name]]
     if differing:
         raise ValueError(
             f"{folder} is of another study, with other {', '.join(differing)}; give this one another --out or name, or remove "
             "that folder"
         )
+
+
+def _there(folder: Path) -> dict[str, Any]:
+    """What the process of a cell was to do before; nothing where there was none."""
+    path = folder / CELL_FILE
+    return read_yaml(path) if path.is_file() else {}
 
 
 def _asked_vocabulary(settings: StudySettings) -> int:

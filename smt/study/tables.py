@@ -157,6 +157,18 @@ def winners_table(study: Study) -> str:
     return markdown(["", "best", "its figure", *["not told apart from it"] * several], rows)
 
 
+def winners(study: Study) -> list[str]:
+    """Which model wins where, a line each."""
+    lines = []
+    for name, (stage, find, lowest, show) in CONTESTS.items():
+        found = best(study, stage, find, lowest=lowest)
+        if found is not None:
+            (first, *alike), figure = found
+            others = f"; not told apart: {listed(alike)}" if alike else ""
+            lines.append(f"{name}: {NAMES[first]}, {figure.text(show)}{others}")
+    return lines
+
+
 def sharing_table(study: Study, which: str) -> str:
     """What sharing of keys and values saves, in the configuration of the ``documents`` or in the study's ``own``."""
     rows, found = [], study["sharing"][which]

@@ -153,7 +153,7 @@ class TestRunning:
         ended, stopped = [], threading.Event()
         monkeypatch.setattr("sys.stdin", os.fdopen(reading))
         monkeypatch.setattr(cell_module.os, "kill", lambda process, number: (ended.append((process, number)), stopped.set()))
-        monkeypatch.setattr(cell_module, "attempt", lambda folder: (os.close(writing), stopped.wait(60))[0])
+        monkeypatch.setattr(cell_module, "attempt", lambda folder, work: (os.close(writing), stopped.wait(60))[0])
         assert cell_module.main("folder") == 0
         assert ended == [(os.getpid(), signal.SIGTERM)]
 

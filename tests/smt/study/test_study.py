@@ -1,0 +1,160 @@
+"""A study from its file to its report: two models, a few steps, text that is here."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from smt.cli import main
+from smt.experiments.cell import attempt
+from smt.experiments.record import RunRecord
+from smt.study import run as run_module
+from smt.study.cell import EQUAL_TIME, ORPO, TRAINING, work
+from smt.study.record import STUDY_FILE
+from smt.study.report import details, report, samples
+from smt.study.tables import results_csv
+
+STUDY = {
+    "models": ["parallel", "smt"],
+    "seeds": [1],
+    "equal_time_seeds": 1,
+    "run": {
+        "data": {
+            "batch_size": 4, "chunk_length": 32, "part_length": 32, "lanes": 1, "eval_batch_size": 4, "eval_chunk_length": 32,
+        },
+        "training": {"steps": 3, "evaluations": 1, "sample_tokens": 0, "device": "cpu"},
+    },
+    "hymba": {
+        "vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "d_mlp": 192, "sliding_window": 8,
+        "global_layers": [0], "n_meta_tokens": 3, "ssm_d_state": 4, "dropout": 0.0,
+    },
+    "smt": {
+        "d_model": 32, "d_k": 16, "transformer_n_heads": 2, "n_ssm_outputs": 3, "m_input_tokens": 6, "stride": 2,
+        "write_group": 2, "ssm_d_state": 4, "dropout": 0.0,
+    },
+    "orpo": {"steps": 2, "evaluations": 1, "sample_tokens": 0, "batch_size": 2},
+    "n_pairs": 6, "n_held_out_pairs": 4, "prompt_length": 8, "completion_length": 8, "context": 16, "decode_tokens": 4,
+    "sample_tokens": 6, "map_tokens": 24,
+}  # fmt: skip
+FILES = {
+    "study.json", "ablation_results.csv", "ablation_results.png", "training_stages_comparison.png", "generation_samples.txt",
+    "detailed_metrics.txt", "report.md", "report.png", "attention_maps_training.png", "attention_maps_orpo.png",
+}  # fmt: skip
+
+
+def in_this_process(folder, jobs, processes, module):
+    """What a process of its own does, which would take seconds to begin."""
+    assert module == "smt.study.cell"
+    return attempt(folder, work)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The file of a study, and the folder that ``smt study`` leaves."""
+    tmp_path, draw = tmp_path_factory.mktemp("study"), random.Random(0)
+    (tmp_path / "texts").mkdir()
+    for index in range(5):
+        (tmp_path / "texts" / f"{index}.txt").write_text(" ".join(f"word{draw.randrange(9)}" for _ in range(100 + index)))
+    settings = json.loads(json.dumps(STUDY))
+    settings["run"]["data"]["text"] = str(tmp_path / "texts")
+    file = tmp_path / "micro.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "attempt_apart", in_this_process)
+        assert main(["study", "--config", str(file), "--out", str(tmp_path)]) == 0
+    return file, tmp_path / "micro"
+
+
+def study_of(folder: Path) -> dict:
+    return json.loads((folder / STUDY_FILE).read_text())
+
+
+def test_every_file_is_there_and_made_from_the_json_alone(made):
+    _, folder = made
+    assert {path.name for path in folder.iterdir() if path.is_file()} == FILES
+    study = study_of(folder)
+    assert (folder / "ablation_results.csv").read_text() == results_csv(study)
+    assert (folder / "report.md").read_text() == report(study)
+    assert (folder / "generation_samples.txt").read_text() == samples(study)
+    assert (folder / "detailed_metrics.txt").read_text() == details(study)
+    assert all(name in report(study) for name in ("parallel hybrid", "SMT (stream)", "15/9", "15/8", "15/5"))
+
+
+def test_the_json_says_what_the_runs_say(made):
+    _, folder = made
+    study = study_of(folder)
+    assert [(run["model"], run["stage"]) for run in study["runs"]] == [
+        (model, stage) for model in STUDY["models"] for stage in (TRAINING, EQUAL_TIME, ORPO)
+    ]
+    for run in study["runs"]:
+        record = RunRecord.read(folder / f"{run['model']},seed=1" / run["stage"])
+        of_run = run["carried"] if run["model"] == "smt" else run["held_out"]
+        assert of_run["loss"] == pytest.approx(record.best_loss) and run["train_tokens"] == record.tokens
+        assert run["parameters"] == study["models"][run["model"]]["parameters"] == record.parameters
+        if run["stage"] == TRAINING:
+            assert run["kept"]["measured"] == run["kept"]["counted"] and run["peak_bytes"] > 2**20
+            assert all(speed > 0 for speed in run["decoding"].values())
+    tokens = {run["train_tokens"] for run in study["runs"] if run["stage"] == TRAINING}
+    held_out = {run["held_out"]["n_targets"] for run in study["runs"]}
+    assert len(tokens) == 1 and held_out == {study["text"]["held_out"]["tokens"]}
+    parameters = [model["parameters"] for model in study["models"].values()]
+    assert max(parameters) < 1.05 * min(parameters)
+
+
+def test_all_models_begin_stage_2_with_pairs_of_their_own(made):
+    _, folder = made
+    of_models = [folder / f"{model},seed=1" for model in STUDY["models"]]
+    chosen, rejected = (
+        [[json.loads(line)[name] for line in (of / "pairs.jsonl").read_text().splitlines()] for of in of_models]
+        for name in ("chosen_ids", "rejected_ids")
+    )
+    assert chosen[0] == chosen[1] and rejected[0] != rejected[1]
+    for of in of_models:
+        config = yaml.safe_load((of / ORPO / "config.yaml").read_text())
+        assert config["training"]["init_from"] == {"checkpoint": str(of / TRAINING)}
+
+
+def test_a_second_time_nothing_is_trained_and_what_has_failed_is_tried_again(made, tmp_path, monkeypatch, capsys):
+    file, folder = made
+    shutil.copytree(folder, tmp_path / "micro")
+    tried = []
+
+    def fails(folder, jobs, processes, module):
+        tried.append(folder.name)
+        return "RuntimeError: no"
+
+    monkeypatch.setattr(run_module, "attempt_apart", fails)
+    arguments = ["study", "--config", str(file), "--out", str(tmp_path)]
+    assert main(arguments) == 0 and not tried
+    assert "smt,seed=1: finished before, not run again" in capsys.readouterr().out
+    before = (tmp_path / "micro" / "parallel,seed=1" / "training.json").read_text()
+    (tmp_path / "micro" / "smt,seed=1" / "orpo.json").unlink()
+    assert main(arguments) == 1 and tried == ["smt,seed=1"]
+    study = study_of(tmp_path / "micro")
+    assert study["failures"] == {"smt,seed=1": "RuntimeError: no"} and len(study["runs"]) == 5
+    assert "1 of 2 cells failed" in capsys.readouterr().err
+    assert (tmp_path / "micro" / "parallel,seed=1" / "training.json").read_text() == before
+
+
+def test_another_study_is_not_mixed_into_a_folder(made, tmp_path, capsys):
+    file, folder = made
+    settings = yaml.safe_load(file.read_text())
+    settings["run"]["training"]["steps"] = 4
+    other = tmp_path / "micro.yaml"
+    other.write_text(yaml.safe_dump(settings))
+    assert main(["study", "--config", str(other), "--out", str(folder.parent)]) == 1
+    assert "is of another study, with other run; give this one another --out or name" in capsys.readouterr().err
+
+
+def test_maps_are_drawn_of_what_has_finished_and_nothing_is_trained(made, tmp_path, capsys):
+    file, folder = made
+    assert main(["study", "--config", str(file), "--out", str(tmp_path), "--maps"]) == 1
+    assert "maps are drawn from runs that have finished; parallel has none" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "micro", ignore=shutil.ignore_patterns("*.png"))
+    assert main(["study", "--config", str(file), "--out", str(tmp_path), "--maps"]) == 0
+    assert not (tmp_path / "micro" / "report.png").exists()
+    drawn = sorted(path.name for path in (tmp_path / "micro").glob("attention_maps_*.png"))
+    assert drawn == ["attention_maps_orpo.png", "attention_maps_training.png"]
