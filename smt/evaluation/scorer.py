@@ -88,7 +88,7 @@ class SMTScorer:
     @torch.no_grad()
     def score(self, documents: Sequence[Any]) -> list[TokenScores]:
         """As ``Scorer.score``."""
-        weight = self.model.embedding.weight
+        weight = self.model.head()
         # Logits in bfloat16 have steps of 0.06: ties would decide what is likeliest.
         head = weight.to(torch.promote_types(weight.dtype, torch.float32))
         scores = [TokenScores.of_length(len(document)) for document in documents]

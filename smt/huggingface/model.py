@@ -19,6 +19,7 @@ from smt.huggingface.versions import STATE_NAME, STATE_NAMES, SMTOutput, in_libr
 from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
 from smt.model.loss import head_loss
 from smt.model.transformer import StrideMemoryTransformer
+from smt.model.weights import is_hooked
 from smt.pretrained.sources import HF_CONFIG_FILE
 from smt.runtime.extras import needs_extra
 from smt.runtime.files import follow_umask
@@ -51,7 +52,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SMTPreTrainedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block", "MambaLayer")
+    _no_split_modules = ("Block",)
     _is_stateful = True  # no assisted generation: the memory cannot take tokens back
     _keep_in_fp32_modules_strict = ("A_log",)  # its exponential is the rate at which the memory forgets
 
@@ -74,7 +75,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         info names them.
 
         Raises:
-            ValueError: weights that are not exactly the model's; the message names them.
+            ValueError: weights that are not exactly the model's; the message names them. Or a map of several devices.
         """
         ours = Path(source) / CONFIG_FILE
         if "config" not in options and ours.is_file() and not (Path(source) / HF_CONFIG_FILE).is_file():
@@ -86,6 +87,9 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             if names:
                 more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
                 raise ValueError(f"the checkpoint {str(source)!r} {problem} {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
+        devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+        if len(devices) > 1:
+            raise ValueError(f"device_map must be of one device, rows and memory of a step are together: got {sorted(devices)}")
         model._draw({key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]})
         return (model, report) if output_loading_info else model
 
@@ -171,7 +175,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         if skip_logits or (skip_logits is None and labels is not None and self.training):
             loss = self._loss_without_logits(hidden, labels, **options)
         else:
-            logits = F.linear(hidden, self.model.embedding.weight)
+            logits = F.linear(hidden, self.model.head())
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
         output = SMTOutput(loss=loss, logits=logits, **{SMTOutput.kept_as: past_key_values})
@@ -180,7 +184,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss_without_logits(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """As ``loss_function`` of the logits, but 0 where no label counts."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        loss = head_loss(hidden, self.model.embedding.weight, targets)
+        loss = head_loss(hidden, self.model.head(), targets)
         if num_items_in_batch is None:
             return loss
         if isinstance(num_items_in_batch, Tensor):
@@ -257,6 +261,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         options.pop("cache_position", None)
         if input_ids is None:
             raise ValueError("input_ids must be given")
+        if is_hooked(self.model):
+            raise ValueError("model is not called, and hooks on it have no effect: hook the model around it, or its parts")
         if past_key_values is not None and not isinstance(past_key_values, SMTCache):
             raise TypeError(f"past_key_values must be an SMTCache, got {type(past_key_values).__name__}")
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):

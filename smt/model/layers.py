@@ -40,6 +40,8 @@ class Attention(nn.Module):
     def slot_values(self, v: Tensor) -> Tensor:
         """What is attended to of the values v (..., H_kv, D) of slots."""
         if self.gating == "learned":
+            if self.slot_gate.is_meta and not v.is_meta:
+                raise ValueError("attention.slot_gate is read behind the call of its layer and cannot be offloaded")
             return v * (GATE_RATE * self.slot_gate).to(v.dtype)
         return v if self.gating == "open" else torch.zeros_like(v)
 

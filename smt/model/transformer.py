@@ -20,7 +20,7 @@ from smt.model.generation import generate, stream
 from smt.model.loss import head_loss
 from smt.model.memory import StrideMemory
 from smt.model.parallel import initial_state
-from smt.model.weights import is_hooked
+from smt.model.weights import is_hooked, rows_of
 from smt.pretrained.loading import load_gpt2, load_mamba
 from smt.pretrained.transfer import LoadReport
 from smt.state.state import SMTState
@@ -139,8 +139,8 @@ class StrideMemoryTransformer(nn.Module):
             input_ids, state, attention_mask=attention_mask, return_weights=return_weights, overwrite_state=overwrite_state
         )
         if targets is not None:
-            return head_loss(hidden, self.embedding.weight, targets), aux
-        return F.linear(hidden[:, -1:] if last_only else hidden, self.embedding.weight), aux
+            return head_loss(hidden, self.head(), targets), aux
+        return F.linear(hidden[:, -1:] if last_only else hidden, self.head()), aux
 
     def loss(self, input_ids: Tensor, targets: Tensor | None = None, state: SMTState | None = None) -> tuple[Tensor, Aux]:
         """Mean cross-entropy per target: ``forward`` with ``targets``, by default the tokens that follow.
@@ -189,6 +189,10 @@ class StrideMemoryTransformer(nn.Module):
         made = self.config.window.writes_made if self.config.writes else lambda step: 0
         writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
         return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
+
+    def head(self) -> Tensor:
+        """The matrix (V, d) of the head, which is the embedding, adapters included."""
+        return rows_of(self.embedding, self.config.vocab_size)
 
     def initial_state(self, batch_size: int) -> SMTState:
         """The state before the first token of each row."""

@@ -47,6 +47,13 @@ def matrix_and_bias(linear: nn.Module, n_inputs: int, name: str) -> tuple[Tensor
     return (of_units - of_zero).mT, of_zero[0]
 
 
+def rows_of(embedding: nn.Module, n_rows: int) -> Tensor:
+    """The matrix (n_rows, d) that ``embedding`` looks up: what stands in its place counts for the tied head, too."""
+    if isinstance(embedding, nn.Embedding):
+        return embedding.weight
+    return embedding(torch.arange(n_rows, device=embedding.weight.device))
+
+
 def parameters_of(layer: nn.Module, kind: type[nn.Module], name: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer in whose place nothing else can stand.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smt.runtime.device import find_device
 from smt.runtime.extras import MissingExtraError
+from smt.runtime.precision import has_bfloat16
 from smt.training.settings import RunConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def make_accelerator(training: TrainingConfig) -> Accelerator:
     device = find_device(training.device)
     precision = training.mixed_precision
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "no"
+        precision = "bf16" if has_bfloat16(device) else "no"
     for shared in _shared():
         shared.clear()
     accelerator = Accelerator(

@@ -55,7 +55,8 @@ class TrainingConfig:
         gradient_accumulation_steps: batches of each optimiser step.
         gradient_checkpointing: keep only the input of every decoder block and compute the rest again backward.
         compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU.
-        mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU, none on a CPU.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU that has units
+            for it, which those before Ampere have not, else none.
         evaluations: how often the held-out documents are evaluated, evenly over the run, though never twice at one step;
             the last time is at its end.
         eval_steps: steps between evaluations, in the stead of ``evaluations``.

@@ -103,11 +103,13 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.n_views = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function).removeprefix("aten.")
         if not name.startswith(self.FREE):
             self.names.append(name)
+        self.n_views += function.is_view
         return function(*args, **(kwargs or {}))
 
 
@@ -121,7 +123,7 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
     from smt_kernels.stride_memory.reference import Inputs, Pass
     from smt_kernels.stride_write import conv_states, convolution, convolution_backward, scan
 
-    def operations(problem: Problem) -> tuple[list[str], list[str]]:
+    def operations(problem: Problem) -> tuple[Operations, Operations]:
         tensors, case = problem.tensors, problem.case
         weights = MemoryWeights(*(tensors[name] for name in MemoryWeights._fields))
         inputs = Inputs(tensors["conv_state"], tensors["ssm_state"], problem.gate, problem.dropout)
@@ -130,10 +132,11 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
         with Operations() as forward:
             counted.append(forward)
             *outputs, buffer = kernels.forward(run)
+        grads = [torch.rand_like(out) for out in outputs[:3]]
         with Operations() as backward:
             counted.append(backward)
-            kernels.backward(*(torch.rand_like(out) for out in outputs[:3]), None, outputs[3], buffer, run)
-        return forward.names, [name for name in backward.names if not name.startswith("rand_like")]
+            kernels.backward(*grads, None, outputs[3], buffer, run)
+        return forward, backward
 
     counted: list[Operations] = []
 
@@ -148,10 +151,12 @@ def test_a_group_and_layer_are_five_launches_in_each_direction_and_nothing_leave
     for direction, most in ((0, 5), (1, 5)):
         found = {key: operations(make_problem(case, torch.float32, "cpu"))[direction] for key, case in make.items()}
         # From one group to three, with one layer and with two: two groups of one layer, without what is per pass or per group.
-        of_two = [len(found[layers, 6]) - len(found[layers, 2]) for layers in (1, 2)]
-        assert of_two[1] - of_two[0] == 2 * most, found[2, 6]
+        of_two = [len(found[layers, 6].names) - len(found[layers, 2].names) for layers in (1, 2)]
+        assert of_two[1] - of_two[0] == 2 * most, found[2, 6].names
+        views = [found[layers, 6].n_views - found[layers, 2].n_views for layers in (1, 2)]
+        assert views[1] == views[0], "the host forms views of all layers at once"
         leaving = ("_local_scalar_dense", "item", "nonzero", "lift_fresh", "_to_copy.device", "is_nonzero", "equal")
-        assert not [name for name in found[2, 6] if name.startswith(leaving)]
+        assert not [name for name in found[2, 6].names if name.startswith(leaving)]
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,20 @@ def test_arguments_that_the_model_does_not_know_are_refused():
     assert build()(ids, token_type_ids=None).logits.shape == (1, 3, VOCAB)
 
 
+def test_a_model_over_several_devices_and_hooks_that_would_not_run_are_refused(tmp_path):
+    build(torch.float32).save_pretrained(tmp_path)
+    devices = {"model.embedding": "cpu", "model.memory": "cpu", "model.decoder": "disk"}
+    with pytest.raises(ValueError, match=r"device_map must be of one device, .*: got \['cpu', 'disk'\]"):
+        SMTForCausalLM.from_pretrained(tmp_path, device_map=devices, offload_folder=tmp_path / "offloaded")
+    model = SMTForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    ids, seen = torch.ones(1, 3, dtype=torch.long), []
+    model.register_forward_hook(lambda *given: seen.append(given))
+    assert model(ids).logits.shape == (1, 3, VOCAB) and seen
+    model.model.register_forward_hook(lambda *given: None)
+    with pytest.raises(ValueError, match=r"^model is not called, and hooks on it have no effect"):
+        model(ids)
+
+
 def test_a_cache_goes_on_in_another_mode_and_dtype_and_refuses_other_rows():
     ids = torch.randint(VOCAB, (2, 20))
     model = build(torch.float32)

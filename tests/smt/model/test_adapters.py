@@ -85,6 +85,28 @@ def test_adapters_on_all_linear_layers_are_honoured_and_trained(encoding):
     assert [name for name, parameter in adapters.items() if parameter.grad is None or not parameter.grad.any()] == []
 
 
+def test_an_adapter_on_the_embedding_counts_for_the_head_that_is_tied_to_it():
+    class LowRankRows(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer, dtype = base_layer, base_layer.weight.dtype
+            self.rows = nn.Parameter(torch.randn(base_layer.num_embeddings, 2, dtype=dtype))
+            self.columns = nn.Parameter(torch.randn(2, base_layer.embedding_dim, dtype=dtype))
+
+        @property
+        def weight(self):
+            return self.base_layer.weight
+
+        def forward(self, ids):
+            return self.base_layer(ids) + self.rows[ids] @ self.columns
+
+    model, merged, ids = build(), build(), torch.randint(37, (2, 30))
+    model.embedding = LowRankRows(model.embedding)
+    merged.embedding.weight.data += model.embedding.rows.data @ model.embedding.columns.data
+    torch.testing.assert_close(run(model, ids), run(merged, ids))
+    torch.testing.assert_close(model.loss(ids)[0], merged.loss(ids)[0])
+
+
 def test_parametrised_weights_are_those_that_are_used():
     class Doubled(nn.Module):
         def forward(self, weight):

@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.model.generation import sample
 from smt.model.rotary import rotation
+from smt.state.state import SMTState
 from smt_kernels import checks, use_backend
 
 ENCODINGS = ["token", "stride", "stream"]
@@ -97,3 +99,15 @@ def test_single_steps_of_rows_that_go_together_need_nothing_of_the_host(encoding
                 state = model(torch.tensor([[1], [2]]), state, overwrite_state=True)[1].state
             assert operations.of_host == ["lift_fresh"], "of the tokens here"
             assert torch.float64 not in operations.dtypes
+
+
+def test_choosing_rows_sends_their_numbers_to_the_device_once_and_drawing_a_token_reads_nothing_back():
+    with FakeTensorMode():
+        state = SMTState.initial(SMTConfig(vocab_size=37), 3, device="cuda", dtype=torch.float32)
+        with Operations() as operations:
+            assert state.rows([2, 0]).steps == (0, 0)
+        assert operations.names.count("_to_copy") == 1 and "_local_scalar_dense" not in operations.of_host
+        logits = torch.empty(2, 37, device="cuda")
+        with Operations() as operations:
+            assert sample(logits, 0.8, 5, 0.9, None).shape == (2, 1)
+        assert "exponential_" in operations.names and operations.of_host == [] and "_to_copy" not in operations.names
