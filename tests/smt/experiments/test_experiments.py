@@ -12,7 +12,7 @@ from smt.evaluation.scorer import TokenScores
 from smt.experiments import cell as cell_module
 from smt.experiments.paired import BLOCK, FEW_DOCUMENTS, paired_difference
 from smt.experiments.record import named, read_records
-from smt.experiments.run import FAILURE_FILE, Processes, _attempt_apart, run_study
+from smt.experiments.run import FAILURE_FILE, Processes, attempt_apart, run_study
 from smt.experiments.settings import STUDY_FOLDER, Study
 from smt.runtime.process import Interrupted, signals_as_interrupts
 from smt.training.settings import RunConfig
@@ -116,7 +116,7 @@ class TestRunning:
         monkeypatch.chdir(tmp_path)
         for name in ("tokenizers", "yaml", "torch"):
             (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
-        error = _attempt_apart(tmp_path, 1, Processes())
+        error = attempt_apart(tmp_path, 1, Processes())
         assert error.startswith("ValueError: ") and "cell.yaml" in error
 
     @pytest.mark.parametrize(("command", "error"), [("kill -9 $$", "the process ended by signal 9"), ("exit 1", "exit code 1")])

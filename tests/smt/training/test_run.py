@@ -138,14 +138,16 @@ class TestRun:
         from accelerate import Accelerator
         from accelerate.tracking import TensorBoardTracker
 
-        mine, finished = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3), []
+        mine, finished = Accelerator(gradient_accumulation_steps=3), []
+        precision = mine.mixed_precision  # that of whatever has used Accelerate here before
+        other = "no" if precision == "bf16" else "bf16"
         monkeypatch.setattr(TensorBoardTracker, "finish", lambda tracker: finished.append(tracker))
         monkeypatch.setattr(Trainer, "_step", lambda *arguments, **options: 1 / 0)
-        config = run_config(tmp_path, steps=1, report_to=["tensorboard"], mixed_precision="no", gradient_accumulation_steps=2)
+        config = run_config(tmp_path, steps=1, report_to=["tensorboard"], mixed_precision=other, gradient_accumulation_steps=2)
         with pytest.raises(ZeroDivisionError):
             run(config, tmp_path / "out")
         assert len(finished) == 1
-        assert mine.mixed_precision == "bf16" and mine.gradient_accumulation_steps == 3 and mine.state.num_processes == 1
+        assert mine.mixed_precision == precision and mine.gradient_accumulation_steps == 3 and mine.state.num_processes == 1
 
     def test_a_tracker_that_is_not_installed_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
