@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from smt.runtime.fields import check_fields, nearest
+from smt.runtime.fields import check_fields, check_known
 from smt.runtime.files import read_yaml
 from smt_kernels import WindowSpec
 from smt_kernels.window_attention import MAX_WINDOW
@@ -44,6 +44,11 @@ PUBLISHED = {
 
 # GPT-2's standard deviation of fresh weights, and the width that it belongs to.
 INITIALIZER_STD, INITIALIZER_WIDTH = 0.02, 768
+
+
+def fresh_std(width: int) -> float:
+    """Standard deviation of fresh weights of a width that gives as much output as GPT-2's at its own."""
+    return INITIALIZER_STD * math.sqrt(INITIALIZER_WIDTH / width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +187,7 @@ class SMTConfig:
         Raises:
             ValueError: an unknown field.
         """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"SMTConfig has no field {name!r}; did you mean {nearest(name, known)!r}?")
+        check_known(cls, values)
         return cls(**values)
 
     @classmethod
@@ -224,11 +226,7 @@ class SMTConfig:
     def initializer_std(self) -> float:
         """Standard deviation of fresh weights: ``initializer_range``, or GPT-2's 0.02 at its width of 768, and at others what
         gives as much: the variance of a sum over d terms stays when that of each falls as 1 / d."""
-        return (
-            INITIALIZER_STD * math.sqrt(INITIALIZER_WIDTH / self.d_model)
-            if self.initializer_range is None
-            else self.initializer_range
-        )
+        return fresh_std(self.d_model) if self.initializer_range is None else self.initializer_range
 
     @property
     def write_frequency(self) -> float:

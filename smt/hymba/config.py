@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
-from smt.config import INITIALIZER_STD, INITIALIZER_WIDTH
-from smt.runtime.fields import check_at_least, check_fields, nearest
+from smt.config import fresh_std
+from smt.runtime.fields import check_at_least, check_fields, check_known
 
 
 class ArchType(str, Enum):
@@ -138,10 +137,7 @@ class HymbaConfig:
         Raises:
             ValueError: an unknown field.
         """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"HymbaConfig has no field {name!r}; did you mean {nearest(name, known)!r}?")
+        check_known(cls, values)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,9 +199,7 @@ class HymbaConfig:
     @property
     def initializer_std(self) -> float:
         """Standard deviation of fresh weights; what ``SMTConfig.initializer_std`` is."""
-        if self.initializer_range is not None:
-            return self.initializer_range
-        return INITIALIZER_STD * math.sqrt(INITIALIZER_WIDTH / self.d_model)
+        return fresh_std(self.d_model) if self.initializer_range is None else self.initializer_range
 
     @property
     def head_dim(self) -> int:

@@ -124,6 +124,14 @@ def check_fields(settings: Any) -> None:
                 raise ValueError(f"{field.name} must not be empty")
 
 
+def check_known(settings: type, names: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest name, unless the dataclass ``settings`` has all fields of these names."""
+    known = [field.name for field in fields(settings)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{settings.__name__} has no field {name!r}; did you mean {nearest(name, known)!r}?")
+
+
 def check_finite(field: str, value: float) -> None:
     """Raise ValueError for an infinity, what is not a number, and an integer that no floating-point number can hold."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,11 +81,6 @@ def best(
         if abs(there[model].mean - first.mean) <= (there[model].spread or 0.0) + (first.spread or 0.0)
     ]
     return [order[0], *alike], first
-
-
-def perplexity_of(loss: float) -> float:
-    """e^loss."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def listed(models: Sequence[str]) -> str:

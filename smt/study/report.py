@@ -97,7 +97,7 @@ def report(study: Study) -> str:
     ]
     if carried := carried_table(study):
         parts += [
-            "SMT is the only one that can carry something on. It has been trained on pieces here, never across them:",
+            "SMT alone is also evaluated with its memory carried. It has been trained on pieces here, never across them:",
             carried,
         ]
     if any(run["stage"] == EQUAL_TIME for run in study["runs"]):

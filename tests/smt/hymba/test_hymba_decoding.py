@@ -118,7 +118,10 @@ def test_rows_that_have_ended_are_padded_and_the_others_go_on():
 
 def test_samples_follow_the_generator_and_the_most_likely_tokens():
     model, ids = model_of(configuration("hybrid")), tokens(2, 4)
-    draw = lambda seed, **options: model.generate(ids, 6, generator=torch.Generator().manual_seed(seed), **options)  # noqa: E731
+
+    def draw(seed, **options):
+        return model.generate(ids, 6, generator=torch.Generator().manual_seed(seed), **options)
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert torch.equal(draw(3, top_k=1), model.generate(ids, 6, temperature=0))
     assert [piece.shape for piece in model.stream(ids, 2, top_p=0.5)] == [(2,), (2,)]
