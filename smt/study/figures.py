@@ -17,6 +17,7 @@ NAMES = {
     "hybrid": "hybrid by layer",
     "parallel": "parallel hybrid",
     "smt": "SMT (stream)",
+    "smt_carried": "SMT, carried",
 }
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "black")
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "black", "tab:gray")
 SMALL, MEDIUM, LARGE = 11, 12, 14
 # Inches, and characters of a line of text.
 PAGE, PAGE_COLUMNS = (11.7, 16.5), 116

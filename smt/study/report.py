@@ -14,6 +14,7 @@ from smt.study import plots
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
 from smt.study.expected import expected_table
 from smt.study.figures import NAMES, Study
+from smt.study.settings import CARRIED
 from smt.study.tables import (
     carried_table,
     orpo_table,
@@ -66,6 +67,13 @@ def conditions(study: Study) -> list[str]:
         f"model, at a learning rate of {first['learning_rate']:g} for all.",
         f"Every {length} tokens are read as if nothing came before, in training and in evaluation, by all models alike.",
     ]
+    if CARRIED in settings["models"]:
+        part = settings["carried"].get("part_length")
+        whole = f"parts of {part:,} tokens" if part else "whole documents"
+        lines.append(
+            f"{NAMES[CARRIED]}, is trained otherwise: on as many tokens in another order, {length} after {length} of {whole}, "
+            "through which it carries its memory."
+        )
     if second is not None:
         lines.append(
             f"Stage 2: ORPO, {second['steps']:,} steps of {second['batch_size']} pairs at {second['learning_rate']:g}. A pair "
@@ -97,7 +105,7 @@ def report(study: Study) -> str:
     ]
     if carried := carried_table(study):
         parts += [
-            "SMT alone is also evaluated with its memory carried. It has been trained on pieces here, never across them:",
+            "SMT alone is also evaluated with its memory carried:",
             carried,
         ]
     if any(run["stage"] == EQUAL_TIME for run in study["runs"]):

@@ -17,7 +17,7 @@ from smt.experiments.cell import FAILURE_FILE
 from smt.experiments.run import OUTPUT_FILE, Processes, attempt_apart
 from smt.runtime.files import check_folder, read_json, read_yaml, text_writer, write_files
 from smt.study.cell import CELL_FILE, TRAINING, is_done, measured_file
-from smt.study.settings import StudySettings
+from smt.study.settings import CARRIED, StudySettings
 from smt.study.sizes import Sized, sized_models
 from smt.training.settings import RunConfig
 
@@ -141,12 +141,13 @@ def _steps_of_equal_time(cells: Sequence[StudyCell]) -> dict[str, int]:
 def _wanted(prepared: Prepared, cell: StudyCell) -> dict[str, Any]:
     """What the process of a cell is to do, as YAML can hold it."""
     settings, sized = prepared.settings, prepared.models[cell.model]
+    data = {**settings.run.get("data", {}), **(settings.carried if cell.model == CARRIED else {})}
     run = RunConfig.from_dict(
         {
             "experiment": TRAINING,
             "architecture": sized.architecture,
             "model": {**sized.config.to_dict(), "vocab_size": _asked_vocabulary(settings)},
-            "data": settings.run.get("data", {}),
+            "data": data,
             "training": {**settings.run.get("training", {}), "seed": cell.seed},
         }
     )

@@ -11,8 +11,9 @@ from smt.runtime.fields import check_at_least, check_fields, check_folder_name, 
 from smt.runtime.files import read_yaml
 
 FOLDER = Path(__file__).parent / "configs"
-# The model that is ours, beside the layouts of a Hymba.
+# Ours, beside the layouts of a Hymba: trained on what they are trained on, and with its memory carried through longer parts.
 OURS = "smt"
+CARRIED = "smt_carried"
 QUICK = "quick"
 
 
@@ -22,13 +23,14 @@ class StudySettings:
 
     Args:
         name: of the folder with its results.
-        models: layouts of a Hymba, and ``smt``.
+        models: layouts of a Hymba, ``smt`` and ``smt_carried``, which is the same model and carries its memory in training.
         seeds: each model is trained with every one of them.
         equal_time_seeds: with so many of the seeds, the first of them, each model is trained once more, for as many steps as
             take the time of the middle one of all models.
         run: ``data`` and ``training`` of stage 1, as in the configuration of a run.
         hymba: fields that all layouts share; the width of their MLPs follows from the number of parameters.
         smt: fields of ours; its numbers of layers follow from the number of parameters.
+        carried: fields of ``data`` in the stead of those of ``run``, for ``smt_carried``: its parts are longer than a chunk.
         orpo: fields of the runs of stage 2.
         n_pairs: preference pairs to train on, made by each model of stage 1 from training documents.
         n_held_out_pairs: further ones, of held-out documents, to measure on.
@@ -51,6 +53,7 @@ class StudySettings:
     run: dict[str, Any] = field(default_factory=dict)
     hymba: dict[str, Any] = field(default_factory=dict)
     smt: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, Any] = field(default_factory=dict)
     orpo: dict[str, Any] = field(default_factory=dict)
     n_pairs: int = 256
     n_held_out_pairs: int = 128
@@ -63,7 +66,7 @@ class StudySettings:
     map_tokens: int = 192
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "models": (*(layout.value for layout in ArchType), OURS),
+        "models": (*(layout.value for layout in ArchType), OURS, CARRIED),
         "map_model": tuple(layout.value for layout in ArchType),
     }
 

@@ -15,7 +15,7 @@ from smt.config import SMTConfig
 from smt.hymba.config import HymbaConfig
 from smt.hymba.cost import n_parameters
 from smt.runtime.fields import defaults_of, parse
-from smt.study.settings import OURS, StudySettings
+from smt.study.settings import CARRIED, OURS, StudySettings
 
 # Widths of MLPs are multiples of it.
 WIDTH_STEP = 8
@@ -49,7 +49,7 @@ def sized_models(settings: StudySettings, vocab_size: int) -> dict[str, Sized]:
     aim = n_parameters(replace(shared, layout="hybrid"))
     sized = {}
     for name in settings.models:
-        if name == OURS:
+        if name in (OURS, CARRIED):
             architecture, config = "smt", _ours(settings, vocab_size, aim)
         else:
             architecture, config = "hymba", _with_width(replace(shared, layout=name), aim)

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from smt.experiments.record import RunRecord
 from smt.study import run as run_module
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING, work
 from smt.study.record import STUDY_FILE
-from smt.study.report import details, report, samples
+from smt.study.report import conditions, details, report, samples
+from smt.study.settings import StudySettings
 from smt.study.tables import results_csv
 
 STUDY = {
@@ -147,6 +149,25 @@ def test_another_study_is_not_mixed_into_a_folder(made, tmp_path, capsys):
     other.write_text(yaml.safe_dump(settings))
     assert main(["study", "--config", str(other), "--out", str(folder.parent)]) == 1
     assert "is of another study, with other run; give this one another --out or name" in capsys.readouterr().err
+
+
+def test_ours_may_carry_its_memory_through_longer_parts_in_training(made, tmp_path, monkeypatch):
+    file, folder = made
+    settings = replace(StudySettings.from_yaml(file), models=("smt", "smt_carried"), carried={"part_length": 64, "lanes": 2})
+    asked = {}
+
+    def keeps(folder, jobs, processes, module):
+        asked[folder.name] = yaml.safe_load((folder / "cell.yaml").read_text())
+        return "RuntimeError: no"
+
+    monkeypatch.setattr(run_module, "attempt_apart", keeps)
+    prepared = run_module.prepare(settings, tmp_path)
+    run_module.run_study(prepared, lambda line: None)
+    anew, carried = (asked[f"{model},seed=1"]["run"] for model in settings.models)
+    assert carried["model"] == anew["model"] and carried["training"] == anew["training"]
+    assert carried["data"] == {**anew["data"], "part_length": 64, "lanes": 2}
+    told = {**study_of(folder), "settings": json.loads(json.dumps(asdict(settings)))}
+    assert "32 after 32 of parts of 64 tokens, through which it carries its memory" in "\n".join(conditions(told))
 
 
 def test_maps_are_drawn_of_what_has_finished_and_nothing_is_trained(made, tmp_path, capsys):
