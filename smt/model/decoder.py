@@ -1,4 +1,4 @@
-"""The decoder: GPT-2 blocks over the window, in three encodings of falling cost (DESIGN 2.2).
+"""The decoder: GPT-2 blocks over the window, in three encodings of falling cost (``docs/model.md``).
 
 ``token`` and ``stride`` cut the sequence into windows and encode each on its own; ``stream`` runs slots and tokens through the
 layers once, and every token attends to the keys and values of its window.
