@@ -174,7 +174,7 @@ def windows_by_hand(problem: Problem) -> dict[str, Tensor]:
 
 
 def sequence_as_windows(problem: Problem) -> list[tuple[Tensor, Tensor]]:
-    """Per write, its window (B, W, d) cut out of the sequence (``docs/model.md``), and which entries exist; others are zeros."""
+    """Per write, its window (B, W, d) cut out of the sequence (``docs/model.md``), and which entries exist; the rest is 0."""
     tokens, slots, *_ = problem.inputs.values()
     settings, window = {"write_group": 1, "first_step": 0, "first_slot": 0} | problem.settings, problem.settings["window"]
     cut = []
