@@ -116,7 +116,7 @@ class StrideMemoryTransformer(nn.Module):
             input_ids: (B, T) integer tokens; on CPU their range is checked.
             state: the ``aux.state`` of the call before, to continue its sequences; None: start. Rows may be at any steps.
             targets: (B, T) integers, the token that should follow each step, or -100 to leave it out: give their mean
-                cross-entropy in the stead of logits, which are never all held then.
+                cross-entropy instead of logits, which are then never all held.
             attention_mask: (B, T), 0 at padding, which is on the left, and 1 at tokens; a row of zeros takes nothing. Logits at
                 padding mean nothing, but are finite. None: no padding.
             return_weights: also return the pooling weights of each write.
