@@ -53,7 +53,7 @@ class TrainingConfig:
         lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
         clip: largest norm of the gradient.
         gradient_accumulation_steps: batches of each optimiser step.
-        gradient_checkpointing: keep only the input of every decoder block and compute the rest again backward.
+        gradient_checkpointing: keep only the input of every decoder block and recompute the rest in the backward pass.
         compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU with bf16 tensor cores (Ampere and
             later), else none.
