@@ -1,4 +1,9 @@
-"""The Stride Memory Transformer: one fixed window of memory slots and recent tokens, at constant cost per token."""
+"""The Stride Memory Transformer: one fixed window of memory slots and recent tokens, at constant cost per token.
+
+``config`` holds the sizes. Folders, from those that import nothing of ``smt`` to those that import most: ``runtime``, ``data``,
+``state``, ``pretrained``, ``model``, ``hymba``, ``baselines``, ``evaluation``, ``huggingface``, ``training``, ``experiments``,
+``study``, ``cli``; the docstring of each maps its files.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from smt.runtime.files import read_yaml
 from smt_kernels import WindowSpec
 from smt_kernels.window_attention import MAX_WINDOW
 
-# Sizes of the source documents, by the name that they use.
+# Published sizes, by the name that they are published under.
 PRESETS: dict[str, dict[str, Any]] = {
     "wikitext": {},
     "pg19": {"n_ssm_outputs": 20, "m_input_tokens": 80, "stride": 25},
@@ -53,7 +53,7 @@ def fresh_std(width: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SMTConfig:
-    """Configuration of ``StrideMemoryTransformer``; the defaults are the WikiText sizes of the source documents.
+    """Configuration of ``StrideMemoryTransformer``; the defaults are the published sizes for WikiText.
 
     Args:
         vocab_size: tokens in the vocabulary.
@@ -65,7 +65,7 @@ class SMTConfig:
         dropout: probability, on embeddings and residual branches in training (not on attention weights: the fused kernels have
             none).
         pooling_dropout: probability, on pooling weights in training; published: 0.1. Off by default: noise in what is written
-            stays in the memory, and it drowns the first faint signs by which pooling and memory learn of each other.
+            stays in the memory, and with it most seeds did not learn to recall.
         transformer_n_layers: blocks of the decoder.
         transformer_n_heads: query heads of each.
         transformer_n_kv_heads: key/value heads of each; None: as many as query heads.
@@ -80,9 +80,9 @@ class SMTConfig:
         pool_source: a write pools the whole ``window`` or only its ``tokens``.
         pooling_norm: divide every pooled entry by its root mean square first.
         write_group: writes whose pooling sees only the slots of earlier groups, so that they run as one scan.
-        slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, nearly closed at first, so
-            that slots tell little until they have something to tell; ``open``: 1, as published; ``closed``: 0, a control whose
-            slots take attention and tell nothing.
+        slot_gate: scales the values of the slots that a head attends to: ``learned`` by each head, nearly closed at first,
+            because fresh slots are noise; ``open``: 1, as published; ``closed``: 0, a control whose
+            slots take attention and give nothing.
         slot_readout: the newest slot also moves the logits directly, by a matrix that is zero at first (``smt.model.readout``);
             False: slots are only attended to, as published. Closed gates close it too.
         writes: False switches the memory off (the no-writes control): no slot ever exists, whatever ``empty_slots``.
@@ -170,7 +170,7 @@ class SMTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SMTConfig:
-        """A named configuration of the source documents: ``wikitext``, ``pg19`` or ``small``, with fields overridden."""
+        """A named configuration as published: ``wikitext``, ``pg19`` or ``small``, with fields overridden."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], **overrides})

@@ -1,4 +1,9 @@
-"""Fused kernels for the Stride Memory Transformer: its operations, each with a reference."""
+"""Fused kernels for the Stride Memory Transformer: an operation in each folder, whose docstring maps its files.
+
+Read ``window`` (who sees whom) and ``stream_attention`` first. What the operations share: ``backends`` (which implementation
+runs, and why), ``operators`` (registration with PyTorch), ``checks`` (of arguments), ``precision`` (dtype of sums), ``kept``
+(tensors saved for the backward pass), ``dense_attention`` (of many small blocks in PyTorch), ``launch`` and ``tiles`` (Triton).
+"""
 
 from smt_kernels.attention_pool import attention_pool, attention_pool_sequence
 from smt_kernels.backends import BACKENDS, BackendChoice, last_choice, use_backend

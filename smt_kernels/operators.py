@@ -47,9 +47,9 @@ def register(
     Args:
         empty: takes the arguments and the backend and returns the results, uninitialised: what fake tensors compute. Its
             annotations make the schema: tensors, numbers, and NamedTuples and dataclasses of them. The first leaf is a tensor.
-        outputs: so many results come first that gradients go through.
-        kept: so many results, the last ones, are kept for ``backward``.
-        gradients: so many tensors come first among the arguments that have gradients; 0: there is no ``backward``.
+        outputs: how many of the results, the first ones, gradients go through.
+        kept: how many of the results, the last ones, are saved for ``backward``.
+        gradients: how many of the arguments' tensors, the first ones, have gradients; 0: there is no ``backward``.
         empty_gradients: takes the arguments and the backend and returns what ``backward`` does, uninitialised; None: it
             returns all gradients, each with the shape and the dtype of its tensor.
     """

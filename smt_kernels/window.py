@@ -81,11 +81,11 @@ class WindowSpec:
         return group_start - self.n_memory, group_start
 
     def canonical_step(self, step: int, group: int = 1) -> int:
-        """The least step from which everything goes on as from ``step``, counted from there.
+        """The smallest step that is equivalent to ``step``: whatever follows is the same, counted from there.
 
         As many tokens and slots exist before it, of those that a window or the pooling of a group of ``group`` writes sees,
-        and it stands at the same place between two writes and in their group. So what is made for it (a compiled program, a
-        recorded graph) serves at every later step of its kind.
+        and it has the same position between two writes and in their group. So what is made for it (a compiled program, a
+        recorded graph) serves every later step of its kind.
         """
         if self.stride is None:
             return min(step, self.n_tokens)

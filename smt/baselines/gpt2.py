@@ -133,7 +133,7 @@ class FullAttentionGPT2(nn.Module):
         self.transformer.compile(**options)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Keep only the input of every block and compute the rest again backward."""
+        """Keep only the input of every block and recompute the rest in the backward pass."""
         # Newer releases of transformers call it so, and the old name deprecated.
         enable = getattr(self.transformer, "activation_checkpointing_enable", self.transformer.gradient_checkpointing_enable)
         enable({"use_reentrant": False})

@@ -12,8 +12,8 @@ from smt.runtime.process import Interrupted
 EXAMPLES = """\
   smt study --quick                          every model and both stages in less than 10 minutes on 2 cores
   smt study --config hymba_cpu               three seeds, in a size for 2 cores
-  smt study --config hymba                   the sizes of the documents, for a GPU
-  smt study --quick --maps                   draw attention maps of runs that have finished, and nothing else
+  smt study --config hymba                   15 layers of width 512, for a GPU
+  smt study --quick --maps                   only draw attention maps, of runs that have finished
   smt study --config my_study.yaml --seeds 1,2
 the same command again goes on with what has not finished"""
 
@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``smt study``."""
     parser.add_argument("--config", default="hymba", metavar="YAML", help="file or packaged name (default: hymba)")
     parser.add_argument("--quick", action="store_true", help="the short form of the study, which its file describes")
-    parser.add_argument("--seeds", metavar="N,...", help="in the stead of the file's")
+    parser.add_argument("--seeds", metavar="N,...", help="instead of the file's")
     parser.add_argument("--maps", action="store_true", help="only draw attention maps, from runs that have finished")
     parser.add_argument("--out", default="results", metavar="FOLDER", help="where studies are kept (default: results)")
 

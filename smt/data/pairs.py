@@ -135,7 +135,7 @@ def _fault(values: Any, tokenizer: Tokenizer) -> str | None:
     """Why a line is no pair; None: it is one."""
     texts = [values.get(field) for field in FIELDS] if isinstance(values, dict) else []
     if any(isinstance(text, list) for text in texts):
-        return "lines with messages in the stead of texts, to which no template of a chat is applied here"
+        return "lines with messages instead of texts: no chat template is applied here"
     if not texts or not all(isinstance(text, str) for text in texts):
         return f"lines without texts in {', '.join(FIELDS)}"
     if not all(map(is_unicode, texts)):

@@ -30,12 +30,12 @@ class DataConfig:
         batch_size: rows; each walks along one document at a time. In stage ``orpo`` pairs, of two rows each.
         chunk_length: steps of each row in one batch; gradients stop at its start, memory does not. In stage ``orpo`` the
             longest pair: of longer ones the prompt is cut on the left.
-        part_length: cut training documents into parts of so many tokens, each read as a document of its own, where there are
-            fewer documents than rows; None: documents stay whole. Held-out documents always do.
+        part_length: cut training documents into parts of this many tokens, each read as a document of its own, where there
+            are fewer documents than rows; None: documents stay whole. Held-out documents always do.
         lanes: groups of rows that take turns, batch by batch, so that consecutive steps see different documents.
         eval_batch_size: rows in evaluation, and pairs.
         eval_chunk_length: steps of each row in one batch of evaluation.
-        eval_documents: evaluate on so many held-out documents, the first of them; None: on all.
+        eval_documents: how many held-out documents are evaluated, the first of them; None: all.
     """
 
     source: str = "stdlib"

@@ -74,7 +74,7 @@ def tokenize_corpus(settings: DataConfig, vocab_size: int) -> TokenizedCorpus:
     """Read, tokenise and keep under ``cache_folder(settings)`` what ``settings`` name.
 
     Args:
-        vocab_size: of the model: a tokenizer that is trained learns at most so many tokens, any other may not have more.
+        vocab_size: of the model: a tokenizer that is trained learns at most this many tokens; any other may not have more.
 
     Raises:
         MissingExtraError: a package that the source or the tokenizer needs is not installed.

@@ -75,7 +75,7 @@ class Tokenizer:
 
         Args:
             documents: read once.
-            vocab_size: at most so many tokens.
+            vocab_size: tokens at most.
             kind: ``bpe``, the most frequent merges (Sennrich et al., 2016, arXiv:1508.07909); or ``unigram``, the pieces
                 under which the text is most likely (Kudo, 2018, arXiv:1804.10959).
 

@@ -84,7 +84,7 @@ class DocumentWalk(IterableDataset):
         documents: tokens of each, (L,) integers with L >= 2: a ``TokenStore``, or arrays or tensors.
         counted: of each document, (L,) bool, which tokens are targets; None: all but the first.
         batch_size: rows of this process, B.
-        length: steps of a row in one batch, T; a batch is narrower where no row has so many left.
+        length: steps of a row in one batch, T; a batch is shorter where no row has that many left.
         lanes: groups of rows that take turns.
         epochs: how often every document is read; None: without end.
         shuffle: draw the documents of each epoch in an order that ``seed`` fixes, those of similar length near each other;

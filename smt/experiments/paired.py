@@ -17,7 +17,7 @@ from torch import Tensor
 from smt.evaluation.position import standard_error
 from smt.evaluation.scorer import TokenScores
 
-# Below so many documents, blocks of so many tokens of them are compared.
+# Below this many documents, blocks of this many tokens of them are compared.
 FEW_DOCUMENTS, BLOCK = 10, 512
 
 

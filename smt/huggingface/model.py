@@ -131,7 +131,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, T), the tokens themselves, shifted inside; -100 is left out, and so are padding and what follows it.
             use_cache: return the state; None: as ``config.use_cache`` says, where it can be and is likely used: not in
                 training, not beside labels, not with padding on the right.
-            logits_to_keep: so many last steps, or the steps (K,) int64, have logits; 0: all.
+            logits_to_keep: how many last steps, or which steps (K,) int64, have logits; 0: all.
             return_dict: False: a tuple.
             cache: another name of ``past_key_values``, and that of newer releases of ``transformers``.
             skip_logits: return None in their place, and the loss without ever holding all of them; None: beside labels in

@@ -50,8 +50,8 @@ class HymbaConfig:
 
     Args:
         layout: what the layers are made of. ``mamba``: an SSM in every one; ``global`` and ``local``: attention in every one;
-            ``hybrid_50_50``: global attention and an SSM in turns; ``hybrid``: global attention in the layers
-            ``global_layers``, and local attention and an SSM in turns between them; ``parallel``: attention and an SSM side by
+            ``hybrid_50_50``: global attention and an SSM, alternating; ``hybrid``: global attention in the layers
+            ``global_layers``, local attention and an SSM alternating between them; ``parallel``: attention and an SSM side by
             side in every layer, as in the paper, with global attention in ``global_layers`` and local attention elsewhere.
         vocab_size: tokens in the vocabulary.
         d_model: width of embeddings and hidden states.

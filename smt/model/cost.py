@@ -106,7 +106,7 @@ def full_attention_ratio(length: int, window_size: int) -> float:
 
 
 def position_passes(config: SMTConfig) -> float:
-    """Positions that go through the decoder's layers per token (DESIGN 2.2)."""
+    """Positions that go through the decoder's layers per token (``docs/model.md``)."""
     if config.encoding == "stream":
         return 1 + 1 / config.stride
     return config.window_size / (config.stride if config.encoding == "stride" else 1)

@@ -1,4 +1,4 @@
-"""The decoder: GPT-2 blocks over the window, in three encodings of falling cost (DESIGN 2.2).
+"""The decoder: GPT-2 blocks over the window, in three encodings of falling cost (``docs/model.md``).
 
 ``token`` and ``stride`` cut the sequence into windows and encode each on its own; ``stream`` runs slots and tokens through the
 layers once, and every token attends to the keys and values of its window.
@@ -36,8 +36,8 @@ from smt.state.rings import ends
 class Decoder(nn.Module):
     """GPT-2 blocks and a final LayerNorm, with learned positions in the window or rotary ones in the stream.
 
-    With ``gradient_checkpointing``, training keeps the input of every block and computes the rest of it again backward.
-    ``transformers`` sets it by this name, and with what by the other.
+    With ``gradient_checkpointing``, training keeps the input of every block and recomputes the rest in the backward pass.
+    ``transformers`` sets both attributes by name.
     """
 
     gradient_checkpointing = False

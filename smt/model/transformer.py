@@ -116,7 +116,7 @@ class StrideMemoryTransformer(nn.Module):
             input_ids: (B, T) integer tokens; on CPU their range is checked.
             state: the ``aux.state`` of the call before, to continue its sequences; None: start. Rows may be at any steps.
             targets: (B, T) integers, the token that should follow each step, or -100 to leave it out: give their mean
-                cross-entropy in the stead of logits, which are never all held then.
+                cross-entropy instead of logits, which are then never all held.
             attention_mask: (B, T), 0 at padding, which is on the left, and 1 at tokens; a row of zeros takes nothing. Logits at
                 padding mean nothing, but are finite. None: no padding.
             return_weights: also return the pooling weights of each write.
@@ -216,16 +216,16 @@ class StrideMemoryTransformer(nn.Module):
         self.config = self.memory.config = self.decoder.config = config
 
     def gradient_checkpointing_enable(self) -> None:
-        """Train with less memory: keep only the input of every decoder block and compute the rest again backward."""
+        """Train with less memory: keep only the input of every decoder block, recompute the rest backward."""
         self.decoder.gradient_checkpointing = True
 
     def compile(self, **options: Any) -> None:
-        """Compile in place, as of any module, but what repeats alone, so that it takes seconds: a decoder layer, once for all.
+        """Compile in place, like ``nn.Module.compile``, but only what repeats: one decoder layer for all, which takes seconds.
 
-        The programs serve every piece of a sequence from the second or third of its kind on. With a ``mode`` that records CUDA
-        graphs (``reduce-overhead``), the memory is a graph, too: its hundreds of small launches are one, forward and backward.
-        What a graph returns is overwritten when it runs again: who adds up the gradients of several passes must give them
-        tensors of their own beforehand, ``optimizer.zero_grad(set_to_none=False)`` after a first pass.
+        After two or three chunks of one length nothing is compiled again. With a ``mode`` that records CUDA graphs
+        (``reduce-overhead``), the memory is a graph too: its hundreds of small launches become one, forward and backward. What
+        a graph returns is overwritten when it runs again: to add up the gradients of several passes, give them tensors of their
+        own first, by ``optimizer.zero_grad(set_to_none=False)`` after the first pass.
 
         Args:
             options: of ``torch.compile``.

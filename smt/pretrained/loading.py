@@ -36,7 +36,7 @@ _MAMBA_LAYER = (
 def load_gpt2(model: nn.Module, source: Any, *, embedding: bool | None = None, first_layers: bool = False) -> LoadReport:
     """Load GPT-2's blocks, final norm, first W positions and token embedding.
 
-    A memory that has the scale of the old embedding, neither trained nor loaded, gets that of the new one (DESIGN 2.1).
+    A memory that has the scale of the old embedding, neither trained nor loaded, gets that of the new one (``docs/model.md``).
 
     Args:
         model: a ``StrideMemoryTransformer``.

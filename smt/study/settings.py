@@ -96,7 +96,7 @@ class StudySettings:
         Args:
             quick: as its part ``quick`` says, which has other values for some fields; or, if that is the name of another study,
                 as that one's does.
-            seeds: in the stead of the file's.
+            seeds: instead of the file's.
 
         Raises:
             ValueError: no such file, an unknown field with the nearest name, or no quick form.

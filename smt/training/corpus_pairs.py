@@ -31,7 +31,7 @@ def corpus_pairs(
 
     Args:
         model: with ``generate``; in evaluation, as it is left.
-        n_pairs: at most so many; a continuation that is the true one gives no pair.
+        n_pairs: how many at most; a continuation that is the true one gives no pair.
         prompt_length: tokens of the prompt, which is all that the model sees of the document.
         completion_length: tokens of each completion.
         seed: of places and continuations.
@@ -42,7 +42,7 @@ def corpus_pairs(
         the true continuation as chosen, the model's as rejected, for ``write_pairs``.
 
     Raises:
-        ValueError: a length below 1, or the training documents have not so many pieces of this length.
+        ValueError: a length below 1, or the training documents have fewer chunks of this length.
     """
     for name, value in (("prompt_length", prompt_length), ("completion_length", completion_length), ("batch_size", batch_size)):
         if value < 1:

@@ -43,7 +43,7 @@ CLOSING_SECONDS = 4.0
 SAMPLE_COST = 40
 # An evaluation without gradients against training, per token, until one has been measured.
 EVALUATION_COST = 0.5
-# What a run takes from its text or its starting point, and writes down in the stead of what it was given.
+# What a run takes from its text or its starting point, and writes down instead of what it was given.
 ADOPTED = ("vocab_size", "tokenizer")
 
 

@@ -41,32 +41,32 @@ class TrainingConfig:
         steps: bound in optimiser steps instead, which makes a run repeatable; None: epochs or the clock decide.
         epochs: bound in passes over the training documents instead.
         learning_rate: of AdamW at its peak.
-        learning_rates: peaks of single parts of the model in its stead.
+        learning_rates: peaks for single parts of the model, which replace it there.
         freeze: parts of the model that are not trained.
         init_from: where weights come from: ``gpt2`` and ``mamba`` (a folder or a hub name), or a ``checkpoint`` (a folder).
-            Where GPT-2's go, the encoding is ``stride`` if the configuration names none.
+            With GPT-2's, the encoding is ``stride`` if the configuration names none.
         match_scale: of a ``mamba`` in ``init_from``: give the memory's output the scale of the embedding.
-        beta_1: AdamW's decay of the mean gradient.
-        beta_2: AdamW's decay of the mean squared gradient.
-        weight_decay: on the weights of projections and convolutions alone.
-        warmup: share of the run in which the learning rate rises.
+        beta_1: AdamW's decay of the first moment.
+        beta_2: AdamW's decay of the second moment.
+        weight_decay: of AdamW, on the weights of projections and convolutions alone.
+        warmup: share of the run in which the learning rate rises linearly.
         lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
         clip: largest norm of the gradient.
         gradient_accumulation_steps: batches of each optimiser step.
-        gradient_checkpointing: keep only the input of every decoder block and compute the rest again backward.
+        gradient_checkpointing: keep only the input of every decoder block and recompute the rest in the backward pass.
         compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU.
-        mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU that has units
-            for it, which those before Ampere have not, else none.
-        evaluations: how often the held-out documents are evaluated, evenly over the run, though never twice at one step;
-            the last time is at its end.
-        eval_steps: steps between evaluations, in the stead of ``evaluations``.
-        early_stopping_patience: end the run after so many evaluations without a lower loss; None: never.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU with bf16 tensor cores (Ampere and
+            later), else none.
+        evaluations: how many times the held-out documents are evaluated, evenly over the run, the last at its end; never
+            twice at one step.
+        eval_steps: steps between evaluations, instead of ``evaluations``.
+        early_stopping_patience: end the run after this many evaluations without a lower loss; None: never.
         save_steps: steps between checkpoints from which the run can be resumed; there is one after every evaluation, too.
-        save_total_limit: how many of them are kept, the newest.
-        report_to: trackers that are told losses and rates: ``wandb``, ``tensorboard``, ``trackio``.
+        save_total_limit: how many of these checkpoints are kept, the newest.
+        report_to: trackers that losses and learning rates are logged to: ``wandb``, ``tensorboard``, ``trackio``.
         seed: of the weights, the order of documents and the sample.
         device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a GPU.
-        sample_tokens: length of the sample at the end.
+        sample_tokens: length of the sample that is generated at the end.
     """
 
     stage: str = "pretrain"

@@ -60,7 +60,7 @@ def attention_pool(
         TypeError: a dtype that does not fit.
         ValueError: a shape, device or count that does not fit, or a window without entries.
 
-    Source: DESIGN 2.1 and 4.3; Bahdanau et al. (2015) pooling with the scores of Vaswani et al. (2017), section 3.2.1.
+    Source: Bahdanau et al. (2015) pooling with the scores of Vaswani et al. (2017), section 3.2.1.
     """
     _check_windows(windows, n_memory, valid_memory, valid_tokens)
     n_windows, size, _ = windows.shape
@@ -127,7 +127,7 @@ def attention_pool_sequence(
         TypeError: a dtype or the type of a setting that does not fit.
         ValueError: a shape, device or setting that does not fit, or tokens that do not reach from the first to the last write.
 
-    Source: DESIGN 2.1 (``write_group``) and 4.3.
+    Source: the pooling of ``docs/model.md``, ``write_group`` included.
     """
     checks.shape("tokens", tokens, {"B": None, "T": None, "d": None})
     checks.floating("tokens", tokens)

@@ -48,7 +48,7 @@ def linear_cross_entropy(
         ValueError: a shape or device that does not fit.
         IndexError: a target that is no class, where PyTorch sees it; in the Triton kernel it makes the loss NaN.
 
-    Source: DESIGN 4.6; gradients with the loss as in Liger-Kernel (Hsu et al., 2024), section 3.2.
+    Source: gradients with the loss as in Liger-Kernel (Hsu et al., 2024), section 3.2.
     """
     _check(hidden, weight, targets)
     backend = backends.choose("linear_cross_entropy", hidden, backend)

@@ -61,7 +61,7 @@ def stream_attention(
         TypeError: a dtype or type that does not fit.
         ValueError: a shape, device or size that does not fit, or one of memory_k and memory_v without the other.
 
-    Source: DESIGN 2.1 and 4.2; sliding windows with meta tokens as in Hymba (Dong et al., 2024), section 2.
+    Source: sliding windows with meta tokens as in Hymba (Dong et al., 2024), section 2.
     """
     _check(q, k, v, memory_k, memory_v, window, first_step, first_slot)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

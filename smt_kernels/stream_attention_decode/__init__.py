@@ -57,7 +57,7 @@ def stream_attention_decode(
         TypeError: a dtype or type that does not fit.
         ValueError: a shape, device or count that does not fit, or ``triton`` where a gradient is required.
 
-    Source: DESIGN 4.2; query heads that share keys are the rows of one product, as in FlashDecoding (Dao et al., 2023).
+    Source: query heads that share keys are the rows of one product, as in FlashDecoding (Dao et al., 2023).
     """
     _check(q, k, v, memory_k, memory_v, n_tokens, n_slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -92,7 +92,7 @@ def stride_memory(
         TypeError: a dtype or the type of a setting that does not fit.
         ValueError: a shape, device or setting that does not fit, or tokens that do not reach from the first to the last write.
 
-    Source: DESIGN 2.1 and 4.5; Mamba (Gu and Dao, 2023).
+    Source: the writes of ``docs/model.md``; Mamba (Gu and Dao, 2023).
     """
     weights, n_slots = MemoryWeights(*weights), None if slots is None else slots.shape[1]
     _check(tokens, slots, conv_state, ssm_state, weights, n_writes, gate)

@@ -63,7 +63,7 @@ class Pass(NamedTuple):
 
     @classmethod
     def of(cls, parts: Iterable[Any]) -> Pass:
-        """From a pass, or plain tuples in its stead where compiled ahead of time."""
+        """From a pass, or plain tuples instead where compiled ahead of time."""
         tokens, slots, weights, inputs, window, timeline, normalise = parts
         return cls(tokens, slots, MemoryWeights(*weights), Inputs(*inputs), window, Timeline(*timeline), normalise)
 

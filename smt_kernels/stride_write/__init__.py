@@ -73,7 +73,7 @@ def stride_write(
         TypeError: a dtype that does not fit.
         ValueError: a shape or device that does not fit.
 
-    Source: DESIGN 2.1 and 4.4; Mamba (Gu and Dao, 2023), algorithm 2 and section 3.4.
+    Source: Mamba (Gu and Dao, 2023), algorithm 2 and section 3.4.
     """
     weights = Weights(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, a, d)
     _check(x, z, conv_state, ssm_state, weights, gate)

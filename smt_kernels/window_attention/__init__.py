@@ -56,7 +56,7 @@ def window_attention(
         TypeError: a dtype that does not fit.
         ValueError: a shape, device or count that does not fit.
 
-    Source: DESIGN 4.1; softmax statistics as in FlashAttention-2 (Dao, 2023), section 3.
+    Source: softmax statistics as in FlashAttention-2 (Dao, 2023), section 3.
     """
     _check(q, k, v, n_memory, valid_memory, valid_tokens, tail)
     if tail is not None:

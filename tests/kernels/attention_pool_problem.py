@@ -144,7 +144,7 @@ WIDE_SEQUENCES[0].settings["first_slot"] = 2
 def pool_by_hand(
     entries: list[list[float]], w_q: list[list[float]], w_k: list[list[float]], factors: list[float], normalise: bool
 ) -> tuple[list[float], list[float]]:
-    """pool(window) of DESIGN 2.1 over the entries that exist, one number at a time, keys and all."""
+    """Pooling as ``docs/model.md`` defines it, over the entries that exist, one number at a time, keys and all."""
     if normalise:
         entries = [[x / math.sqrt(sum(y * y for y in entry) / len(entry) + 1e-5) for x in entry] for entry in entries]
     mean = [sum(column) / len(entries) for column in zip(*entries, strict=True)]
@@ -174,7 +174,7 @@ def windows_by_hand(problem: Problem) -> dict[str, Tensor]:
 
 
 def sequence_as_windows(problem: Problem) -> list[tuple[Tensor, Tensor]]:
-    """Per write, its window (B, W, d) cut out of the sequence as DESIGN 2.1 says, and which entries exist; others are zeros."""
+    """Per write, its window (B, W, d) cut out of the sequence (``docs/model.md``), and which entries exist; the rest is 0."""
     tokens, slots, *_ = problem.inputs.values()
     settings, window = {"write_group": 1, "first_step": 0, "first_slot": 0} | problem.settings, problem.settings["window"]
     cut = []

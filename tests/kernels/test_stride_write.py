@@ -38,7 +38,7 @@ def silu(value: float) -> float:
 
 
 def brute_force(inputs: dict[str, Tensor], gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The formulas of DESIGN 2.1 and 4.4 and of Mamba's algorithm 2, one number at a time, in Python's floats."""
+    """The formulas of ``docs/kernels/stride_write.md`` and of Mamba's algorithm 2, one number at a time, in Python's floats."""
     conv_w, conv_b, w_x, w_dt, b_dt, a, d = (inputs[name].tolist() for name in WEIGHTS)
     width, n_state, rank, taps = len(a), len(a[0]), len(w_dt[0]), len(conv_w[0])
     all_y, all_conv, all_ssm = [], [], []

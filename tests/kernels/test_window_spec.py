@@ -12,7 +12,7 @@ N_STEPS = 100
 
 
 def written_after(step: int, stride: int) -> bool:
-    """DESIGN 2.1: a write happens at every step t with t > 0 and t % S == 0, after the logits of step t."""
+    """``docs/model.md``: a write happens at every step t with t > 0 and t % S == 0, after the logits of step t."""
     return step > 0 and step % stride == 0
 
 

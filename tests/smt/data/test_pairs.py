@@ -60,7 +60,7 @@ def test_no_prompt_is_both_trained_on_and_held_out(tokenizer, tmp_path):
         ('{"prompt": "half \\ud800", "chosen": "a", "rejected": "b"}', "lines with half a surrogate pair"),
         (
             {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": []},
-            "lines with messages in the stead of texts, to which no template of a chat is applied here",
+            "lines with messages instead of texts: no chat template is applied here",
         ),
         ({**GOOD[0], "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, "lines with tokens of another tokenizer"),
     ],

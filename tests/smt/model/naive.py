@@ -1,4 +1,4 @@
-"""The model of DESIGN 2.1 as one loop over steps, built from Hugging Face parts: an oracle that shares no code with ``smt``."""
+"""The model of ``docs/model.md`` as one loop over steps, made of Hugging Face parts; it shares no code with ``smt``."""
 
 import math
 

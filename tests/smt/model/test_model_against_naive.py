@@ -1,4 +1,4 @@
-"""The model equals a naive loop over DESIGN 2.1 built from Hugging Face's GPT-2 and Mamba."""
+"""The model equals a naive loop over ``docs/model.md``, built from Hugging Face's GPT-2 and Mamba."""
 
 import pytest
 import torch
