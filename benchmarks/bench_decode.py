@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=_numbers, help="sequences, comma-separated; default 1,8, quick 1")
     parser.add_argument("--sections", choices=SECTIONS, default="all", help="what to measure")
     parser.add_argument("--max-prefill", type=_number, help="tokens read to come to a context; default 2048, quick 512")
-    parser.add_argument("--max-gib", type=float, default=4.0, help="largest KV cache that is built")
+    parser.add_argument("--max-gib", type=float, default=2.0, help="largest KV cache that is built; decoding takes about four times as much")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=_number, help="CPU threads (OMP_NUM_THREADS); default: PyTorch's")
     parser.add_argument("--max-seconds", type=float, help="for all calls of one measurement; default 20, quick 2")
@@ -103,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nNo times are printed, because a result differs from the forward pass:\n{error}", file=sys.stderr)
         return 1
 
+    names = ("contexts", "batches", "max_prefill", "max_gib", "max_seconds", "repeats", "quick")
+    settings = {name: getattr(options, name) for name in names} | {"model": config.to_dict()}
     rows: list[DecodeRow] = []
     for batch in options.batches:
         cases = DecodeCases(
@@ -120,10 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows += _table(f"Decoding: {sizes}", cases.decoding(), cases, batch, config.stride, options, device)
         if options.sections in ("constancy", "all"):
             rows += _constancy(f"Constancy: {sizes}", cases, batch, options, device)
-    if options.json:
-        names = ("contexts", "batches", "max_prefill", "max_gib", "max_seconds", "repeats", "quick")
-        settings = {name: getattr(options, name) for name in names} | {"model": config.to_dict()}
-        write_json(options.json, described, settings, rows)
+        if options.json:  # what is there is kept if a larger batch does not fit
+            write_json(options.json, described, settings, rows)
     if options.plot:
         draw_decoding(options.plot, described, [row for row in rows if row.task.startswith("Decoding")])
     return 0
