@@ -59,15 +59,16 @@ def speed_table() -> str:
         cells = [f"{_times(_ratio(*pair))} at {context:,}" for pair, context in zip(pairs, contexts, strict=True)]
         lines.append(_line("decoding a token, `stream`", f"GPT-2, {name}", *cells))
     carried = [f"{_mib(ours)}, not {_mib(theirs)}" for theirs, ours in pairs]
-    lines.append(_line("carried from token to token", "GPT-2, KV cache", *carried))
+    lines.append(_line("state, in place of a KV cache", "GPT-2, KV cache", *carried))
     cells = study("memory")
     tokens, time = (cells[budget, "stream"] for budget in ("equal_tokens", "equal_time"))
     return "\n".join(
         [
             *lines,
             "",
-            f"Loss with memory against none, on source code: **{_difference(tokens)}** nats per token after equal tokens, "
-            f"**{_difference(time)}** after equal time (below 0 is better).",
+            "Loss with memory minus loss without, on source code: "
+            f"**{_difference(tokens)}** nats per token after equal tokens, "
+            f"**{_difference(time)}** after equal time (one seed, ± over documents; below 0 is better).",
         ]
     )
 
@@ -83,7 +84,7 @@ def attention_table() -> str:
             full, ours = (found(rows, task, case, length) for case in (FULL, STREAM_ATTENTION))
             cells += [_seconds(full), _seconds(ours), _times(ours.get("ratio"))]
         lines.append(_line(*cells, _times(found(rows, "Forward:", STREAM_ATTENTION, length)["flop_limit"])))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _measured_on("attention_cpu")])
 
 
 def training_table() -> str:
@@ -95,20 +96,20 @@ def training_table() -> str:
         ours = [found(rows, "Training", case, length) for case in cases]
         cells = [_seconds(row) + _in_brackets(row.get("ratio")) for row in ours]
         lines.append(_line(f"{length:,}", _seconds(found(rows, "Training", GPT2, length)), *cells))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _measured_on("training_cpu")])
 
 
 def decoding_table() -> str:
     """Decoding."""
     rows = [row for row in read("decoding_cpu")["rows"] if row["task"].startswith("Decoding")]
     names = ("context", "batch", "GPT-2, default cache", "GPT-2, static cache", "`stream`", "`stride`", "`token`")
-    lines = [*_header(*names, "GPT-2 carries", "`stream` carries")]
+    lines = [*_header(*names, "KV cache of GPT-2", "state of `stream`")]
     for length, batch in sorted({(row["length"], row["batch"]) for row in rows}, key=lambda pair: pair[::-1]):
         of = {row["case"]: row for row in rows if (row["length"], row["batch"]) == (length, batch)}
         times = [_per_token(of[case]) for case in (CACHE, STATIC_CACHE, STREAM, STRIDE, TOKEN)]
         times[2] += _in_brackets(*(_ratio(of[case], of[STREAM]) for case in (CACHE, STATIC_CACHE)))
         lines.append(_line(f"{length:,}", str(batch), *times, _mib(of[CACHE]), _mib(of[STREAM])))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _measured_on("decoding_cpu")])
 
 
 def stdlib_sentence() -> str:
@@ -201,6 +202,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _measured_on(name: str) -> str:
+    described = read(name)["environment"]
+    return f"{described['processor']}, {described['threads']} threads, PyTorch {described['torch']}, {described['date']}."
+
+
 def _difference(cell: dict[str, str]) -> str:
     if cell["difference"] == "-":
         return "-"
@@ -239,7 +245,7 @@ def _mib(row: dict[str, Any]) -> str:
 
 
 def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.3g}x"
+    return "" if ratio is None else f"{ratio:,.{0 if ratio >= 10 else 2}f}x"
 
 
 def _budget(value: float | None) -> str:

@@ -24,7 +24,7 @@ def speed_table() -> str:
     """Ratios to what a user would take instead, a line for each shape."""
     document = read("card")
     device = document["environment"]["device"]
-    lines = [f"| {device}, bf16 | against | rows x length | theirs | ours | ratio |", "|---" * 6 + "|"]
+    lines = [f"| {device}, bf16 | against | batch x length | theirs | ours | ratio |", "|---" * 6 + "|"]
     for name, section, case, against in SPEED:
         rows = [Row(**row) for row in document["rows"] if row["section"] == section]
         for row in rows:

@@ -44,7 +44,7 @@ def digest(plot: Path) -> str:
 def draw_speed(path: Path = SPEED) -> None:
     """Time per token over length: attention, a training step, and decoding after a long past."""
     panels = {
-        "attention, forward": ("attention_cpu", "Forward:", {FULL: "full attention", STREAM_ATTENTION: "this window"}),
+        "attention, forward": ("attention_cpu", "Forward:", {FULL: "full attention", STREAM_ATTENTION: "stream_attention"}),
         "training step": ("training_cpu", "Training", {GPT2: "GPT-2", STREAM: "stream", STRIDE: "stride"}),
         "decoding a token": (
             "decoding_cpu",
@@ -69,7 +69,7 @@ def draw_speed(path: Path = SPEED) -> None:
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             low, high = panel.dataLim.intervaly
-            panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            panel.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 10 * low else (1,)))
             panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             panel.minorticks_off()
@@ -78,7 +78,7 @@ def draw_speed(path: Path = SPEED) -> None:
             panel.set_xlabel("tokens of past" if task == "Decoding" else "tokens in the sequence")
             panel.grid(axis="y", lw=0.5, color="0.88")
             panel.legend(frameon=False, fontsize=10, loc="upper left")
-        axes[0].set_ylabel("milliseconds per token")
+        axes[0].set_ylabel("milliseconds per token\n(two CPU cores)")
         _save(figure, path, SPEED)
 
 

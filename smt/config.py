@@ -67,13 +67,13 @@ class SMTConfig:
         pooling_dropout: probability, on pooling weights in training; published: 0.1. Off by default: noise in what is written
             stays in the memory, and with it most seeds did not learn to recall.
         transformer_n_layers: blocks of the decoder.
-        transformer_n_heads: query heads of each.
-        transformer_n_kv_heads: key/value heads of each; None: as many as query heads.
+        transformer_n_heads: query heads of a block.
+        transformer_n_kv_heads: key/value heads of a block; None: as many as query heads.
         ssm_n_layers: Mamba layers of the memory.
-        ssm_d_state: states of each of their channels.
-        ssm_d_conv: width of their convolution.
-        ssm_expand_factor: their channels, as a multiple of ``d_model``.
-        ssm_dt_rank: rank of their time-step projection; None: ceil(d_model / 16).
+        ssm_d_state: states of each channel of a Mamba layer.
+        ssm_d_conv: width of its convolution.
+        ssm_expand_factor: channels of a Mamba layer, as a multiple of ``d_model``.
+        ssm_dt_rank: rank of its time-step projection; None: ceil(d_model / 16).
         encoding: when tokens are encoded: each token once, in a ``stream`` whose layers keep keys and values; or a whole window
             for every ``token``, as published, or for every ``stride``, as GPT-2's weights need it.
         empty_slots: ``mask``: entries that do not exist yet are not attended; ``zero``: they are zero vectors.

@@ -13,7 +13,7 @@ from pathlib import Path
 from smt_kernels import WindowSpec
 
 FOLDER = Path(__file__).resolve().parent
-CELL, GAP, LEFT, TOP = 15, 14, 96, 58
+CELL, GAP, LEFT, TOP = 15, 14, 116, 58
 TOKEN, SLOT, NEWEST, PALE, EMPTY = "#0072B2", "#D55E00", "#009E73", "#9ecae1", "#eceff1"
 SMALL = WindowSpec(n_memory=3, n_tokens=8, stride=4)
 

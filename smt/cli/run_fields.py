@@ -15,11 +15,11 @@ from smt.runtime.meanings import in_brief, meanings
 # The packaged configuration of a command that names none: one for two CPU cores, and the same text in sizes worth a GPU.
 USUAL_CONFIG, USUAL_GPU_CONFIG = "stdlib", "stdlib_gpu"
 _DEFAULTS = f"""\
-Each replaces the field of the configuration. Its default is for a configuration without the field; another one is that of
-the packaged configuration {USUAL_CONFIG}, which is what runs without --config (smt train on a GPU: {USUAL_GPU_CONFIG})."""
+Each overrides a field of the configuration. The default is that of a configuration without the field; a second one, where
+it differs, is that of the packaged {USUAL_CONFIG}, which runs without --config (smt train on a GPU: {USUAL_GPU_CONFIG})."""
 _OF_ANOTHER = """\
-For --architecture {architecture}, beside these of the fields of model, which then have defaults of its own: {shared}. What \
-else the configuration says of a model of another architecture is left out."""
+For --architecture {architecture}, besides these fields of model, with defaults of its own: {shared}. Other fields of a \
+configuration's model, of another architecture, are ignored."""
 
 
 def add_run_fields(parser: argparse.ArgumentParser) -> None:

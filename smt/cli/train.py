@@ -33,8 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``smt train``."""
     parser.add_argument("--config", metavar="YAML", help=f"file, or the name of a packaged example (default: {USUAL})")
     parser.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: results)")
-    parser.add_argument("--experiment", metavar="NAME", help="of the runs' folder in it (default: that of the configuration)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run of that folder, as it was begun")
+    parser.add_argument("--experiment", metavar="NAME", help="folder in it for these runs (default: that of the configuration)")
+    parser.add_argument("--resume", metavar="RUN", help="continue the interrupted run in that folder, as it was started")
     add_run_fields(parser)
 
 

@@ -27,7 +27,7 @@ class DataConfig:
             with a Hugging Face tokenizer or GPT-2's two files, or a name on the Hub.
         recall: for the source ``recall``: fields of ``smt.data.recall.RecallTask``.
         cache: the folder that keeps tokens, tokenizers and downloads from run to run; None: the user's cache folder.
-        batch_size: rows; each walks along one document at a time. In stage ``orpo`` pairs, of two rows each.
+        batch_size: sequences in a batch (rows); each reads one document at a time. In stage ``orpo`` pairs, of two rows each.
         chunk_length: steps of each row in one batch; gradients stop at its start, memory does not. In stage ``orpo`` the
             longest pair: of longer ones the prompt is cut on the left.
         part_length: cut training documents into parts of this many tokens, each read as a document of its own, where there

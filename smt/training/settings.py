@@ -50,8 +50,8 @@ class TrainingConfig:
         beta_2: AdamW's decay of the second moment.
         weight_decay: of AdamW, on the weights of projections and convolutions alone.
         warmup: share of the run in which the learning rate rises linearly.
-        lr_schedule: how it falls afterwards: ``cosine`` or ``linear`` to 0, or ``constant``.
-        clip: largest norm of the gradient.
+        lr_schedule: the learning rate after warm-up: ``cosine`` or ``linear`` to 0, or ``constant``.
+        clip: largest norm of the gradient, to which it is clipped.
         gradient_accumulation_steps: batches of each optimiser step.
         gradient_checkpointing: keep only the input of every decoder block and recompute the rest in the backward pass.
         compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU.
