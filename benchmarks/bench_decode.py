@@ -52,7 +52,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=_numbers, help="sequences, comma-separated; default 1,8, quick 1")
     parser.add_argument("--sections", choices=SECTIONS, default="all", help="what to measure")
     parser.add_argument("--max-prefill", type=_number, help="tokens read to come to a context; default 2048, quick 512")
-    parser.add_argument("--max-gib", type=float, default=2.0, help="largest KV cache that is built; decoding takes about four times as much")
+    parser.add_argument(
+        "--max-gib", type=float, default=2.0, help="largest KV cache that is built; decoding takes about four times as much"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=_number, help="CPU threads (OMP_NUM_THREADS); default: PyTorch's")
     parser.add_argument("--max-seconds", type=float, help="for all calls of one measurement; default 20, quick 2")

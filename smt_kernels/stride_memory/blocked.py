@@ -16,7 +16,7 @@ from torch import Tensor
 from smt_kernels.attention_pool import blocked as pooling
 from smt_kernels.attention_pool import reference as pool
 from smt_kernels.precision import accumulation
-from smt_kernels.stride_memory.kept import Kept, kept_of, new_kept
+from smt_kernels.stride_memory.kept import Kept, chunks_of, kept_of, new_kept
 from smt_kernels.stride_memory.reference import EPS, Group, MemoryWeights, Pass
 from smt_kernels.stride_write.blocked import Order, order_of, write, write_backward
 from smt_kernels.stride_write.kept import KeptBlocked
@@ -33,7 +33,7 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         kept.slots[: run.n_slots] = slots.transpose(0, 1)
     conv, ssm = ([accumulation(state) for state in states] for states in inputs[:2])
     new_slots = torch.empty_like(kept.x[0])
-    for index, group in enumerate(run.groups()):
+    for index, (group, chunks) in enumerate(at.groups()):
         writes = slice(group.writes.start, group.writes.stop)
         pooled, of_pool = pooling.forward(at.pooled_by(group), run.window, group.timeline, run.normalise)
         for part, value in zip(at.of_pool(group), of_pool, strict=True):
@@ -44,8 +44,7 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             x, normed, xz, y = (part[layer, writes] for part in (kept.x, kept.normed, kept.xz, kept.y))
             _normalise(x, wide.norm[layer], normed)
             torch.mm(normed.flatten(0, 1), wide.in_proj[layer].T, out=xz.flatten(0, 1))
-            kept.starts[layer, index] = ssm[layer]
-            of_write = at.written(index, group, layer)
+            of_write = at.written(index, group, chunks, layer)
             result, conv[layer], ssm[layer] = write(
                 *xz.chunk(2, dim=-1), conv[layer], ssm[layer], of_writes[layer], order, of_write
             )
@@ -82,7 +81,7 @@ def backward(
     small = "norm", "conv_weight", "conv_bias", "a", "d", "norm_f"
     sums = wide._replace(**{name: torch.zeros_like(getattr(wide, name)) for name in small})
     conv, ssm = ([None] * layers if grad is None else list(grad) for grad in (grad_conv, grad_ssm))
-    for index, group in reversed([*enumerate(run.groups())]):
+    for index, (group, chunks) in reversed([*enumerate(at.groups())]):
         writes = slice(group.writes.start, group.writes.stop)
         order = at.order(group)
         d_x, d_norm = _normalise_backward(d_slots[n_slots:][writes], kept.x[layers, writes], wide.norm_f)
@@ -90,9 +89,8 @@ def backward(
         for layer in reversed(range(layers)):
             grads.x[layer + 1, writes] = d_x
             d_y = (d_x.flatten(0, 1) @ wide.out_proj[layer]).view_as(kept.y[layer, writes])
-            z, start = kept.xz[layer, writes].chunk(2, dim=-1)[1], kept.starts[layer, index]
-            of_write = at.written(index, group, layer)
-            found = write_backward(d_y, conv[layer], ssm[layer], z, start, of_writes[layer], order, of_write)
+            z, of_write = kept.xz[layer, writes].chunk(2, dim=-1)[1], at.written(index, group, chunks, layer)
+            found = write_backward(d_y, conv[layer], ssm[layer], z, of_write.starts, of_writes[layer], order, of_write)
             conv[layer], ssm[layer] = found.conv_state.permute(1, 2, 0), found.ssm_state.mT
             d_xz = grads.xz[layer, writes]
             torch.cat([found.x, found.z], dim=-1, out=d_xz)
@@ -169,13 +167,18 @@ class _Places(NamedTuple):
         gate = self.run.inputs.gate
         return order_of(None if gate is None else gate[:, group.writes.start : group.writes.stop])
 
-    def written(self, index: int, group: Group, layer: int) -> KeptBlocked:
-        """What ``stride_write`` keeps of a group in one layer."""
+    def groups(self) -> list[tuple[Group, slice]]:
+        """The groups of the pass, and which chunks of the scan each has."""
+        groups = self.run.groups()
+        return [*zip(groups, chunks_of(groups), strict=True)]
+
+    def written(self, index: int, group: Group, chunks: slice, layer: int) -> KeptBlocked:
+        """What ``stride_write`` keeps of a group in one layer, and the states before each of its chunks."""
         kept, start, stop = self.kept, group.writes.start, group.writes.stop
         history = self.run.inputs.conv_state.shape[3]
         inputs = kept.inputs[layer, start + history * index : stop + history * (index + 1)]
         parts = kept.conv, kept.u, kept.projected, kept.dt_input, kept.dt, kept.inner
-        return KeptBlocked(inputs, *(part[layer, start:stop] for part in parts))
+        return KeptBlocked(inputs, *(part[layer, start:stop] for part in parts), kept.starts[layer, chunks])
 
 
 def _inverse_rms(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Kept(NamedTuple):
     normed: Tensor  # (L, K, B, d)
     xz: Tensor  # (L, K, B, 2 E), what goes into the convolution, and z
     y: Tensor  # (L, K, B, E)
-    starts: Tensor  # (L, chunks, B, E, N), the SSM states before each chunk of a group, in plain PyTorch before each group
+    starts: Tensor  # (L, chunks, B, E, N), the SSM states before each chunk of a group
     u: Tensor  # (L, K, B, E); from here on as ``stride_write`` keeps them
     projected: Tensor  # (L, K, B, R + 2 N)
     dt_product: Tensor  # (L, K, B, E); of the kernels alone
@@ -60,7 +60,6 @@ def _parts(backend: str, run: Pass) -> dict[str, Part]:
         return part(layers, writes, batch, size, dtype=dtype)
 
     nothing = part(0)
-    n_starts = chunks_of(groups)[-1].stop if fused else len(groups)
     return Kept(
         mean=part(writes, batch, width),
         query=part(writes, batch, len(weights.w_q)),
@@ -70,7 +69,7 @@ def _parts(backend: str, run: Pass) -> dict[str, Part]:
         normed=of_layers(width),
         xz=of_layers(2 * inner),
         y=of_layers(inner),
-        starts=part(layers, n_starts, batch, inner, n_state, dtype=wide_dtype),
+        starts=part(layers, chunks_of(groups)[-1].stop, batch, inner, n_state, dtype=wide_dtype),
         u=of_layers(inner),
         projected=of_layers(weights.x_proj.shape[1], dtype=wide_dtype),
         dt_product=of_layers(inner) if fused else nothing,

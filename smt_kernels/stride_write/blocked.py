@@ -7,9 +7,9 @@ Everything is computed for all K writes at once, except the recurrence, which is
     dh_k = decay_{k+1} dh_{k+1} + c_k dy_k silu(z_k)
 
 Inside, time comes first and the long dimension last, (K, B, N, E), so that any run of writes is contiguous. The forward pass
-holds the states of a few writes at a time, as many as stay in cache; the backward pass computes them again instead of keeping
-them, but what is of the size of x is kept. Gating: the gated-on writes of each row are moved to its front, and all K are
-run without gates; behind them dt = 0 keeps the state.
+holds the states of a few writes at a time, as many as stay in cache, and keeps those before each chunk; the backward pass
+recomputes the others, chunk by chunk, but what is of the size of x is kept. Gating: the gated-on writes of each row are moved
+to its front, and all K are run without gates; behind them dt = 0 keeps the state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt_kernels.precision import LOG2_E, accumulation
-from smt_kernels.stride_write.kept import KeptBlocked, kept_of, new_kept
+from smt_kernels.stride_write.kept import CHUNK, KeptBlocked, kept_of, new_kept
 from smt_kernels.stride_write.reference import Weights
 
 # Elements of the states that are worked on at a time. On a CPU they stay in cache and their buffers are reused; elsewhere
@@ -63,12 +63,14 @@ def write(
     torch.mul(kept.u, weights.d, out=kept.inner)
     states, decay = scan.buffers(scan.at_once)
     states[0] = initial
-    for part in scan.parts():
-        size = part.stop - part.start
-        scan.run(part, states[: size + 1], decay[:size])
-        kept.inner[part] += _rows(scan.c[part], states[1 : size + 1])
-        if part.stop < n_writes:
-            states[0] = states[size]
+    for index, chunk in enumerate(scan.chunks()):
+        kept.starts[index : index + 1] = states[0].mT  # which is empty where one chunk is all
+        for part in scan.parts(chunk):
+            size = part.stop - part.start
+            scan.run(part, states[: size + 1], decay[:size])
+            kept.inner[part] += _rows(scan.c[part], states[1 : size + 1])
+            if part.stop < n_writes:
+                states[0] = states[size]
     y = kept.inner * F.silu(_to_front(z, order))
     new_conv, new_ssm = kept.inputs[n_writes:], states[size]
     if order is not None:
@@ -93,7 +95,8 @@ def backward(
     weights = Weights(*map(accumulation, parameters))
     kept = kept_of("blocked", buffer, x, conv_state, len(weights.x_proj_weight), weights.a.shape[1])
     grad, z_wide = (accumulation(tensor).transpose(0, 1) for tensor in (grad_y, z))
-    found = write_backward(grad, grad_conv, grad_ssm, z_wide, ssm_state, weights, order_of(gate), kept)
+    starts = kept.starts if len(kept.starts) else accumulation(ssm_state)[None]
+    found = write_backward(grad, grad_conv, grad_ssm, z_wide, starts, weights, order_of(gate), kept)
     low = kept.projected[..., : weights.dt_proj_weight.shape[1]]
     grads = (
         found.x.transpose(0, 1).clone(),  # it is a part of two gradients, and none may share memory
@@ -132,23 +135,20 @@ def write_backward(
     grad_conv: Tensor | None,
     grad_ssm: Tensor | None,
     z: Tensor,
-    ssm_state: Tensor,
+    starts: Tensor,
     weights: Weights,
     order: Order | None,
     kept: KeptBlocked,
 ) -> WriteGradients:
-    """From grad_y (K, B, E) and those of both states, (B, E, .); z and weights in the accumulation dtype."""
+    """From grad_y (K, B, E) and those of both states, (B, E, .); starts (chunks, B, E, N), the states before each chunk, z and
+    weights in the accumulation dtype.
+    """
     rank = weights.dt_proj_weight.shape[1]
     z, grad = _to_front(z, order), _to_front(grad_y, order)
     dz = torch.ops.aten.silu_backward(grad * kept.inner, z)
     d_inner = grad * F.silu(z)
     d_projected = torch.empty_like(kept.projected)
-    scan = _Scan(kept, weights.a)
-    states, decay = scan.buffers(len(z))
-    states[0] = accumulation(ssm_state).mT
-    for part in scan.parts():
-        scan.run(part, states[part.start : part.stop + 1], decay[part])
-    d_scan = scan.backward(states, decay, d_inner, grad_ssm, d_projected[..., rank:])
+    d_scan = _Scan(kept, weights.a).backward(starts.mT, d_inner, grad_ssm, d_projected[..., rank:])
     d_dt = d_scan.dt.addcmul_(d_scan.written, kept.u)
     if order is not None:
         d_dt.masked_fill_(order.behind, 0.0)
@@ -235,10 +235,13 @@ class _Scan:
         self.a = a.mT.contiguous()  # (N, E)
         self.at_once = _writes_at_once(self.dt.transpose(0, 1), n_state)
 
-    def parts(self) -> list[slice]:
-        """The writes in runs of at most ``at_once``, oldest first."""
-        n_writes = len(self.dt)
-        return [slice(start, min(start + self.at_once, n_writes)) for start in range(0, n_writes, self.at_once)]
+    def chunks(self) -> list[slice]:
+        """The writes in runs of at most ``CHUNK``, oldest first."""
+        return _runs(slice(0, len(self.dt)), CHUNK)
+
+    def parts(self, chunk: slice) -> list[slice]:
+        """Those of a chunk in runs of at most ``at_once``, oldest first."""
+        return _runs(chunk, self.at_once)
 
     def buffers(self, n_writes: int) -> tuple[Tensor, Tensor]:
         """Room for the states (the one before the first write in front) and the decays of ``n_writes``."""
@@ -254,33 +257,43 @@ class _Scan:
         for state, factor in zip(following, decay.unbind(0), strict=True):
             previous = state.addcmul_(factor, previous)
 
-    def backward(
-        self, states: Tensor, decay: Tensor, d_inner: Tensor, grad_ssm: Tensor | None, d_b_and_c: Tensor
-    ) -> _ScanGradients:
-        """states (K + 1, B, N, E), decay (K, B, N, E), which is overwritten, d_inner (K, B, E), grad_ssm (B, E, N);
-        fills d_b_and_c (K, B, 2 N).
+    def backward(self, starts: Tensor, d_inner: Tensor, grad_ssm: Tensor | None, d_b_and_c: Tensor) -> _ScanGradients:
+        """starts (chunks, B, N, E), the states before each chunk, d_inner (K, B, E), grad_ssm (B, E, N); fills d_b_and_c
+        (K, B, 2 N).
         """
         d_dt, d_written, d_a = torch.empty_like(self.dt), torch.empty_like(self.dt), []
         d_b, d_c = d_b_and_c.chunk(2, dim=-1)
         later = None if grad_ssm is None else accumulation(grad_ssm).mT  # what reaches the last state of a part from behind
+        states, decay = self.buffers(min(CHUNK, len(self.dt)))
         buffer = states.new_empty(self.at_once, *states.shape[1:])
-        for part in reversed(self.parts()):
-            factors, grad = decay[part], buffer[: part.stop - part.start]
-            torch.mul(self.c[part][..., None], d_inner[part][:, :, None], out=grad)
-            steps = list(grad.unbind(0))
-            if later is not None:
-                steps[-1].add_(later)
-            following = steps.pop()
-            for step, factor in zip(reversed(steps), reversed(factors.unbind(0)), strict=False):
-                following = step.addcmul_(factor, following)
-            d_written[part] = _rows(self.b[part], grad)
-            d_b[part] = _rows(self.written[part], grad.mT)
-            d_c[part] = _rows(d_inner[part], states[1:][part].mT)
-            later = grad.mul_(factors)[0].clone()
-            grad.mul_(states[part])  # now the gradient of dt a
-            d_a.append(torch.mul(grad, self.dt[part][:, :, None], out=factors).sum((0, 1)))
-            torch.sum(grad.mul_(self.a), dim=2, out=d_dt[part])
+        for start, chunk in zip(reversed(starts), reversed(self.chunks()), strict=True):
+            states[0] = start
+            d_a.append(torch.zeros_like(self.a))
+            parts = [(part, slice(part.start - chunk.start, part.stop - chunk.start)) for part in self.parts(chunk)]
+            for part, here in parts:
+                self.run(part, states[here.start : here.stop + 1], decay[here])
+            for part, here in reversed(parts):
+                factors, grad = decay[here], buffer[: here.stop - here.start]
+                torch.mul(self.c[part][..., None], d_inner[part][:, :, None], out=grad)
+                steps = list(grad.unbind(0))
+                if later is not None:
+                    steps[-1].add_(later)
+                following = steps.pop()
+                for step, factor in zip(reversed(steps), reversed(factors.unbind(0)), strict=False):
+                    following = step.addcmul_(factor, following)
+                d_written[part] = _rows(self.b[part], grad)
+                d_b[part] = _rows(self.written[part], grad.mT)
+                d_c[part] = _rows(d_inner[part], states[1:][here].mT)
+                later = grad.mul_(factors)[0].clone()
+                grad.mul_(states[here])  # now the gradient of dt a
+                d_a[-1] += torch.mul(grad, self.dt[part][:, :, None], out=factors).sum((0, 1))
+                torch.sum(grad.mul_(self.a), dim=2, out=d_dt[part])
         return _ScanGradients(d_dt, d_written, d_a[0] if len(d_a) == 1 else torch.stack(d_a).sum(0), later)
+
+
+def _runs(writes: slice, at_most: int) -> list[slice]:
+    """Writes in runs of ``at_most``, oldest first."""
+    return [slice(start, min(start + at_most, writes.stop)) for start in range(writes.start, writes.stop, at_most)]
 
 
 def _writes_at_once(x: Tensor, n_state: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from smt_kernels.kept import Part, buffer_size, new_buffer, parts_of
 from smt_kernels.precision import accumulation_dtype
 
-# Most writes that one program of the scan walks over.
+# Most writes that one program of the scan walks over, and whose states are in memory at a time.
 CHUNK = 32
 
 
@@ -33,14 +33,14 @@ class KeptBlocked(NamedTuple):
     dt_input: Tensor  # (K, B, E), before the softplus
     dt: Tensor  # (K, B, E)
     inner: Tensor  # (K, B, E), c . h + d u
+    starts: Tensor  # (chunks, B, E, N), the states before each chunk of more than one
 
 
 def _parts(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> dict[str, Part]:
     batch, n_writes, width = x.shape
     like_x = Part((n_writes, batch, width), x.dtype)
-    n_chunks = -(-n_writes // CHUNK) if n_writes > CHUNK else 0
     projected = Part((n_writes, batch, n_projected), torch.float32)
-    return Kept(like_x, like_x, projected, Part((n_chunks, batch, width, n_state), torch.float32))._asdict()
+    return Kept(like_x, like_x, projected, _starts(x, n_state))._asdict()
 
 
 def _parts_blocked(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> dict[str, Part]:
@@ -48,7 +48,13 @@ def _parts_blocked(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int
     like_x = Part((n_writes, batch, width), dtype)
     inputs = Part((n_writes + conv_state.shape[2], batch, width), dtype)
     projected = Part((n_writes, batch, n_projected), dtype)
-    return KeptBlocked(inputs, like_x, like_x, projected, like_x, like_x, like_x)._asdict()
+    return KeptBlocked(inputs, like_x, like_x, projected, like_x, like_x, like_x, _starts(x, n_state))._asdict()
+
+
+def _starts(x: Tensor, n_state: int) -> Part:
+    batch, n_writes, width = x.shape
+    n_chunks = -(-n_writes // CHUNK) if n_writes > CHUNK else 0
+    return Part((n_chunks, batch, width, n_state), accumulation_dtype(x.dtype))
 
 
 _BACKENDS = {"triton": (Kept, _parts), "blocked": (KeptBlocked, _parts_blocked)}

@@ -25,6 +25,7 @@ from stride_write_problem import (
     make_problem,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
@@ -143,6 +144,30 @@ def test_any_number_of_writes_may_be_held_at_a_time(gate, elements, monkeypatch)
     assert_equal_in_double(
         problem.results("blocked"), problem.results("reference"), terms=case.writes * (case.width + case.state)
     )
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.nbytes = max(self.nbytes, made.untyped_storage().nbytes() if isinstance(made, Tensor) else 0)
+        return made
+
+
+def test_states_of_many_writes_are_never_held_at_once():
+    case = Case(1, 1000, 8, 16, 1, 2)
+    problem = make_problem(case, torch.float32, "cpu")
+    inputs, weights = (tuple(problem.inputs.values())[part] for part in (slice(4), slice(4, None)))
+    weights = blocked.Weights(*weights)
+    with Largest() as largest:
+        *_, buffer = blocked.forward(*inputs, weights, None)
+        blocked.backward(*problem.grads, buffer, *inputs, weights, None)
+    assert buffer.nbytes == largest.nbytes < 4 * case.writes * case.width * case.state
 
 
 @pytest.mark.parametrize("gate", ["none", "random"])
