@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from smt.runtime.fields import check_fields, check_known
+from smt.runtime.fields import check_above, check_at_least, check_fields, check_fraction, check_known
 from smt.runtime.files import read_yaml
 from smt_kernels import WindowSpec
 from smt_kernels.window_attention import MAX_WINDOW
@@ -131,25 +131,15 @@ class SMTConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         integers = [field.name for field in fields(self) if str(field.type).startswith("int")]
-        at_least_one = [name for name in integers if name != "n_ssm_outputs"]
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.n_ssm_outputs < 0:
-            raise ValueError(f"n_ssm_outputs must be at least 0, got {self.n_ssm_outputs}")
+        check_at_least(self, 1, *(name for name in integers if name != "n_ssm_outputs"))
+        check_at_least(self, 0, "n_ssm_outputs")
+        check_at_least(self, 2, "ssm_d_conv")
+        check_fraction(self, "dropout", "pooling_dropout", "initializer_range")
+        check_above(self, 1, "rope_theta")
         if self.window_size > MAX_WINDOW:
             raise ValueError(f"n_ssm_outputs + m_input_tokens must be at most {MAX_WINDOW}, got {self.window_size}")
         if self.stride > self.m_input_tokens:
             raise ValueError(f"stride must lie in 1..m_input_tokens = 1..{self.m_input_tokens}, got {self.stride}")
-        if self.ssm_d_conv < 2:
-            raise ValueError(f"ssm_d_conv must be at least 2, got {self.ssm_d_conv}")
-        for name in ("dropout", "pooling_dropout", "initializer_range"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {value}")
-        if self.rope_theta <= 1.0:
-            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
         if self.d_model % self.transformer_n_heads:
             raise ValueError(f"transformer_n_heads must divide d_model = {self.d_model}, got {self.transformer_n_heads}")
         if self.transformer_n_heads % self.n_kv_heads:

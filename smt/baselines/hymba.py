@@ -19,13 +19,9 @@ class ChunkedHymba(Hymba):
         hidden, memory = self.encode(input_ids)
         return head_loss(hidden, self.embedding.weight, targets), memory
 
-    def encode(self, input_ids: Tensor, state: Any = None, **decoding: Any) -> Any:
-        """Hidden states (B, T, d) before the head, and that nothing is carried.
-
-        With the arguments by which ``Hymba`` decodes, what it gives then: hidden states alone.
-        """
-        hidden = super().encode(input_ids, **decoding)
-        return hidden if decoding else (hidden, NoMemory())
+    def encode(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, NoMemory]:
+        """Hidden states (B, T, d) after the final norm, before the head."""
+        return self.hidden(input_ids), NoMemory()
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """(B, T, V) of a chunk."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from smt.baselines import ChunkedHymba, architecture_of
+from smt.baselines import architecture_of
 from smt.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from smt.hymba.config import HymbaConfig
-from smt.model.checkpoint import CONFIG_FILE, load_weights, read_config
+from smt.hymba.model import Hymba
+from smt.model.checkpoint import CONFIG_FILE
 from smt.model.generation import check_sampling
 from smt.model.transformer import StrideMemoryTransformer
 from smt.pretrained.sources import HF_CONFIG_FILE
@@ -45,7 +45,7 @@ class Sampling:
 class Continuer:
     """A model with its tokenizer. Every prompt is the beginning of a document, and the end of the document ends it."""
 
-    def __init__(self, model: StrideMemoryTransformer | ChunkedHymba, tokenizer: Tokenizer, sampling: Sampling) -> None:
+    def __init__(self, model: StrideMemoryTransformer | Hymba, tokenizer: Tokenizer, sampling: Sampling) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
             raise ValueError(f"the tokenizer in the folder is not the model's: it has {sizes}")
@@ -110,9 +110,7 @@ class Continuer:
             if architecture == "smt":
                 model = StrideMemoryTransformer.from_pretrained(folder, device=device)
             elif architecture == "hymba":
-                model = ChunkedHymba(read_config(folder / CONFIG_FILE, HymbaConfig))
-                load_weights(model, folder)
-                model.to(device).eval()
+                model = Hymba.from_pretrained(folder, device=device)
             else:
                 raise ValueError(f"model must be of architecture smt or hymba, {folder} is of {architecture}")
         return cls(model, Tokenizer.pretrained(folder), sampling)

@@ -14,8 +14,8 @@ from smt.evaluation.needle import NeedleGrid
 from smt.evaluation.pooling import PoolingAnalysis
 from smt.evaluation.position import LossByPosition
 from smt.evaluation.recall import Recall
-from smt.runtime.extras import needs_extra
 from smt.runtime.names import in_plot
+from smt.runtime.pictures import empty_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,12 +99,8 @@ def _draw_positions(axes: Axes, results: Mapping[str, LossByPosition], marks: Ma
 
 def plot_needles(results: Mapping[str, NeedleGrid], path: str | Path) -> None:
     """A heat map of accuracy over depth and length for each model, side by side, with its numbers."""
-    with needs_extra("train"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     width = sum(1.2 + 0.75 * len(grid.lengths) for grid in results.values())
-    figure = Figure(figsize=(max(5.0, width + 1.0), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_picture((max(5.0, width + 1.0), 4.2))
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (name, grid) in zip(panels, results.items(), strict=True):
         image = axes.imshow(grid.accuracy, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -207,11 +203,7 @@ def plot_pooling(result: PoolingAnalysis, path: str | Path) -> None:
 
 
 def _figure(n_rows: int = 1, size: tuple[float, float] = (8, 4.8)) -> tuple[Figure, Any]:
-    with needs_extra("train"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_picture(size)
     return figure, figure.subplots(n_rows, 1)
 
 

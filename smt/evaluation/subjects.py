@@ -59,7 +59,9 @@ def open_run(folder: str | Path, device: torch.device, *, name: str | None = Non
         scorer: Scorer = SMTScorer(ours, **sizes)
     else:
         # Nothing but these weights is read: neither has a memory, and both were trained on chunks.
-        context = _values(path)["data"]["chunk_length"]
+        context = _values(path).get("data", {}).get("chunk_length")
+        if context is None:
+            raise ValueError(f"{path / CONFIG_FILE} must name data.chunk_length, the longest chunk of its training")
         model = build(architecture, read_config(path / CONFIG_FILE, CONFIGS[architecture]), context)
         load_weights(model, path)
         model.to(device).eval()

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
 from smt.config import fresh_std
-from smt.runtime.fields import check_at_least, check_fields, check_known
+from smt.runtime.fields import check_above, check_at_least, check_fields, check_fraction, check_known
 
 
 class ArchType(str, Enum):
@@ -109,12 +109,8 @@ class HymbaConfig:
         check_at_least(self, 1, *sizes, "ssm_d_state", "ssm_expand_factor", "ssm_dt_rank")
         check_at_least(self, 0, "n_meta_tokens")
         check_at_least(self, 2, "ssm_d_conv")
-        for name in ("dropout", "initializer_range"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {value}")
-        if self.rope_theta <= 1.0:
-            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
+        check_fraction(self, "dropout", "initializer_range")
+        check_above(self, 1, "rope_theta")
         if self.d_model % self.n_heads or self.head_dim % 2:
             raise ValueError(f"n_heads must divide d_model = {self.d_model} into even widths, got {self.n_heads}")
         if self.n_heads % self.kv_heads:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from smt.hymba.layers import NORM_EPS, HymbaLayer
 from smt.hymba.output import HymbaOutput
 from smt.hymba.passes import Held, sequence_layer, step_layer
 from smt.model.batch import check_tokens, token_counts
+from smt.model.checkpoint import load_model, save_model
 from smt.model.generation import NextLogits, generate, stream
 from smt.model.loss import head_loss
 from smt.model.mamba import MambaMixer
@@ -95,11 +97,11 @@ class Hymba(nn.Module):
         """
         if targets is not None and targets.shape != input_ids.shape:
             raise ValueError(f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
-        hidden = self.encode(input_ids, n_valid=n_valid, cache=cache)
+        hidden = self.hidden(input_ids, n_valid=n_valid, cache=cache)
         weight = self.embedding.weight
         return HymbaOutput(hidden, weight, None if targets is None else head_loss(hidden, weight, targets))
 
-    def encode(self, input_ids: Tensor, *, n_valid: Tensor | None = None, cache: HymbaCache | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor, *, n_valid: Tensor | None = None, cache: HymbaCache | None = None) -> Tensor:
         """Hidden states (B, T, d) after the final norm, before the head; arguments and errors as in ``forward``."""
         check_tokens(input_ids, self.config.vocab_size, self.embedding.weight.device)
         batch, length = input_ids.shape
@@ -255,7 +257,7 @@ class Hymba(nn.Module):
                 n_valid = torch.tensor(token_counts(attention_mask, input_ids), device=input_ids.device)
                 position, last = torch.arange(length, device=input_ids.device), n_valid - 1
                 input_ids = take(input_ids, position + (length - n_valid)[:, None])
-            hidden = self.encode(input_ids, n_valid=n_valid, cache=cache)
+            hidden = self.hidden(input_ids, n_valid=n_valid, cache=cache)
         finally:
             if was_training:
                 self.train()
@@ -277,6 +279,15 @@ class Hymba(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_compiled": None}  # as of any module: a copy is not compiled
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write configuration and weights into ``folder``: see ``smt.model.checkpoint.save_model``."""
+        save_model(self, folder, architecture="hymba")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Hymba:
+        """The model that ``save_pretrained`` or a training run left in ``folder``: see ``smt.model.checkpoint.load_model``."""
+        return load_model(cls, folder, HymbaConfig, architecture="hymba", device=device)
+
     def gradient_checkpointing_enable(self) -> None:
         """Train with less memory: keep only the input of every layer and compute the rest again backward."""
         self.gradient_checkpointing = True
@@ -286,13 +297,15 @@ class Hymba(nn.Module):
 
         Every parameter is in one of them.
         """
-        mambas = [layer.mixer for layer in self.layers if isinstance(layer.mixer, MambaMixer)]
-        others = [[layer] if layer.mixer not in mambas else [layer.norm_1, layer.norm_2, layer.mlp] for layer in self.layers]
-        parts = {
-            "embedding": nn.ModuleList(self._vectors()),
-            "transformer": nn.ModuleList([self.norm, *(module for modules in others for module in modules)]),
-        }
-        return parts | ({"ssm": nn.ModuleList(mambas)} if mambas else {})
+        mambas, others = [], [self.norm]
+        for layer in self.layers:
+            if isinstance(layer.mixer, MambaMixer):
+                mambas.append(layer.mixer)
+                others += [layer.norm_1, layer.norm_2, layer.mlp]
+            else:
+                others.append(layer)
+        parts = {"embedding": self._vectors(), "transformer": others, **({"ssm": mambas} if mambas else {})}
+        return {name: nn.ModuleList(modules) for name, modules in parts.items()}
 
     def count_parameters(self) -> dict[str, Any]:
         """As ``StrideMemoryTransformer.count_parameters``."""

@@ -1,7 +1,8 @@
 """A model in a folder: ``config.yaml`` and ``model.safetensors``, whose tensors have the names of ``model.state_dict()``.
 
-``config.yaml`` holds the fields of ``SMTConfig`` under ``model``, as the configuration of a training run does: a checkpoint's
-is a valid configuration of a run, and a run's folder is a checkpoint.
+``config.yaml`` holds the fields of the model's configuration under ``model``, as the configuration of a training run does: a
+checkpoint's is a valid configuration of a run, and a run's folder is a checkpoint. It names the architecture, unless that is
+``smt``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.runtime.fields import parse
-from smt.runtime.files import read_safetensors, tensors_writer, text_writer, write_files
+from smt.runtime.files import read_safetensors, read_yaml, tensors_writer, text_writer, write_files
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 NAMES_SHOWN = 3
@@ -25,14 +26,17 @@ Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")  # of a model: a dataclass with ``from_dict`` and ``to_dict``
 
 
-def save_model(model: nn.Module, folder: str | Path) -> None:
+def save_model(model: nn.Module, folder: str | Path, **of_run: str) -> None:
     """Write ``model.config`` and the weights into ``folder``, which is made if need be.
 
     Both files are complete under temporary names before either takes its place.
+
+    Args:
+        of_run: what the configuration of a run says besides its parts, such as ``architecture``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    described = yaml.safe_dump({"model": model.config.to_dict()}, sort_keys=False)
+    described = yaml.safe_dump({**of_run, "model": model.config.to_dict()}, sort_keys=False)
     write_files(
         {
             folder / WEIGHTS_FILE: tensors_writer(model.state_dict()),
@@ -41,18 +45,28 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     )
 
 
-def load_model(cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu") -> Model:
+def load_model(
+    cls: type[Model],
+    folder: str | Path,
+    settings: type[Config] = SMTConfig,
+    *,
+    architecture: str = "smt",
+    device: torch.device | str = "cpu",
+) -> Model:
     """Build the model of a checkpoint, for evaluation (no dropout), in the number format in which it was saved.
 
     Args:
-        cls: builds a model from an ``SMTConfig``.
+        cls: builds a model from ``settings``.
         folder: what ``save_model`` or a training run left.
+        architecture: what its configuration must name.
 
     Raises:
-        ValueError: a file that is missing or damaged, or weights that are not those of the configuration, with their names.
+        ValueError: a file that is missing or damaged, another architecture, or weights that are not those of the
+            configuration, with their names.
     """
     folder = Path(folder)
-    config = read_config(folder / CONFIG_FILE)
+    _check_architecture(folder / CONFIG_FILE, settings, architecture)
+    config = read_config(folder / CONFIG_FILE, settings)
     tensors = _read_weights(folder)
     with torch.device("meta"):  # fresh weights would be drawn for nothing
         model = cls(config)
@@ -92,11 +106,11 @@ def read_config(path: str | Path, settings: type[Config] = SMTConfig) -> Config:
         ValueError: no such file, not a mapping, an unknown field or a value out of range.
     """
     known = {field.name for field in fields(settings)}  # ``from_dict`` refuses others
-    given = read_fields(path).items()
+    given = read_fields(path, settings).items()
     return settings.from_dict({name: parse(settings, name, value) if name in known else value for name, value in given})
 
 
-def read_fields(path: str | Path) -> dict[str, Any]:
+def read_fields(path: str | Path, settings: type = SMTConfig) -> dict[str, Any]:
     """The fields of a model's configuration that a YAML file gives, unchecked; errors as ``read_config``."""
     path = Path(path)
     if not path.is_file():
@@ -107,8 +121,15 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     given = values.get("model", values) if isinstance(values, dict) else values
     if not isinstance(given, dict):
-        raise ValueError(f"{path} must hold a mapping of SMTConfig fields, got {type(given).__name__}")
+        raise ValueError(f"{path} must hold a mapping of {settings.__name__} fields, got {type(given).__name__}")
     return given
+
+
+def _check_architecture(path: Path, settings: type, architecture: str) -> None:
+    read_fields(path, settings)  # of a file that is missing or damaged it says so
+    there = read_yaml(path).get("architecture", "smt")
+    if there != architecture:
+        raise ValueError(f"{path} must be of a model of architecture {architecture}, it is of {there}")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

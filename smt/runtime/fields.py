@@ -181,6 +181,22 @@ def check_at_least(settings: Any, least: int, *names: str) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_above(settings: Any, bound: float, *names: str) -> None:
+    """Raise ValueError where a field is not above ``bound``."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value > bound:
+            raise ValueError(f"{name} must be above {bound}, got {value}")
+
+
+def check_fraction(settings: Any, *names: str) -> None:
+    """Raise ValueError where a field that is not None lies outside of [0, 1)."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
 def _is_a(kind: str, value: Any) -> bool:
     outer = re.match(r"\w+", kind).group()
     return isinstance(value, _KINDS[outer]) and not (isinstance(value, bool) and outer not in ("bool", "Any"))

@@ -3,6 +3,7 @@
 In reading order: ``settings`` (what is compared, and how much of it), ``sizes`` (models of as many parameters), ``run`` (a
 process for each model and seed), ``cell`` (what such a process does), ``measure`` (a trained model: loss, speed, bytes),
 ``preference`` (pairs by the model itself), ``sharing`` (what it saves to share keys and values), ``record`` (all of it in one
-JSON), ``figures`` (over seeds) and ``tables`` (both made from that JSON alone), ``expected`` (what the documents say instead),
-``plots``, ``report`` (one page, and the files beside it), ``maps`` (whom attention looks at).
+JSON), ``figures`` (over seeds) with ``paired_test`` (do models differ more than seeds?) and ``tables`` (all made from that JSON
+alone), ``expected`` (what the documents say instead), ``plots``, ``report`` (one page, and the files beside it), ``maps`` (whom
+attention looks at).
 """

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
+from smt.study.paired_test import SIGNIFICANCE, p_value
+
 Study = Mapping[str, Any]
-# How models are called in tables and plots.
+# How models and stages are called in tables and plots.
 NAMES = {
     "mamba": "Mamba",
     "global": "global attention",
@@ -19,6 +22,7 @@ NAMES = {
     "smt": "SMT (stream)",
     "smt_carried": "SMT, carried",
 }
+STAGE_NAMES = {TRAINING: "stage 1", EQUAL_TIME: "stage 1, equal time", ORPO: "stage 2 (ORPO)"}
 
 
 @dataclass(frozen=True)
@@ -26,27 +30,46 @@ class Figure:
     """A figure over seeds.
 
     Attributes:
-        mean: over them.
-        spread: their sample standard deviation; None with fewer than two.
-        count: how many there are.
+        of_seeds: its value with each of them.
     """
 
-    mean: float
-    spread: float | None
-    count: int
+    of_seeds: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.of_seeds.values())
+
+    @property
+    def spread(self) -> float | None:
+        """Their sample standard deviation; None with fewer than two."""
+        return statistics.stdev(self.of_seeds.values()) if len(self.of_seeds) > 1 else None
 
     def text(self, show: Callable[[float], str]) -> str:
-        """``mean ± spread``."""
-        return show(self.mean) + ("" if self.spread is None else f" ± {show(self.spread)}")
+        """``mean ± spread``, or the mean alone where all seeds have it."""
+        return show(self.mean) + (f" ± {show(self.spread)}" if self.spread else "")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The model with the best mean.
+
+    Attributes:
+        model: which.
+        figure: its own.
+        alike: models that are not told apart from it; None: of one seed, by which nothing can be told.
+    """
+
+    model: str
+    figure: Figure
+    alike: list[str] | None
 
 
 def over_seeds(study: Study, model: str, stage: str, find: Callable[[Mapping[str, Any]], Any]) -> Figure | None:
     """A figure of all runs of a model in a stage; None where no run has it."""
-    of_runs = [find(run) for run in study["runs"] if (run["model"], run["stage"]) == (model, stage)]
-    values = [float(value) for value in of_runs if value is not None]
-    if not values:
-        return None
-    return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    found = {run["seed"]: find(run) for run in study["runs"] if (run["model"], run["stage"]) == (model, stage)}
+    there = {seed: float(value) for seed, value in found.items() if value is not None}
+    return Figure(there) if there else None
 
 
 def at(*path: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -62,26 +85,24 @@ def at(*path: str) -> Callable[[Mapping[str, Any]], Any]:
     return find
 
 
-def best(
-    study: Study, stage: str, find: Callable[[Mapping[str, Any]], Any], *, lowest: bool
-) -> tuple[list[str], Figure] | None:
-    """The model with the best mean, followed by those that cannot be told from it, and its figure.
+def best(study: Study, stage: str, find: Callable[[Mapping[str, Any]], Any], *, lowest: bool) -> Best | None:
+    """The model with the best mean; None where no run has the figure.
 
-    Two models are told apart where their means differ by more than the sum of their spreads; by one seed alone, wherever they
-    differ.
+    Two models are told apart where a paired t-test over their seeds says so (``smt.study.paired_test``).
     """
     figures = {model: over_seeds(study, model, stage, find) for model in study["models"]}
     there = {model: figure for model, figure in figures.items() if figure is not None}
     if not there:
         return None
-    order = sorted(there, key=lambda model: there[model].mean if lowest else -there[model].mean)
-    first = there[order[0]]
-    alike = [
-        model
-        for model in order[1:]
-        if abs(there[model].mean - first.mean) <= (there[model].spread or 0.0) + (first.spread or 0.0)
-    ]
-    return [order[0], *alike], first
+    first, *others = sorted(there, key=lambda model: there[model].mean if lowest else -there[model].mean)
+    several = len(there[first].of_seeds) > 1
+    alike = [model for model in others if not _told_apart(there[model], there[first])] if several else None
+    return Best(first, there[first], alike)
+
+
+def _told_apart(one: Figure, other: Figure) -> bool:
+    differences = [one.of_seeds[seed] - other.of_seeds[seed] for seed in one.of_seeds if seed in other.of_seeds]
+    return len(differences) > 1 and p_value(differences) < SIGNIFICANCE
 
 
 def listed(models: Sequence[str]) -> str:

@@ -12,16 +12,16 @@ from torch import Tensor
 from smt.hymba.config import HymbaConfig
 from smt.hymba.maps import attention_map
 from smt.runtime.files import write_files
+from smt.runtime.pictures import empty_picture
 from smt.study.cell import ORPO, TRAINING, load, measured_file
-from smt.study.figures import NAMES
-from smt.study.plots import LARGE, MEDIUM, SMALL, canvas_of, save
+from smt.study.figures import NAMES, STAGE_NAMES
+from smt.study.plots import LARGE, MEDIUM, SMALL, save
 from smt.study.run import Prepared
 from smt.training.settings import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STAGES = {TRAINING: "stage 1", ORPO: "stage 2 (ORPO)"}
 # Weights are drawn from this one on, on a logarithmic scale: an even look at 200 entries gives each 0.005.
 LEAST = 1e-4
 
@@ -39,7 +39,7 @@ def draw_maps(prepared: Prepared) -> list[Path]:
     cell, tokens = cells[0], prepared.text.validation[0][: settings.map_tokens]
     ids = torch.from_numpy(tokens.astype("int64"))[None]
     files = []
-    for stage, name in STAGES.items():
+    for stage in (TRAINING, ORPO):
         run = cell.folder / stage
         if measured_file(cell.folder, stage).is_file():
             config = RunConfig.from_yaml(run / "config.yaml")
@@ -48,7 +48,7 @@ def draw_maps(prepared: Prepared) -> list[Path]:
             layers = _layers(config.model)
             weights = {kind: attention_map(model, ids.to(device), layer).cpu() for kind, layer in layers.items()}
             path = prepared.folder / f"attention_maps_{stage}.png"
-            title = f"{NAMES[cell.model]}, seed {cell.seed}, after {name}: mean weights of all heads"
+            title = f"{NAMES[cell.model]}, seed {cell.seed}, after {STAGE_NAMES[stage]}: mean weights of all heads"
             write_files({path: partial(plot_maps, weights, layers, config.model, title)})
             files.append(path)
     return files
@@ -67,7 +67,7 @@ def _layers(config: HymbaConfig) -> dict[str, int]:
 
 def plot_maps(weights: dict[str, Tensor], layers: dict[str, int], config: HymbaConfig, title: str, path: str | Path) -> None:
     """Weights (H, T, M + T) by kind of layer, the meta tokens' columns marked."""
-    canvas = canvas_of((16, 7.6))
+    canvas = empty_picture((16, 7.6))
     panels = canvas.subplots(1, len(weights))
     for axes, (kind, of_layer) in zip(panels, weights.items(), strict=True):
         _map(axes, of_layer.mean(0), config.n_meta_tokens)

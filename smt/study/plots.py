@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smt.runtime.extras import needs_extra
+from smt.runtime.pictures import empty_picture
 from smt.study.cell import ORPO, TRAINING
-from smt.study.figures import NAMES, Figure, Study, at, over_seeds
+from smt.study.figures import NAMES, STAGE_NAMES, Figure, Study, at, over_seeds
 from smt.study.measure import LONG
 from smt.study.tables import KIB, LOSS
 
@@ -25,7 +25,7 @@ PAGE, PAGE_COLUMNS = (11.7, 16.5), 116
 
 def plot_results(study: Study, path: str | Path) -> None:
     """Loss, speed and what is kept, a bar for each model."""
-    canvas = canvas_of((16, 10))
+    canvas = empty_picture((16, 10))
     axes = canvas.subplots(2, 2).flatten()
     _bars(
         axes[0],
@@ -37,7 +37,7 @@ def plot_results(study: Study, path: str | Path) -> None:
     )
     _bars(axes[1], study, at("tokens_per_second"), "training (tokens per second)", "{:,.0f}".format)
     _bars(axes[2], study, at("decoding", "1"), "decoding one sequence (tokens per second)", "{:,.0f}".format)
-    kept = [Figure(model[f"bytes_at_{LONG}"] / KIB, None, 1) for model in study["models"].values()]
+    kept = [Figure({0: model[f"bytes_at_{LONG}"] / KIB}) for model in study["models"].values()]
     _draw_bars(
         axes[3], study, kept, f"kept for decoding at {LONG:,} tokens\n(KiB per sequence, less is better)", "{:,.0f}".format
     )
@@ -46,7 +46,7 @@ def plot_results(study: Study, path: str | Path) -> None:
 
 def plot_stages(study: Study, path: str | Path) -> None:
     """The training loss of stage 1, and what stage 2 changes."""
-    canvas = canvas_of((17, 6.4))
+    canvas = empty_picture((17, 6.4))
     curves, losses, margins = canvas.subplots(1, 3, width_ratios=(1.25, 1, 1))
     first = study["settings"]["seeds"][0]
     for colour, model in zip(COLOURS, study["models"], strict=False):
@@ -58,8 +58,8 @@ def plot_stages(study: Study, path: str | Path) -> None:
     curves.set_title(f"stage 1, seed {first}", fontsize=LARGE)
     curves.legend(fontsize=SMALL)
     curves.grid(alpha=0.3)
-    stages = (("stage 1", TRAINING), ("stage 2 (ORPO)", ORPO))
-    _pairs(losses, study, [(name, stage, LOSS) for name, stage in stages], "validation loss (nats per token)")
+    stages = [(STAGE_NAMES[stage], stage, LOSS) for stage in (TRAINING, ORPO)]
+    _pairs(losses, study, stages, "validation loss (nats per token)")
     losses.set_title("held-out plays", fontsize=LARGE)
     found = [(f"{when} stage 2", ORPO, at("preference", when, "margin")) for when in ("before", "after")]
     _pairs(margins, study, found, "log odds, true minus own continuation")
@@ -72,7 +72,7 @@ def plot_stages(study: Study, path: str | Path) -> None:
 
 def plot_report(study: Study, conditions: Sequence[str], winners: Sequence[str], path: str | Path) -> None:
     """One page: what was done, who wins where, a table and bars."""
-    canvas = canvas_of(PAGE)
+    canvas = empty_picture(PAGE)
     header, table, lower = canvas.subplots(3, 1, height_ratios=(0.33, 0.19, 0.48))
     header.axis("off")
     header.set_title("Hymba and its relatives, and SMT", fontsize=20, loc="left")
@@ -93,8 +93,8 @@ def plot_report(study: Study, conditions: Sequence[str], winners: Sequence[str],
         left, study, LOSS, "validation loss after equal tokens\n(nats per token, less is better)", "{:.3f}".format, floor=True
     )
     _bars(right, study, at("tokens_per_second"), "training (tokens per second)", "{:,.0f}".format, names=False)
-    _bars(below, study, at("preference", "after", "margin"), "log odds of true over own\ncontinuation, after ORPO",
-          "{:.2f}".format, stage=ORPO)  # fmt: skip
+    _bars(below, study, LOSS, "validation loss after ORPO\n(nats per token, less is better)", "{:.3f}".format, stage=ORPO,
+          floor=True)  # fmt: skip
     _bars(last, study, at("decoding", "1"), "decoding one sequence\n(tokens per second)", "{:,.0f}".format, names=False)
     save(canvas, path)
 
@@ -197,14 +197,6 @@ def _text(study: Study, model: str, stage: str, find: Callable[..., Any], show: 
     return "-" if figure is None else figure.text(show)
 
 
-def canvas_of(size: tuple[float, float]) -> Canvas:
-    with needs_extra("train"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
-    canvas = Canvas(figsize=size, layout="constrained")
-    FigureCanvasAgg(canvas)
-    return canvas
-
-
 def save(canvas: Canvas, path: str | Path) -> None:
+    """Write a picture of a study as PNG."""
     canvas.savefig(path, dpi=110)

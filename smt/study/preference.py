@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from smt.data.pairs import read_pairs, write_pairs
 from smt.data.tokenized import TokenizedCorpus
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.preference import evaluate_pairs
+from smt.runtime.precision import precision
 from smt.training.corpus_pairs import corpus_pairs
 from smt.training.objective import PairLogProbabilities
 from smt.training.second_stage import SECOND_STAGE, staged
@@ -27,10 +28,9 @@ def make_pairs(folder: Path, model: RunModel, text: TokenizedCorpus, settings: d
     The former are of training documents, the latter of held-out ones.
     """
     lengths = {name: settings[name] for name in ("prompt_length", "completion_length")}
-    held_out = replace(text, train=text.validation)
     for name, documents, count in (
-        (PAIRS_FILE, text, settings["n_pairs"]),
-        (HELD_OUT_FILE, held_out, settings["n_held_out_pairs"]),
+        (PAIRS_FILE, text.train, settings["n_pairs"]),
+        (HELD_OUT_FILE, text.validation, settings["n_held_out_pairs"]),
     ):
         if not (folder / name).is_file():
             pairs = corpus_pairs(model, documents, count, seed=seed, batch_size=TOGETHER, **lengths)
@@ -49,4 +49,5 @@ def preferences(
     """How a model tells all pairs of a file apart; ``length`` and ``strength`` as in the runs of stage 2."""
     read = read_pairs(pairs, tokenizer, length)
     every = [*read.train, *read.held_out]
-    return asdict(evaluate_pairs(PairLogProbabilities(model), every, batch_size=batch_size, strength=strength))
+    with precision(model.embedding.weight.device):
+        return asdict(evaluate_pairs(PairLogProbabilities(model), every, batch_size=batch_size, strength=strength))

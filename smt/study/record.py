@@ -28,7 +28,7 @@ def record(prepared: Prepared, cells: Sequence[StudyCell], command: str) -> dict
     """What the cells have left so far, and what it was measured on."""
     settings, text = prepared.settings, prepared.text
     device = find_device(settings.run.get("training", {}).get("device", "auto"))
-    bound = prepared.data.eval_documents
+    bound = prepared.first_stage.data.eval_documents
     held_out = list(zip(text.validation.lengths, text.validation.n_bytes, strict=True))[:bound]
     return {
         "command": command,
@@ -66,10 +66,9 @@ def record(prepared: Prepared, cells: Sequence[StudyCell], command: str) -> dict
 
 def _stages(prepared: Prepared, cells: Sequence[StudyCell]) -> dict[str, dict[str, Any] | None]:
     """How long and at which rate both stages train, and on what; of the second None where no run has come to it."""
-    first = RunConfig.from_dict({part: prepared.settings.run.get(part, {}) for part in ("data", "training")})
     ran = (cell.folder / ORPO for cell in cells if measured_file(cell.folder, ORPO).is_file())
     second = next((RunConfig.from_yaml(folder / CONFIG_FILE) for folder in ran), None)
-    return {TRAINING: _told(first), ORPO: None if second is None else _told(second)}
+    return {TRAINING: _told(prepared.first_stage), ORPO: None if second is None else _told(second)}
 
 
 def _told(config: RunConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from smt.runtime.files import text_writer, write_files
 from smt.study import plots
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
 from smt.study.expected import expected_table
-from smt.study.figures import NAMES, Study
+from smt.study.figures import NAMES, STAGE_NAMES, Study
+from smt.study.paired_test import SIGNIFICANCE
 from smt.study.settings import CARRIED
 from smt.study.tables import (
     carried_table,
@@ -27,7 +28,6 @@ from smt.study.tables import (
 )
 
 REPORT_FILE = "report.md"
-STAGE_NAMES = {TRAINING: "stage 1", EQUAL_TIME: "stage 1, equal time", ORPO: "stage 2, ORPO"}
 
 
 def save_report(study: Study, folder: Path) -> list[Path]:
@@ -56,10 +56,13 @@ def conditions(study: Study) -> list[str]:
     """What must be known to read the tables, one sentence each."""
     settings, text, where = study["settings"], study["text"], study["environment"]
     first, second = study["stages"][TRAINING], study["stages"][ORPO]
-    length, held_out, several = first["chunk_length"], text["held_out"], len(settings["seeds"]) > 1
-    seeds = ", ".join(map(str, settings["seeds"]))
+    length, held_out, seeds = first["chunk_length"], text["held_out"], settings["seeds"]
+    spread = (
+        "; ± is the sample standard deviation over them. Two models are told apart where a paired t-test over them gives "
+        f"p < {SIGNIFICANCE}, not corrected for the number of models."
+    )
     lines = [
-        f"Seeds {seeds}; ± is the standard deviation over them." if several else f"Seed {seeds} alone: no spread.",
+        _named(seeds) + (spread if len(seeds) > 1 else " alone: no spread."),
         f"{text['source']}: {text['training']['tokens']:,} tokens of {_documents(text['training'])} to train on, "
         f"{held_out['tokens']:,} of {_documents(held_out)} held out whole. The vocabulary of {text['vocabulary']:,} tokens was "
         "learned from the former.",
@@ -82,10 +85,15 @@ def conditions(study: Study) -> list[str]:
         )
     lines.append(
         f"{where['date']}, {where['processor']}, {where['cores']} cores, device {where['device']}, PyTorch {where['torch']}, "
-        f"Python {where['python']}, revision {where['revision']}. Peak memory is that of "
+        f"Python {where['python']}, revision {where['revision']}. Decoding is timed over "
+        f"{settings['decode_tokens']} tokens behind {settings['context']}, and peak memory is that of "
         + ("tensors on the GPU." if where["device"] != "cpu" else "the process, Python and libraries included.")
     )
     return lines
+
+
+def _named(seeds: Sequence[int]) -> str:
+    return f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _documents(of: dict[str, int]) -> str:
@@ -108,12 +116,11 @@ def report(study: Study) -> str:
             "SMT alone is also evaluated with its memory carried:",
             carried,
         ]
-    if any(run["stage"] == EQUAL_TIME for run in study["runs"]):
-        count = study["settings"]["equal_time_seeds"]
+    if timed := sorted({run["seed"] for run in study["runs"] if run["stage"] == EQUAL_TIME}):
         parts += [
             "## Equal time",
-            f"Trained anew with {'the first seed' if count == 1 else f'the first {count} seeds'}, for as many steps as take "
-            "the time of the middle one of all models, each with its whole schedule.",
+            f"{_named(timed)}: trained anew, for as many steps as take the time of the middle one of all models, each with its "
+            "whole schedule.",
             quality_table(study, EQUAL_TIME),
         ]
     parts += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,16 @@ import yaml
 
 from smt.data.settings import DataConfig
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
+from smt.data.tokenizer import TRAINED
 from smt.experiments.cell import FAILURE_FILE
 from smt.experiments.run import OUTPUT_FILE, Processes, attempt_apart
+from smt.runtime.fields import check_names
 from smt.runtime.files import check_folder, read_json, read_yaml, text_writer, write_files
 from smt.study.cell import CELL_FILE, TRAINING, is_done, measured_file
+from smt.study.preference import PAIRS_FILE
 from smt.study.settings import CARRIED, StudySettings
 from smt.study.sizes import Sized, sized_models
+from smt.training.second_stage import SECOND_STAGE
 from smt.training.settings import RunConfig
 
 CELL_MODULE = "smt.study.cell"
@@ -65,9 +69,9 @@ class Prepared:
     models: dict[str, Sized]
 
     @property
-    def data(self) -> DataConfig:
-        """Of stage 1."""
-        return _data(self.settings)
+    def first_stage(self) -> RunConfig:
+        """Data and training of stage 1; the model is none of the study's."""
+        return _first_stage(self.settings)
 
     @property
     def cells(self) -> list[StudyCell]:
@@ -85,9 +89,12 @@ def prepare(settings: StudySettings, out: str | Path = "results") -> Prepared:
     Raises:
         ValueError: a text that cannot be read, a field that is wrong, or a folder that cannot be written.
     """
+    data, asked = _first_stage(settings).data, _asked_vocabulary(settings)
+    _check_second_stage(settings, data)
     folder = check_folder(Path(out) / settings.name)
-    text = tokenize_corpus(_data(settings), _asked_vocabulary(settings))
-    return Prepared(settings, folder, text, sized_models(settings, text.tokenizer.vocab_size))
+    text = tokenize_corpus(data, asked)
+    vocabulary = text.tokenizer.vocab_size if data.tokenizer in TRAINED else asked
+    return Prepared(settings, folder, text, sized_models(settings, vocabulary))
 
 
 def run_study(prepared: Prepared, tell: Callable[[str], None] = print) -> list[StudyCell]:
@@ -103,9 +110,9 @@ def run_study(prepared: Prepared, tell: Callable[[str], None] = print) -> list[S
         wanted[cell.label][EQUAL_TIME_STEPS] = _there(cell.folder).get(EQUAL_TIME_STEPS)  # decided when it ran before
     ended = {cell.label: _run(cell, wanted[cell.label], f"[{i}/{len(cells)}]", tell) for i, cell in enumerate(cells, 1)}
     timed = [cell for cell in cells if cell.seed in seeds and ended[cell.label].error is None]
-    steps = _steps_of_equal_time(timed)
+    steps = _steps_of_equal_time(timed, {label: asked[EQUAL_TIME_STEPS] for label, asked in wanted.items()})
     for index, cell in enumerate(timed, 1):
-        more = {**wanted[cell.label], EQUAL_TIME_STEPS: wanted[cell.label][EQUAL_TIME_STEPS] or steps[cell.label]}
+        more = {**wanted[cell.label], EQUAL_TIME_STEPS: steps[cell.label]}
         ended[cell.label] = _run(cell, more, f"[equal time {index}/{len(timed)}]", tell)
     return list(ended.values())
 
@@ -129,13 +136,16 @@ def _run(cell: StudyCell, wanted: dict[str, Any], place: str, tell: Callable[[st
     return replace(cell, error=error)
 
 
-def _steps_of_equal_time(cells: Sequence[StudyCell]) -> dict[str, int]:
-    """By label, how many steps of a model take as long as the whole training of the middle one."""
+def _steps_of_equal_time(cells: Sequence[StudyCell], decided: Mapping[str, int | None]) -> dict[str, int]:
+    """By label, how many steps of a model take as long as the whole training of the middle one.
+
+    Where some have been decided before, others, of further seeds or of models that had failed, are given the same time.
+    """
     told = {cell.label: read_json(measured_file(cell.folder, TRAINING)) for cell in cells}
-    if not told:
-        return {}
-    middle = statistics.median(of["training_seconds"] for of in told.values())
-    return {label: max(1, round(of["steps"] * middle / of["training_seconds"])) for label, of in told.items()}
+    of_step = {label: of["training_seconds"] / of["steps"] for label, of in told.items()}
+    before = {label: steps for label, steps in decided.items() if steps is not None and label in told}
+    times = [steps * of_step[label] for label, steps in before.items()] or [of["training_seconds"] for of in told.values()]
+    return {label: before.get(label) or max(1, round(statistics.median(times) / seconds)) for label, seconds in of_step.items()}
 
 
 def _wanted(prepared: Prepared, cell: StudyCell) -> dict[str, Any]:
@@ -186,5 +196,19 @@ def _asked_vocabulary(settings: StudySettings) -> int:
     return settings.hymba.get("vocab_size", VOCABULARY)
 
 
-def _data(settings: StudySettings) -> DataConfig:
-    return RunConfig.from_dict({"data": settings.run.get("data", {})}).data
+def _first_stage(settings: StudySettings) -> RunConfig:
+    check_names("run", settings.run, ("data", "training"))
+    config = RunConfig.from_dict(settings.run)
+    if config.training.steps is None:
+        raise ValueError("run must bound training by a number of steps, got None")
+    return config
+
+
+def _check_second_stage(settings: StudySettings, data: DataConfig) -> None:
+    """Raise ValueError for what would end the stage after the first one has run."""
+    config = RunConfig.from_yaml(SECOND_STAGE, {"pairs": PAIRS_FILE, "chunk_length": data.chunk_length, **settings.orpo})
+    longest = settings.prompt_length + settings.completion_length - 1
+    if longest > config.data.chunk_length:
+        raise ValueError(
+            f"prompt_length + completion_length - 1 must be at most chunk_length = {config.data.chunk_length}, got {longest}"
+        )

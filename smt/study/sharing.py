@@ -51,5 +51,5 @@ def _measured(config: HymbaConfig, context: int) -> int:
     """Bytes of the cache of a model with fresh weights that has read ``context`` tokens."""
     model = Hymba(config).eval()
     cache = model.new_cache(1, context)
-    model.encode(torch.zeros(1, context, dtype=torch.int64), cache=cache)
+    model.hidden(torch.zeros(1, context, dtype=torch.int64), cache=cache)
     return cache.nbytes

@@ -42,7 +42,6 @@ CONTESTS: dict[str, tuple[str, Callable[..., Any], bool, Callable[[float], str]]
     "loss after equal tokens": (TRAINING, LOSS, True, "{:.3f}".format),
     "loss after equal time": (EQUAL_TIME, LOSS, True, "{:.3f}".format),
     "loss after ORPO": (ORPO, LOSS, True, "{:.3f}".format),
-    "log odds margin after ORPO": (ORPO, at("preference", "after", "margin"), False, "{:.3f}".format),
     "training speed (tokens/s)": (TRAINING, at("tokens_per_second"), False, "{:,.0f}".format),
     **{
         f"decoding speed, batch {size} (tokens/s)": (TRAINING, at("decoding", str(size)), False, "{:,.0f}".format)
@@ -152,8 +151,8 @@ def winners_table(study: Study) -> str:
     for name, (stage, find, lowest, show) in CONTESTS.items():
         found = best(study, stage, find, lowest=lowest)
         if found is not None:
-            (first, *alike), figure = found
-            rows.append([name, NAMES[first], figure.text(show), *[listed(alike) or "-"] * several])
+            alike = "one seed" if found.alike is None else listed(found.alike) or "-"
+            rows.append([name, NAMES[found.model], found.figure.text(show), *[alike] * several])
     return markdown(["", "best", "its figure", *["not told apart from it"] * several], rows)
 
 
@@ -163,9 +162,8 @@ def winners(study: Study) -> list[str]:
     for name, (stage, find, lowest, show) in CONTESTS.items():
         found = best(study, stage, find, lowest=lowest)
         if found is not None:
-            (first, *alike), figure = found
-            others = f"; not told apart: {listed(alike)}" if alike else ""
-            lines.append(f"{name}: {NAMES[first]}, {figure.text(show)}{others}")
+            others = f"; not told apart: {listed(found.alike)}" if found.alike else ""
+            lines.append(f"{name}: {NAMES[found.model]}, {found.figure.text(show)}{others}")
     return lines
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from smt.data.pairs import Pair
-from smt.data.tokenized import TokenizedCorpus
+from smt.data.store import TokenStore
 
 
 def corpus_pairs(
     model: nn.Module,
-    text: TokenizedCorpus,
+    documents: TokenStore,
     n_pairs: int,
     *,
     prompt_length: int,
@@ -24,13 +24,14 @@ def corpus_pairs(
     temperature: float = 1.0,
     batch_size: int = 16,
 ) -> list[Pair]:
-    """Draw pieces of training documents, and let the model continue their beginnings.
+    """Draw pieces of documents, and let the model continue their beginnings.
 
-    Held-out documents are not read. Pieces are drawn without repetition, each place of each document with the same chance; they
-    may overlap. The model's continuation has the length of the true one, whatever tokens are in it.
+    Pieces are drawn without repetition, each place of each document with the same chance; they may overlap. The model's
+    continuation has the length of the true one, whatever tokens are in it.
 
     Args:
-        model: with ``generate``; in evaluation, as it is left.
+        model: with ``generate``; its mode is left as it is.
+        documents: ``train`` of a tokenized corpus, unless the pairs are held out.
         n_pairs: how many at most; a continuation that is the true one gives no pair.
         prompt_length: tokens of the prompt, which is all that the model sees of the document.
         completion_length: tokens of each completion.
@@ -42,20 +43,22 @@ def corpus_pairs(
         the true continuation as chosen, the model's as rejected, for ``write_pairs``.
 
     Raises:
-        ValueError: a length below 1, or the training documents have fewer chunks of this length.
+        ValueError: a length below 1, or the documents have fewer chunks of this length.
     """
     for name, value in (("prompt_length", prompt_length), ("completion_length", completion_length), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     n_tokens = prompt_length + completion_length
-    ends = list(accumulate(max(0, length - n_tokens + 1) for length in text.train.lengths))
+    ends = list(accumulate(max(0, length - n_tokens + 1) for length in documents.lengths))
+    if ends[-1] == 0:
+        raise ValueError(f"prompt_length + completion_length = {n_tokens} is more than any document has tokens")
     if not 1 <= n_pairs <= ends[-1]:
-        raise ValueError(f"n_pairs must lie in 1..{ends[-1]}, the pieces of {n_tokens} tokens to train on, got {n_pairs}")
+        raise ValueError(f"n_pairs must lie in 1..{ends[-1]}, the pieces of {n_tokens} tokens that there are, got {n_pairs}")
     pieces = []
     for place in random.Random(seed).sample(range(ends[-1]), n_pairs):
         document = bisect_right(ends, place)
         start = place - (ends[document - 1] if document else 0)
-        pieces.append(torch.from_numpy(text.train[document][start : start + n_tokens].astype("int64")))
+        pieces.append(torch.from_numpy(documents[document][start : start + n_tokens].astype("int64")))
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     pairs = []

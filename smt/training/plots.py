@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from smt.runtime.extras import needs_extra
 from smt.runtime.names import in_plot
+from smt.runtime.pictures import empty_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,9 +110,5 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def _figure(n_columns: int = 1, size: tuple[float, float] = (8, 4.8)) -> tuple[Figure, Any]:
-    with needs_extra("train"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_picture(size)
     return figure, figure.subplots(1, n_columns)

@@ -16,10 +16,12 @@ from smt.hymba.config import HymbaConfig
 from smt.model.transformer import PARTS as MODEL_PARTS
 from smt.pretrained.loading import GPT2_ENCODING
 from smt.runtime.fields import (
+    check_above,
     check_at_least,
     check_choice,
     check_fields,
     check_folder_name,
+    check_fraction,
     check_seed,
     expand_home,
     nearest,
@@ -114,12 +116,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "init_from", {kind: expand_home(source) for kind, source in self.init_from.items()})
-        for name in ("minutes", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("beta_1", "beta_2", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        check_above(self, 0, "minutes", "learning_rate", "clip")
+        check_fraction(self, "beta_1", "beta_2", "warmup")
         check_at_least(self, 0, "weight_decay", "orpo_lambda")
         for name, rate in self.learning_rates.items():
             if not rate > 0:

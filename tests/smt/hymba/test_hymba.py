@@ -222,6 +222,18 @@ def test_bad_calls_are_named(arguments, error, message):
         model_of(configuration("local"))(**{"input_ids": torch.zeros(2, 3).long(), **arguments})
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_are_formed_once_and_with_a_gradient_only_if_the_pass_had_one(mode):
+    model, ids = model_of(configuration("local")), tokens(1, 4)
+    with mode():
+        without = model(ids)
+    assert not without["logits"].requires_grad and without["logits"].tolist() == model(ids)["logits"].tolist()
+    output = model(ids, targets=ids)
+    with torch.no_grad():
+        assert output["logits"] is output["logits"]
+    assert output["logits"].requires_grad
+
+
 def test_what_is_not_there_is_named():
     with pytest.raises(TypeError, match="config must be a HymbaConfig, got dict"):
         Hymba({})

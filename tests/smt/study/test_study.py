@@ -82,6 +82,7 @@ def test_every_file_is_there_and_made_from_the_json_alone(made):
     assert (folder / "report.md").read_text() == report(study)
     assert (folder / "generation_samples.txt").read_text() == samples(study)
     assert (folder / "detailed_metrics.txt").read_text() == details(study)
+    assert "Seed 1: trained anew, for" in report(study)
     assert all(name in report(study) for name in ("parallel hybrid", "SMT (stream)", "15/9", "15/8", "15/5"))
 
 
@@ -168,6 +169,48 @@ def test_ours_may_carry_its_memory_through_longer_parts_in_training(made, tmp_pa
     assert carried["data"] == {**anew["data"], "part_length": 64, "lanes": 2}
     told = {**study_of(folder), "settings": json.loads(json.dumps(asdict(settings)))}
     assert "32 after 32 of parts of 64 tokens, through which it carries its memory" in "\n".join(conditions(told))
+
+
+def test_models_that_had_failed_and_further_seeds_are_given_the_time_of_the_first(made, tmp_path, monkeypatch):
+    """The middle one of all models would be another now, and the time no longer equal."""
+    file, _ = made
+    settings = replace(StudySettings.from_yaml(file), models=("mamba", "global", "local"), equal_time_seeds=2)
+    seconds, failing = {"mamba": 40.0, "global": 10.0, "local": 20.0}, {"mamba,seed=1"}
+
+    def trains(folder, jobs, processes, module):
+        if folder.name in failing:
+            return "RuntimeError: no"
+        of_training = {"steps": 20, "training_seconds": seconds[folder.name.partition(",")[0]]}
+        steps = yaml.safe_load((folder / "cell.yaml").read_text())["equal_time_steps"]
+        for stage in (TRAINING, ORPO, *[EQUAL_TIME] * (steps is not None)):
+            (folder / f"{stage}.json").write_text(json.dumps(of_training))
+        return None
+
+    monkeypatch.setattr(run_module, "attempt_apart", trains)
+    for seeds in [(1,), (1, 2)]:
+        prepared = run_module.prepare(replace(settings, seeds=seeds), tmp_path)
+        run_module.run_study(prepared, lambda line: None)
+        failing.clear()
+    wanted = {cell.label: yaml.safe_load((cell.folder / "cell.yaml").read_text()) for cell in prepared.cells}
+    steps = {label: of["equal_time_steps"] for label, of in wanted.items()}
+    # 15 s, the middle of the two that did not fail at first.
+    assert steps == {f"{model},seed={seed}": round(15 / (seconds[model] / 20)) for seed in (1, 2) for model in settings.models}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": {"trainings": {}}}, "run has no 'trainings'; did you mean 'training'"),
+        ({"run": {"training": {"epochs": 1}}}, "run must bound training by a number of steps, got None"),
+        ({"orpo": {"setps": 3}}, "there is no setting 'setps'; did you mean 'steps'"),
+        ({"prompt_length": 200}, r"prompt_length \+ completion_length - 1 must be at most chunk_length = 128, got 263"),
+    ],
+    ids=["part", "epochs", "stage 2", "pairs"],
+)
+def test_what_would_end_a_study_later_is_refused_before_it_begins(changes, message, tmp_path):
+    settings = StudySettings(**{"name": "a", "run": {"training": {"steps": 3}}, **changes})
+    with pytest.raises(ValueError, match=message):
+        run_module.prepare(settings, tmp_path)
 
 
 def test_maps_are_drawn_of_what_has_finished_and_nothing_is_trained(made, tmp_path, capsys):

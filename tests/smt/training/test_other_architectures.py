@@ -52,8 +52,7 @@ def test_its_configuration_is_read_and_written_with_fields_of_its_own(outcome, t
 
 
 def test_its_weights_are_those_of_a_hymba_with_the_loss_on_record(outcome):
-    model = Hymba(outcome.config.model)
-    model.load_state_dict(load_file(outcome.folder / "model.safetensors"))
+    model = Hymba.from_pretrained(outcome.folder)
     subject = open_run(outcome.folder, torch.device("cpu"))
     text = Path(outcome.config.data.text)
     names = {path.name: path.read_text() for path in text.iterdir()}
@@ -61,7 +60,7 @@ def test_its_weights_are_those_of_a_hymba_with_the_loss_on_record(outcome):
     end = subject.tokenizer.end_of_document
     ids = torch.tensor([[end, *subject.tokenizer.encode(held_out[0]), end]])
     nats = sum(
-        model.eval()(ids[:, start : start + 17][:, :-1], targets=ids[:, start + 1 : start + 17])["loss"].item()
+        model(ids[:, start : start + 17][:, :-1], targets=ids[:, start + 1 : start + 17])["loss"].item()
         * (len(ids[0, start : start + 17]) - 1)
         for start in range(0, ids.shape[1] - 1, 16)
     )
@@ -120,6 +119,12 @@ def test_the_other_commands_take_it(outcome, tmp_path, capsys):
     batch = ["--file", str(tmp_path / "prompts.txt"), "--batch", "--max_new_tokens", "4", "--greedy", "--device", "cpu"]
     assert main(["generate", "--model", folder, *batch]) == 0
     assert alone.strip("\n") and len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_checkpoint_that_names_no_length_of_chunks_is_not_evaluated(outcome, tmp_path, capsys):
+    Hymba.from_pretrained(outcome.folder).save_pretrained(tmp_path / "saved")
+    assert main(["eval", str(tmp_path / "saved"), "--data", str(tmp_path), "--device", "cpu"]) == 1
+    assert "config.yaml must name data.chunk_length, the longest chunk of its training" in capsys.readouterr().err
 
 
 def test_a_gpt2_is_not_continued(tmp_path, capsys):
