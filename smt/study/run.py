@@ -134,8 +134,10 @@ def _steps_of_equal_time(cells: Sequence[StudyCell]) -> dict[str, int]:
     told = {cell.label: read_json(measured_file(cell.folder, TRAINING)) for cell in cells}
     if not told:
         return {}
-    middle = statistics.median(of["training_seconds"] for of in told.values())
-    return {label: max(1, round(of["steps"] * middle / of["training_seconds"])) for label, of in told.items()}
+    # Without the time in which a model is compiled, which is no matter of its layout.
+    seconds = {label: of["train_tokens"] / of["tokens_per_second"] for label, of in told.items()}
+    middle = statistics.median(seconds.values())
+    return {label: max(1, round(of["steps"] * middle / seconds[label])) for label, of in told.items()}
 
 
 def _wanted(prepared: Prepared, cell: StudyCell) -> dict[str, Any]:
