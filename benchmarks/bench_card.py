@@ -16,13 +16,15 @@ import time
 from pathlib import Path
 
 import torch
-from card_cases import Row, Suite, gpt2_small, release
+from card_cases import Suite, gpt2_small, release
 from card_clock import ceilings
+from card_rows import Row
 
 from smt.runtime.environment import environment
 from smt.runtime.process import keep_freed_memory
 
 FAILURE = 160  # letters of an error that a row shows
+COLUMNS = ("case", "shape", "time", "host", "kernels", "tokens/s", "peak", "ratio", "")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,12 +90,12 @@ def line(row: Row) -> str:
 
 
 def as_cells(row: Row) -> list[str]:
-    """Time, host, tokens per second, memory, ratio and note of a row, as its tables show them."""
+    """Time, host, kernels, tokens per second, memory, ratio and note of a row, as its tables show them."""
     if row.seconds is None:
-        return ["not measured", "", "", "", "", row.note]
+        return ["not measured", "", "", "", "", "", row.note]
     return [
         f"{row.seconds * 1e3:,.3f} ms",
-        "" if row.host_seconds is None else f"{row.host_seconds * 1e3:,.3f} ms",
+        *("" if of is None else f"{of * 1e3:,.3f} ms" for of in (row.host_seconds, row.kernel_seconds)),
         "" if row.tokens is None else f"{row.tokens / row.seconds:,.0f}",
         "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f} GiB",
         "" if row.ratio is None else f"{row.ratio:.2f}x",
@@ -117,7 +119,7 @@ def as_markdown(document: dict) -> str:
     rows = [Row(**row) for row in document["rows"]]
     for section in dict.fromkeys(row.section for row in rows):
         lines += ["", f"## {section}", ""]
-        lines += ["| case | shape | time | host | tokens/s | peak | ratio | |", "|---|---|---|---|---|---|---|---|"]
+        lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join((row.case, row.shape, *as_cells(row)))} |" for row in rows if row.section == section]
     return "\n".join(lines) + "\n"
 

@@ -7,23 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_cases import flex_attention
 from card_clock import Times, time_call, time_kernels
+from card_hymba import hymba_decoding, hymba_training
+from card_rows import Case
+from card_ssm import ssm_cases
 from torch import Tensor
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.baselines.gpt2 import build_gpt2
+from smt.config import PUBLISHED
+from smt.hymba import HymbaConfig
 from smt_kernels import WindowSpec, linear_cross_entropy, stream_attention
 
 # The vocabulary of GPT-2 as those who train it pad it: products with an odd one are many times slower.
 PADDED_VOCABULARY = 50304
-FULL_ATTENTION = "SDPA, full causal"
+FULL_ATTENTION, FLEX = "SDPA, full causal", "FlexAttention, the same window"
 GPT2 = "GPT-2, flash attention, compiled"
+TRAINING = "training step"
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Sizes:
     lengths: tuple[int, ...]
     short: int = 512
     padded_vocabulary: int = PADDED_VOCABULARY
+    hymba: HymbaConfig = field(default_factory=lambda: HymbaConfig.preset("study", dropout=0.0))
 
 
 def gpt2_small() -> Sizes:
@@ -51,52 +60,6 @@ def gpt2_small() -> Sizes:
     return Sizes(config, tokens=32768, lengths=(4096, 1024, 16384, 65536))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure of the report: seconds, beside those of the host, and what they mean.
-
-    Attributes:
-        section, case, shape: what was measured.
-        seconds: of one call; kernels alone where ``host_seconds`` is None.
-        host_seconds: until the call returned to Python.
-        tokens: that one call takes in.
-        peak_bytes: the most memory of a call.
-        ratio: seconds of the section's first case of this shape over these.
-        note: of what is measured; or why there is no figure.
-    """
-
-    section: str
-    case: str
-    shape: str
-    seconds: float | None = None
-    host_seconds: float | None = None
-    tokens: int | None = None
-    peak_bytes: int | None = None
-    ratio: float | None = None
-    note: str = ""
-
-
-@dataclass
-class Case:
-    """A name in a section, and what measures it: seconds of kernels, or times of calls."""
-
-    section: str
-    name: str
-    shape: str
-    measure: Callable[[], Times | float]
-    tokens: int | None = None
-    note: str = ""
-
-    def row(self) -> Row:
-        """Measure."""
-        measured = self.measure()
-        row = Row(self.section, self.name, self.shape, tokens=self.tokens, note=self.note)
-        if isinstance(measured, Times):
-            times = {"seconds": measured.call, "host_seconds": measured.host, "peak_bytes": measured.peak_bytes}
-            return dataclasses.replace(row, **times)
-        return dataclasses.replace(row, seconds=measured)
-
-
 @dataclass
 class Suite:
     """All cases of one device and one set of sizes."""
@@ -109,15 +72,20 @@ class Suite:
         """In order of worth: what is cut off when time runs out is worth least."""
         first, *others = self.sizes.lengths
         yield from self._training(first, with_variants=True)
-        yield from self._attention(first, torch.bfloat16)
+        yield from self._attention(first, torch.bfloat16, with_flex=True)
         yield from self._loss()
         yield from self._memory(first)
         for length in others:
             yield from self._training(length, with_variants=False)
+        yield from ssm_cases(self.sizes.config, self.sizes.tokens, first, self.window.stride, self.device)
+        yield from self._graphs(first)
+        yield from self._published(self.sizes.lengths[1])
+        yield from self._hymbas(self.sizes.lengths[1])
         yield from self._host()
         yield from self._decoding()
+        yield from hymba_decoding(self.sizes.hymba, self.tokens_of, self.device)
         for length in (self.sizes.lengths[1], self.sizes.lengths[-1]):
-            yield from self._attention(length, torch.bfloat16)
+            yield from self._attention(length, torch.bfloat16, with_flex=True)
         yield from self._attention(first, torch.bfloat16, head_dim=128)
         yield from self._attention(first, torch.bfloat16, kv_heads=self.sizes.config.transformer_n_heads // 3)
         yield from self._attention(first, torch.float32)
@@ -126,26 +94,66 @@ class Suite:
 
     def _training(self, length: int, *, with_variants: bool) -> Iterator[Case]:
         rows = max(1, self.sizes.tokens // length)
-        shape, tokens = f"{rows} x {length:,}", rows * length
-
-        def case(name: str, prepare: Callable[[Tensor], Callable[[], Tensor]], note: str = "") -> Case:
-            def measure() -> Times:
-                loss = prepare(self._ids(rows, length))
-                return time_call(lambda: self._train(loss), self.device, repeats=4)
-
-            return Case("training step", name, shape, measure, tokens, note)
-
+        case = functools.partial(self._step_case, TRAINING, rows, length)
+        launched = "layers compiled, the memory launched kernel by kernel"
         yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
-        yield case("SMT stream", lambda ids: self._smt(ids), "compiled, the memory as one graph")
+        yield case("SMT stream", lambda ids: self._smt(ids), launched)
         if not with_variants:
             return
         yield case("SMT stream, no writes", lambda ids: self._smt(ids, writes=False), "compiled")
-        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), "compiled, the memory as one graph")
-        yield case(
-            "SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), "compiled, the memory as one graph"
-        )
-        yield case("SMT stream, memory launched", lambda ids: self._smt(ids, mode=None), "layers compiled")
+        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), launched)
+        yield case("SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), launched)
         yield case("SMT stream, eager", lambda ids: self._smt(ids, mode="eager"))
+        name = "GPT-2 of Hugging Face, eager"
+        yield case(name, lambda ids: self._gpt2_as_it_is(ids, length), f"vocabulary {self.sizes.config.vocab_size:,}")
+
+    def _graphs(self, length: int) -> Iterator[Case]:
+        """The memory as one CUDA graph, which takes long to compile: behind what may not fail for it."""
+        rows = max(1, self.sizes.tokens // length)
+        case = functools.partial(self._step_case, "training step, the memory as one graph", rows, length)
+        yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
+        yield case("SMT stream", lambda ids: self._smt(ids, mode="reduce-overhead"), "compiled")
+        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, mode="reduce-overhead", write_group=32), "compiled")
+
+    def _published(self, length: int) -> Iterator[Case]:
+        """The form of the source documents taken literally: 65 entries are encoded for every token, so one row is enough."""
+        case = functools.partial(self._step_case, "training step, the published form", 1, length)
+        yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
+        yield case("SMT as published", lambda ids: self._smt(ids, **PUBLISHED), "layers compiled")
+        yield case("SMT stream", lambda ids: self._smt(ids), "layers compiled")
+
+    def _hymbas(self, length: int) -> Iterator[Case]:
+        rows, config = max(1, self.sizes.tokens // length), self.sizes.hymba
+        case = functools.partial(self._step_case, "training step, Hymba", rows, length, vocabulary=config.vocab_size)
+        yield from hymba_training(config, case, self.device)
+
+    def _step_case(
+        self,
+        section: str,
+        rows: int,
+        length: int,
+        name: str,
+        prepare: Callable[[Tensor], Callable[[], Tensor]],
+        note: str = "",
+        vocabulary: int | None = None,
+    ) -> Case:
+        """Forward, loss and backward of ``rows`` sequences."""
+
+        def measure() -> Times:
+            loss = prepare(self.tokens_of(rows, length, vocabulary))
+            return time_call(lambda: self._train(loss), self.device, repeats=4, kernels=True)
+
+        return Case(section, name, f"{rows} x {length:,}", measure, rows * length, note)
+
+    def _gpt2_as_it_is(self, ids: Tensor, length: int) -> Callable[[], Tensor]:
+        with self.device:
+            model = build_gpt2(self.sizes.config, n_positions=length).train()
+
+        def step() -> Tensor:
+            return model(ids, labels=ids).loss
+
+        step.model = model
+        return step
 
     def _gpt2(self, ids: Tensor, length: int) -> Callable[[], Tensor]:
         config = dataclasses.replace(self.sizes.config, vocab_size=self.sizes.padded_vocabulary)
@@ -165,11 +173,12 @@ class Suite:
         step.model = model
         return step
 
-    def _smt(self, ids: Tensor, *, mode: str | None = "reduce-overhead", **changes: Any) -> Callable[[], Tensor]:
+    def _smt(self, ids: Tensor, *, mode: str | None = None, **changes: Any) -> Callable[[], Tensor]:
+        """Layers compiled as ``smt train`` does, or ``eager``, or with the memory compiled in a ``mode`` of its own."""
         model = self._model(**changes).train()
         if mode != "eager":
             model.decoder.compile()
-        if mode == "reduce-overhead":
+        if mode not in (None, "eager"):
             model.memory.compile(mode=mode)
 
         def step() -> Tensor:
@@ -187,7 +196,13 @@ class Suite:
     # Operations.
 
     def _attention(
-        self, length: int, dtype: torch.dtype, *, head_dim: int | None = None, kv_heads: int | None = None
+        self,
+        length: int,
+        dtype: torch.dtype,
+        *,
+        head_dim: int | None = None,
+        kv_heads: int | None = None,
+        with_flex: bool = False,
     ) -> Iterator[Case]:
         config = self.sizes.config
         heads, head_dim = config.transformer_n_heads, head_dim or config.head_dim
@@ -203,12 +218,14 @@ class Suite:
             ]
             return [torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True) for shape in shapes]
 
-        for name, attend, n_inputs in self._attentions(grouped=kv_heads != heads):
+        for name, attend, n_inputs in self._attentions(grouped=kv_heads != heads, with_flex=with_flex):
             for direction in ("forward", "forward + backward"):
                 measure = self._of_operation(attend, lambda n=n_inputs: inputs()[:n], direction)
                 yield Case(f"attention, {direction}", name, shape, measure)
 
-    def _attentions(self, *, grouped: bool = False) -> Iterator[tuple[str, Callable[..., Tensor], int]]:
+    def _attentions(
+        self, *, grouped: bool = False, with_flex: bool = False
+    ) -> Iterator[tuple[str, Callable[..., Tensor], int]]:
         """What is compared: a name, a function, and how many of q, k, v and the keys and values of slots it takes."""
 
         def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -217,6 +234,8 @@ class Suite:
 
         yield FULL_ATTENTION, full, 3
         yield "stream_attention", functools.partial(stream_attention, window=self.window), 5
+        if with_flex:
+            yield FLEX, functools.partial(flex_attention, window=self.window), 5
 
     def _loss(self) -> Iterator[Case]:
         config, rows = self.sizes.config, self.sizes.tokens
@@ -297,7 +316,7 @@ class Suite:
         model = self._model(**changes).train()
         config = model.config
         parameters = [*model.memory.parameters()]
-        tokens = model.embedding(self._ids(rows, length)).detach().requires_grad_()
+        tokens = model.embedding(self.tokens_of(rows, length)).detach().requires_grad_()
         state = model.initial_state(rows)
         writes = range(config.window.writes_made(length))
 
@@ -315,8 +334,8 @@ class Suite:
     def _decode_ours(self, rows: int) -> Times:
         model = self._model().to(torch.bfloat16).eval()
         with torch.no_grad():
-            _, aux = model(self._ids(rows, 256))
-            state, token = aux.state, self._ids(rows, 1)
+            _, aux = model(self.tokens_of(rows, 256))
+            state, token = aux.state, self.tokens_of(rows, 1)
 
             def sixteen() -> None:  # one of them writes
                 nonlocal state
@@ -331,15 +350,18 @@ class Suite:
         with self.device:
             return StrideMemoryTransformer(dataclasses.replace(self.sizes.config, **changes))
 
-    def _ids(self, rows: int, length: int) -> Tensor:
+    def tokens_of(self, rows: int, length: int, vocabulary: int | None = None) -> Tensor:
+        """Token ids, of our vocabulary or another."""
         generator = torch.Generator().manual_seed(length)
-        return torch.randint(self.sizes.config.vocab_size, (rows, length), generator=generator).to(self.device)
+        return torch.randint(vocabulary or self.sizes.config.vocab_size, (rows, length), generator=generator).to(self.device)
 
 
 def release(device: torch.device) -> None:
     """Give back what the case before held, compiled code included: the next one's memory is its own."""
     import gc
 
+    if "torch._dynamo" in sys.modules:  # else a program of two shapes would be one of any shape, and slower
+        torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -5,9 +5,10 @@ On a CPU, where there are neither graphs nor events, a call is timed by the wall
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +25,23 @@ class Times:
         call: from one call to the next, of calls in a row.
         host: median until a call returns to Python, the device idle before it; near ``call`` where the host holds it up.
         peak_bytes: the most memory that tensors took during a call; None on a CPU.
+        kernels: in which any kernel or copy of one call ran; None on a CPU, or where nobody asked.
+        remark: why something of it is not known.
     """
 
     call: float
     host: float
     peak_bytes: int | None
+    kernels: float | None = None
+    remark: str = ""
 
 
-def time_call(call: Callable[[], object], device: torch.device, repeats: int | None = None) -> Times:
-    """Time ``call``, which has been made ready, after a few calls that compile and fill caches."""
+def time_call(call: Callable[[], object], device: torch.device, repeats: int | None = None, *, kernels: bool = False) -> Times:
+    """Time ``call``, which has been made ready, after a few calls that compile and fill caches.
+
+    Args:
+        kernels: also in which time kernels ran, whatever the host did; where that cannot be told, the rest still can.
+    """
     repeats = REPEATS if repeats is None else repeats
     for _ in range(WARM_UPS):
         call()
@@ -51,7 +60,38 @@ def time_call(call: Callable[[], object], device: torch.device, repeats: int | N
     _wait(device)
     of_call = (time.perf_counter() - started) / repeats
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Times(of_call, statistics.median(of_host), peak)
+    of_kernels, remark = None, ""
+    if kernels:
+        try:
+            of_kernels = kernel_seconds(call, device)
+        except Exception as error:  # such as a driver that does not let everyone profile
+            remark = f"kernels not told apart: {type(error).__name__}: {error}"
+    return Times(of_call, statistics.median(of_host), peak, of_kernels, remark)
+
+
+def kernel_seconds(call: Callable[[], object], device: torch.device) -> float | None:
+    """In how many seconds of one call at least one kernel or copy ran, as PyTorch's profiler tells; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        _wait(device)
+    ran = [event for event in profiled.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    if not ran:
+        raise RuntimeError("the profiler has seen no kernel")
+    return 1e-6 * covered((event.time_range.start, event.time_range.end) for event in ran)
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of the intervals lasts."""
+    total, reached = 0.0, -math.inf
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total
 
 
 def time_kernels(call: Callable[[], object], device: torch.device, calls: int = 10) -> float:

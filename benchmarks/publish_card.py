@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench_card import as_cells, ceilings_line
-from card_cases import Row
+from bench_card import COLUMNS, as_cells, ceilings_line
+from card_rows import Row
 from committed import read
 
 # Of the README's table: what it is called there, section, our case, against what.
@@ -17,7 +17,6 @@ SPEED = (
     ("attention, forward + backward", "attention, forward + backward", "stream_attention", "SDPA, full causal"),
     ("loss, forward + backward", "loss, forward + backward", "linear_cross_entropy", "compiled linear + cross-entropy"),
 )
-COLUMNS = ("case", "shape", "time", "host", "tokens/s", "peak", "ratio", "")
 
 
 def speed_table() -> str:

@@ -56,7 +56,7 @@ class Outcome:
 def card_parts(out: Path, minutes: float) -> list[Part]:
     """What is run on a GPU in a few minutes: the smoke tests, at most a third of the time, and the figures that matter."""
     workers = str(max(2, min(14, (os.cpu_count() or 2) - 2)))
-    smoke = ("-m", "pytest", "tests/kernels", "-m", "native", "-n", workers)
+    smoke = ("-m", "pytest", "tests/kernels", "tests/smt/model", "tests/smt/hymba", "-m", "native", "-n", workers)
     files = ("--json", str(out / "card.json"), "--markdown", str(out / "card.md"))
     return [
         Part("smoke tests", smoke, 20 * minutes),

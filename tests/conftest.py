@@ -1,13 +1,14 @@
 """What every test runs under: the device, the interpreter where there is no GPU, threads, one seed per test.
 
 Without a CUDA device, Triton kernels run in their interpreter, mended by ``smt_kernels.testing.interpreter``; with one,
-they run natively, and ``TRITON_INTERPRET=1 pytest`` asks for the interpreter all the same. Three markers name needs:
+they run natively, and ``TRITON_INTERPRET=1 pytest`` asks for the interpreter all the same. Four markers name needs:
 
     triton        triton must be installed (every parametrisation with the triton backend carries it)
     interpreter   kernels must be interpreted, because their memory accesses are counted
     cuda          kernels must run natively
+    mamba         mamba-ssm and causal-conv1d must be installed
 
-A test whose need is not met is deselected, and the last lines of the report say how many and why. A fourth names a choice:
+A test whose need is not met is deselected, and the last lines of the report say how many and why. A fifth names a choice:
 ``pytest -m native`` is every kernel in every dtype and mode, with few distinct ones to compile.
 """
 
@@ -29,6 +30,7 @@ import pytest
 import torch
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+MAMBA_INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d"))
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
@@ -47,6 +49,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 _NEEDS = {
     "triton": (TRITON_INSTALLED, "triton is not installed"),
     "cuda": (DEVICE == "cuda", "no kernel runs natively here"),
+    "mamba": (MAMBA_INSTALLED, "mamba-ssm or causal-conv1d is not installed"),
     "interpreter": (INTERPRETED, "kernels run natively here; set TRITON_INTERPRET=1 to count what they read and write"),
 }
 _deselected: Counter[str] = Counter()
@@ -59,6 +62,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for line in deprecations.filters():
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two; where kernels are compiled for a GPU, which is most of the time there, as many as there are cores for."""
+    return 2 if DEVICE == "cpu" else max(2, min(14, (os.cpu_count() or 2) - 2))
 
 
 def pytest_report_header() -> str:

@@ -1,9 +1,12 @@
 """The benchmark for a GPU, on tiny sizes and the CPU: it stops in time, loses nothing, and one failure costs one row."""
 
 import argparse
+import dataclasses
+import functools
 import importlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +14,9 @@ import pytest
 import torch
 
 from smt import SMTConfig
+from smt.config import PUBLISHED
+from smt.hymba import HymbaConfig
+from smt_kernels import stream_attention
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CONFIG = SMTConfig(
@@ -45,8 +51,9 @@ def options_for(folder, only):
     return argparse.Namespace(only=only, json=folder / "card.json", markdown=folder / "card.md")
 
 
-def test_sections_are_measured_and_reported_with_ratios_to_what_a_user_would_take(load, suite, tmp_path, capsys):
-    bench = load("bench_card")
+def test_sections_are_measured_and_reported_with_ratios_to_what_a_user_would_take(load, suite, tmp_path, capsys, monkeypatch):
+    bench, blocked = load("bench_card"), functools.partial(stream_attention, backend="blocked")
+    monkeypatch.setattr(load("card_cases"), "flex_attention", blocked)  # which compiles for longer than all else takes
     rows = bench.run(suite, time.monotonic() + 600, options_for(tmp_path, "attention,all writes"))
     assert all(row.seconds > 0 for row in rows), [row for row in rows if row.seconds is None]
     assert {row.section.split(",")[0] for row in rows} == {
@@ -55,6 +62,7 @@ def test_sections_are_measured_and_reported_with_ratios_to_what_a_user_would_tak
     }
     ours = [row for row in rows if row.case == "stream_attention" and row.section == "attention, forward"]
     assert len(ours) == 6 and all(row.ratio is not None for row in ours)
+    assert sum(row.case.startswith("FlexAttention") for row in rows) == 6
     document = json.loads((tmp_path / "card.json").read_text())
     assert len(document["rows"]) == len(rows) and document["environment"]["torch"] == torch.__version__
     report = (tmp_path / "card.md").read_text()
@@ -68,8 +76,9 @@ def test_a_case_that_fails_costs_its_row_alone(load, suite, tmp_path, monkeypatc
     def measure():
         raise RuntimeError("an illegal\naddress")
 
-    good = cards.Case("a section", "good", "1", lambda: 0.5)
-    monkeypatch.setattr(cards.Suite, "cases", lambda self: iter([good, cards.Case("a section", "bad", "1", measure), good]))
+    case = load("card_rows").Case
+    good = case("a section", "good", "1", lambda: 0.5)
+    monkeypatch.setattr(cards.Suite, "cases", lambda self: iter([good, case("a section", "bad", "1", measure), good]))
     rows = bench.run(suite, time.monotonic() + 600, options_for(tmp_path, None))
     assert [row.seconds for row in rows] == [0.5, None, 0.5]
     assert rows[1].note == "RuntimeError: an illegal address" and rows[2].ratio == 1.0
@@ -78,7 +87,7 @@ def test_a_case_that_fails_costs_its_row_alone(load, suite, tmp_path, monkeypatc
 
 def test_nothing_begins_after_the_time_is_up_and_what_was_measured_is_kept(load, suite, tmp_path, monkeypatch):
     bench, cards = load("bench_card"), load("card_cases")
-    cases = [cards.Case("a section", str(index), "1", lambda: 1.0) for index in range(5)]
+    cases = [load("card_rows").Case("a section", str(index), "1", lambda: 1.0) for index in range(5)]
     monkeypatch.setattr(cards.Suite, "cases", lambda self: iter(cases))
     clock = iter([0.0, 1.0, math.inf])
     monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
@@ -95,4 +104,56 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(load, monkeypatch, capsys
 
 def test_times_of_calls_are_medians_and_means_of_what_the_clock_said(load):
     times = load("card_clock").time_call(lambda: time.sleep(0.002), torch.device("cpu"), repeats=3)
-    assert 0.002 <= times.host <= times.call * 1.5 and times.peak_bytes is None
+    assert 0.002 <= times.host <= times.call * 1.5 and times.peak_bytes is times.kernels is None
+
+
+def test_kernels_that_overlap_count_once_and_what_cannot_be_profiled_is_said(load, monkeypatch):
+    clock, rows = load("card_clock"), load("card_rows")
+    assert clock.covered([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (2.5, 2.75)]) == 4.0 and clock.covered([]) == 0.0
+
+    def fails(call, device):
+        raise RuntimeError("no permission")
+
+    monkeypatch.setattr(clock, "kernel_seconds", fails)
+    case = rows.Case("s", "c", "1", lambda: clock.time_call(lambda: None, torch.device("cpu"), kernels=True), note="compiled")
+    row = case.row()
+    assert row.seconds is not None and row.kernel_seconds is None
+    assert row.note == "compiled; kernels not told apart: RuntimeError: no permission"
+
+
+def test_a_library_that_is_missing_costs_its_rows_by_name(load, suite, tmp_path, monkeypatch):
+    for name in ("causal_conv1d", "mamba_ssm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    rows = load("bench_card").run(suite, time.monotonic() + 600, options_for(tmp_path, "SSM write"))
+    assert [(row.case, row.seconds is None) for row in rows] == 2 * [
+        ("causal-conv1d and mamba-ssm", True), ("stride_write", False), ("mamba-ssm, its scan alone", True),
+    ]  # fmt: skip
+    assert "causal_conv1d" in rows[0].note and "mamba_ssm" in rows[2].note
+
+
+def test_no_time_is_shown_of_a_write_that_is_wrong(load, suite):
+    ssm = load("card_ssm")
+    problem = ssm.make_problem(CONFIG, 1, 20, suite.device, time_last=True)
+    ssm.check(ssm.our_write, problem)
+    with pytest.raises(ArithmeticError, match="its results are off by"):
+        ssm.check(lambda *arguments: 1.1 * ssm.our_write(*arguments), problem)
+
+
+def test_every_case_is_listed_once_and_the_published_form_trains(load, suite):
+    suite.sizes = dataclasses.replace(suite.sizes, lengths=(48, 24, 32))
+    cases = [(case.section, case.name, case.shape) for case in suite.cases()]
+    assert len(set(cases)) == len(cases)
+    assert {(section, case) for _, section, case, _ in load("publish_card").SPEED} <= {case[:2] for case in cases}
+    step = suite._smt(suite.tokens_of(1, 24), mode="eager", **PUBLISHED)
+    suite._train(step)
+    assert step.model.config.encoding == "token" and all(p.grad is not None for p in step.model.decoder.blocks.parameters())
+
+
+def test_a_hymba_of_the_study_trains_and_decodes_in_the_benchmark(load, suite, monkeypatch):
+    of_hymba, sizes = load("card_hymba"), {"d_model": 16, "n_layers": 3, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 20}
+    config = HymbaConfig(**sizes, dropout=0.0)
+    monkeypatch.setattr(of_hymba, "PROMPT", 5)
+    step = of_hymba.training_step(config, suite.tokens_of(2, 9, 20), suite.device, compiled=False)
+    suite._train(step)
+    assert all(parameter.grad is not None for parameter in step.model.parameters())
+    assert of_hymba.decoding(config, 2, suite.tokens_of, suite.device).call > 0

@@ -14,6 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from smt_kernels import WindowSpec, stream_attention, stream_attention_decode
 
+HALF = (torch.float16, torch.bfloat16)
 # Keys (B, T, H_kv, D) and values (B, T, H_kv, P, D).
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -72,9 +73,13 @@ def _by_pieces(attention: Callable[..., Tensor], *held: KeysAndValues | None) ->
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last of T queries (B, T, H, D) sees all of S >= T keys, the one before it one less, and so on: (B, T, H, D)."""
     n_queries, n_before = q.shape[1], k.shape[1] - q.shape[1]
-    grouped = q.shape[2] != k.shape[2]
+    is_square, grouped = n_before <= n_queries, q.shape[2] != k.shape[2]
+    if grouped and q.device.type == "cuda" and not (is_square and q.dtype in HALF):
+        # Of the fused kernels for GPUs the one that groups heads takes nothing else: all scores would be formed and kept.
+        k, v = (part.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for part in (k, v))
+        grouped = False
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if n_before <= n_queries:
+    if is_square:
         # Fused kernels know a causal square without a mask: queries in front, whose results nobody wants, complete it.
         q = pad(q, (0, 0, 0, 0, n_before, 0)).transpose(1, 2)
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)[:, n_before:]

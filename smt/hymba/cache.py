@@ -111,7 +111,8 @@ class HymbaCache:
 
     def rows(self, rows: Tensor) -> HymbaCache:
         """A copy of the rows at ``rows`` (R,) int64, in their order, repeated if they are."""
-        lengths = tuple(self.lengths[row] for row in rows.tolist())
+        alike = len(set(self.lengths)) == 1  # and nothing to read from the device
+        lengths = self.lengths[:1] * len(rows) if alike else tuple(self.lengths[row] for row in rows.tolist())
         layers = [layer.of_rows(rows) for layer in self.layers]
         return replace(self, layers=layers, lengths=lengths, device_lengths=self.device_lengths[rows])
 

@@ -19,11 +19,13 @@ class RMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` of one dimension, with its parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., d)."""
+        """x (..., d) -> (..., d), in the dtype of x."""
         # What is compiled, or runs in mixed precision or on a GPU, has a kernel of its own; ``torch.func`` takes PyTorch's.
         plain = x.device.type == "cpu" and x.dtype == self.weight.dtype in (torch.float32, torch.float64)
         if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed():
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            # Of two dtypes PyTorch makes a chain of small operations, and warns; it computes in the wider one in any case.
+            wide = torch.promote_types(x.dtype, self.weight.dtype)
+            return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 

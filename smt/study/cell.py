@@ -37,6 +37,8 @@ from smt.training.run_files import RESULTS_FILE, has_finished
 from smt.training.settings import RunConfig
 
 TRAINING, EQUAL_TIME, ORPO = "training", "equal_time", "orpo"
+# What a run says of the machine, which is the same in both stages.
+OF_THE_MACHINE = ("device", "compile", "mixed_precision")
 # Of samples, as at the end of a run.
 TEMPERATURE, TOP_P = 0.8, 0.95
 
@@ -59,7 +61,8 @@ def work(folder: Path) -> None:
     if not measured_file(folder, ORPO).is_file():
         seed = first.training.seed
         make_pairs(folder, load(folder / TRAINING, first), text, wanted["pairs"], seed)
-        second = second_stage(folder / TRAINING, folder / PAIRS_FILE, seed, wanted["orpo"])
+        fields = {**{name: getattr(first.training, name) for name in OF_THE_MACHINE}, **wanted["orpo"]}
+        second = second_stage(folder / TRAINING, folder / PAIRS_FILE, seed, fields)
         _stage(folder, ORPO, second, text, wanted)
 
 

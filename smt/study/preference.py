@@ -18,8 +18,8 @@ from smt.training.second_stage import SECOND_STAGE, staged
 from smt.training.settings import RunConfig
 
 PAIRS_FILE, HELD_OUT_FILE = "pairs.jsonl", "held_out_pairs.jsonl"
-# Prompts that are continued together.
-TOGETHER = 32
+# Prompts that are continued together: a GPU takes as long for many as for few.
+TOGETHER = {"cpu": 32, "cuda": 512}
 
 
 def make_pairs(folder: Path, model: RunModel, text: TokenizedCorpus, settings: dict[str, Any], seed: int) -> None:
@@ -27,13 +27,14 @@ def make_pairs(folder: Path, model: RunModel, text: TokenizedCorpus, settings: d
 
     The former are of training documents, the latter of held-out ones.
     """
-    lengths = {name: settings[name] for name in ("prompt_length", "completion_length")}
+    sizes = {name: settings[name] for name in ("prompt_length", "completion_length")}
+    sizes["batch_size"] = TOGETHER[model.embedding.weight.device.type]
     for name, documents, count in (
         (PAIRS_FILE, text.train, settings["n_pairs"]),
         (HELD_OUT_FILE, text.validation, settings["n_held_out_pairs"]),
     ):
         if not (folder / name).is_file():
-            pairs = corpus_pairs(model, documents, count, seed=seed, batch_size=TOGETHER, **lengths)
+            pairs = corpus_pairs(model, documents, count, seed=seed, **sizes)
             write_pairs(folder / name, pairs, text.tokenizer)
 
 

@@ -142,9 +142,12 @@ def _steps_of_equal_time(cells: Sequence[StudyCell], decided: Mapping[str, int |
     Where some have been decided before, others, of further seeds or of models that had failed, are given the same time.
     """
     told = {cell.label: read_json(measured_file(cell.folder, TRAINING)) for cell in cells}
-    of_step = {label: of["training_seconds"] / of["steps"] for label, of in told.items()}
+    # Without the time in which a model is compiled, which is no matter of its layout.
+    of_step = {label: of["train_tokens"] / of["tokens_per_second"] / of["steps"] for label, of in told.items()}
     before = {label: steps for label, steps in decided.items() if steps is not None and label in told}
-    times = [steps * of_step[label] for label, steps in before.items()] or [of["training_seconds"] for of in told.values()]
+    times = [steps * of_step[label] for label, steps in before.items()] or [
+        of["steps"] * of_step[label] for label, of in told.items()
+    ]
     return {label: before.get(label) or max(1, round(statistics.median(times) / seconds)) for label, seconds in of_step.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,8 +123,10 @@ def _sample(model: torch.nn.Module, document: np.ndarray, config: RunConfig, tok
     length = model_config.m_input_tokens if isinstance(model_config, SMTConfig) else max(1, config.data.chunk_length // 4)
     prompt = torch.tensor(document[:length].tolist(), device=device)
     generator = torch.Generator(device).manual_seed(config.training.seed)
-    (tokens,) = model.generate(
-        prompt[None], config.training.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, generator=generator
-    )
+    options = {"temperature": SAMPLE_TEMPERATURE, "top_p": SAMPLE_TOP_P, "generator": generator}
+    # A compiled model would compile for this one prompt, which takes longer than the whole sample.
+    eager = torch.compiler.set_stance("force_eager") if config.training.compiles(device) else nullcontext()
+    with eager:
+        (tokens,) = model.generate(prompt[None], config.training.sample_tokens, **options)
     read, drawn = prompt[1:].cpu(), tokens[len(prompt) :].cpu()
     return tokenizer.decode(read), tokenizer.decode(drawn, after=read)

@@ -83,7 +83,10 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read per second of training."""
+        """Tokens read per second of training; of a process with more steps than one without the first, in which it compiles."""
+        per_token = self.seconds_per_token
+        if per_token:
+            return 1 / per_token
         return self.n_tokens / self.seconds if self.seconds else 0.0
 
     @property

@@ -139,7 +139,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
             say(loaded, flush=True)
         if accelerator.process_index:  # the same weights on every process, but dropout of its own
             torch.manual_seed(config.training.seed + accelerator.process_index)
-        compiled = {"auto": accelerator.device.type == "cuda", "true": True, "false": False}[config.training.compile]
+        compiled = config.training.compiles(accelerator.device)
         if compiled:
             model.compile()
         size = f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters"

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import yaml
 
 from smt.baselines.architectures import CONFIGS
@@ -29,6 +30,8 @@ from smt.runtime.fields import (
 )
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
+# Compiling takes up to a minute or two, and saves a few hundredths of a second of each step.
+LEAST_STEPS_TO_COMPILE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,8 @@ class TrainingConfig:
         clip: largest norm of the gradient, to which it is clipped.
         gradient_accumulation_steps: batches of each optimiser step.
         gradient_checkpointing: keep only the input of every decoder block and recompute the rest in the backward pass.
-        compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU.
+        compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU, unless the run has so
+            few ``steps`` that it would gain nothing (``LEAST_STEPS_TO_COMPILE``).
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU with bf16 tensor cores (Ampere and
             later), else none.
         evaluations: how many times the held-out documents are evaluated, evenly over the run, the last at its end; never
@@ -134,6 +138,11 @@ class TrainingConfig:
         check_at_least(self, 1, *counts, "save_steps", "save_total_limit")
         check_at_least(self, 0, "sample_tokens")
         check_seed("seed", self.seed)
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether a model is compiled that is trained on ``device``."""
+        is_worth_it = device.type == "cuda" and (self.steps is None or self.steps >= LEAST_STEPS_TO_COMPILE)
+        return {"auto": is_worth_it, "true": True, "false": False}[self.compile]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from smt.state.carried import CarriedStates
 from smt.training.objective import ChunkLoss, PairLogProbabilities
 from smt.training.shapes import full_shape
 
+# Batches of pairs that are all of one width are as wide as the longest pair, in such steps, which suit the blocks of kernels.
+WIDTH_STEP = 64
 # A mean, or a sum, over a batch, and what makes nats of it.
 Term = tuple[Tensor, float]
 
@@ -128,7 +130,7 @@ class Preference:
         if longest > data.chunk_length:
             raise ValueError(f"pairs must have at most chunk_length = {data.chunk_length} steps in a row, one has {longest}")
         self.walk = PairWalk(pairs, batch_size=data.batch_size, seed=seed, rank=rank, world_size=world_size)
-        self._length, self._strength = data.chunk_length, strength
+        self._width, self._strength = min(data.chunk_length, -(-longest // WIDTH_STEP) * WIDTH_STEP), strength
 
     def objective(self, model: nn.Module) -> nn.Module:
         """The module that distributed training wraps."""
@@ -136,7 +138,7 @@ class Preference:
 
     def full_shape(self, batch: PairBatch) -> PairBatch:
         """The same batch in the shape of every other."""
-        return batch.widened(self._length)
+        return batch.widened(self._width)
 
     def counts(self, batch: PairBatch) -> list[int]:
         """Targets of the chosen rows, and steps, positions and pairs of all."""

@@ -95,7 +95,7 @@ def test_a_model_over_several_devices_and_hooks_that_would_not_run_are_refused(t
     with pytest.raises(ValueError, match=r"device_map must be of one device, .*: got \['cpu', 'disk'\]"):
         SMTForCausalLM.from_pretrained(tmp_path, device_map=devices, offload_folder=tmp_path / "offloaded")
     model = SMTForCausalLM.from_pretrained(tmp_path, device_map="auto")
-    ids, seen = torch.ones(1, 3, dtype=torch.long), []
+    ids, seen = torch.ones(1, 3, dtype=torch.long, device=model.device), []
     model.register_forward_hook(lambda *given: seen.append(given))
     assert model(ids).logits.shape == (1, 3, VOCAB) and seen
     model.model.register_forward_hook(lambda *given: None)

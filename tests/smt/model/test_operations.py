@@ -63,7 +63,8 @@ def training_steps(monkeypatch, batch, length, n_steps, **switches):
     return steps
 
 
-@pytest.mark.triton(launches=False)
+@pytest.mark.triton
+@pytest.mark.interpreter
 def test_a_layer_of_a_training_step_is_forty_operations_at_most(monkeypatch):
     two, four = (training_steps(monkeypatch, 8, 4096, 3, writes=False, transformer_n_layers=n_layers) for n_layers in (2, 4))
     per_layer = [(len(more.names) - len(less.names)) / 2 for less, more in zip(two, four, strict=True)]
@@ -73,7 +74,8 @@ def test_a_layer_of_a_training_step_is_forty_operations_at_most(monkeypatch):
     assert max(once) <= 60, "what is done once for all layers"
 
 
-@pytest.mark.triton(launches=False)
+@pytest.mark.triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_training_step_needs_nothing_of_the_host_no_double_precision_and_no_sums_by_index(encoding, monkeypatch):
     sizes = dict(transformer_n_layers=2, d_model=128, transformer_n_heads=2, d_k=64)

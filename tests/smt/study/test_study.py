@@ -118,6 +118,7 @@ def test_all_models_begin_stage_2_with_pairs_of_their_own(made):
     for of in of_models:
         config = yaml.safe_load((of / ORPO / "config.yaml").read_text())
         assert config["training"]["init_from"] == {"checkpoint": str(of / TRAINING)}
+        assert config["training"]["device"] == "cpu"  # as in stage 1, wherever a GPU is
 
 
 def test_a_second_time_nothing_is_trained_and_what_has_failed_is_tried_again(made, tmp_path, monkeypatch, capsys):

@@ -63,7 +63,8 @@ def run_two(folder: Path, texts: Path, how: str, *interrupted_after: int) -> Pat
     file.write_text(json.dumps(settings(texts, 2)))
     script = Path(__file__).with_name("one_of_two.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if how == "fsdp" else {})}
+    # FSDP would shard over GPUs if it saw any.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(FSDP if how == "fsdp" else {})}
     command = [*launcher, str(script), str(folder), str(file), how, *map(str, interrupted_after)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

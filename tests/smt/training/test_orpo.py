@@ -195,7 +195,7 @@ def first_stages(text, tmp_path_factory):
 def second(first, pairs, **overrides):
     given = {
         "stage": "orpo", "init_from": f"checkpoint={first}", "pairs": str(pairs), "steps": 12, "learning_rate": 1e-2,
-        "orpo_lambda": 1.0, "evaluations": 3, "sample_tokens": 0, "batch_size": 3, **overrides,
+        "orpo_lambda": 1.0, "evaluations": 3, "sample_tokens": 0, "batch_size": 3, "device": "cpu", **overrides,
     }  # fmt: skip
     return staged("orpo", given)
 

@@ -4,7 +4,9 @@ import json
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +18,7 @@ from smt.data.local import read_text
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.perplexity import Evaluation
 from smt.evaluation.subjects import open_run
+from smt.training import ending
 from smt.training.clock import Clock
 from smt.training.run import run
 from smt.training.settings import RunConfig
@@ -172,3 +175,11 @@ class TestRun:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ValueError, match="device 'cuda' was asked for, but PyTorch finds no GPU"):
             run(run_config(tmp_path, device="cuda", steps=1), tmp_path / "out")
+
+    def test_the_sample_at_the_end_of_a_compiled_run_compiles_nothing(self, tmp_path):
+        config, programs = run_config(tmp_path, compile="true"), []
+        model, tokenizer = StrideMemoryTransformer(config.model), SimpleNamespace(decode=lambda ids, **named: len(ids))
+        model.compile(backend=lambda graph, inputs: programs.append(graph) or graph.forward)
+        assert ending._sample(model, np.arange(20), config, tokenizer) == (5, 5) and not programs
+        model.generate(torch.arange(6)[None], 1)
+        assert programs

@@ -14,6 +14,7 @@ from smt.data.walk import IGNORE_INDEX
 from smt.evaluation.perplexity import Evaluation
 from smt.training.clock import Clock
 from smt.training.objective import ChunkLoss
+from smt.training.progress import Progress
 from smt.training.settings import TrainingConfig
 
 
@@ -162,6 +163,15 @@ class TestLoop:
             assert trainer.progress.history.train_loss == pytest.approx(plain.progress.history.train_loss, rel=1e-6)
             for one, two in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
                 torch.testing.assert_close(one, two)
+
+    def test_the_speed_of_a_run_leaves_out_its_first_step_which_compiles(self):
+        done = Progress(seconds=60.0)
+        done.add(8, 8, 8)
+        assert done.tokens_per_second == 8 / 60.0
+        done.end_first()
+        done.seconds += 1.0
+        done.add(8, 8, 8)
+        assert done.tokens_per_second == 8.0
 
     def test_evaluations_may_be_every_so_many_steps(self):
         assert train_tiny(steps=7, eval_steps=3, evaluations=1)[2] == [3, 6, 7]

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 import pytest
+import torch
 from tiny_training import run_config
 
 from smt.training.clock import Clock, schedule
@@ -47,6 +48,17 @@ class TestSettings:
     @pytest.mark.parametrize(("value", "word"), [(True, "true"), (False, "false"), ("auto", "auto"), ("true", "true")])
     def test_a_truth_value_of_yaml_is_the_word_where_there_are_more_than_two(self, value, word):
         assert RunConfig.from_dict({"training": {"compile": value}}).training.compile == word
+
+    @pytest.mark.parametrize(
+        ("fields", "on_gpu", "on_cpu"),
+        [
+            *(({}, True, False), ({"steps": 60}, False, False), ({"steps": 4000}, True, False), ({"epochs": 1}, True, False)),
+            *(({"compile": "true", "steps": 1}, True, True), ({"compile": "false"}, False, False)),
+        ],
+    )
+    def test_a_gpu_compiles_what_is_trained_long_enough_to_gain_by_it(self, fields, on_gpu, on_cpu):
+        config = TrainingConfig(**fields)
+        assert config.compiles(torch.device("cuda")) == on_gpu and config.compiles(torch.device("cpu")) == on_cpu
 
     def test_overrides_find_their_part_and_are_read_as_its_types(self):
         overrides = {"stride": "10", "encoding": "token", "writes": "false", "steps": "none", "learning_rate": "1e-3"}
