@@ -145,9 +145,8 @@ def _steps_of_equal_time(cells: Sequence[StudyCell], decided: Mapping[str, int |
     # Without the time in which a model is compiled, which is no matter of its layout.
     of_step = {label: of["train_tokens"] / of["tokens_per_second"] / of["steps"] for label, of in told.items()}
     before = {label: steps for label, steps in decided.items() if steps is not None and label in told}
-    times = [steps * of_step[label] for label, steps in before.items()] or [
-        of["steps"] * of_step[label] for label, of in told.items()
-    ]
+    whole = {label: of["steps"] for label, of in told.items()}
+    times = [steps * of_step[label] for label, steps in (before or whole).items()]
     return {label: before.get(label) or max(1, round(statistics.median(times) / seconds)) for label, seconds in of_step.items()}
 
 
