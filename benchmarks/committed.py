@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "studies"
 
-FULL, STREAM_ATTENTION = "full causal (SDPA)", "stream_attention, blocked"
+FULL, FLEX, STREAM_ATTENTION = "full causal (SDPA)", "FlexAttention, compiled", "stream_attention, blocked"
 GPT2, CACHE, STATIC_CACHE = "GPT-2, full attention (Hugging Face)", "GPT-2, KV cache", "GPT-2, static KV cache"
 STREAM, STRIDE, TOKEN, POOLS_TOKENS = "SMT stream", "SMT stride", "SMT token", "SMT stream, pools tokens"
 
@@ -21,6 +21,8 @@ VARIANTS = {
     "token": "memory, `token`",
     "open_gates": "memory, open gates",
     "no_readout": "memory without readout",
+    **{f"group_{size}": f"memory, groups of {size}" for size in (1, 8, 16, 32, 64)},
+    "pools_tokens": 'memory, `pool_source="tokens"`',
     "silent_slots": "silent slots",
     "no_writes": "*no writes*",
     "no_writes_3_layers": "no writes, three layers",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import publish_study
 import yaml
 from committed import (
     CACHE,
+    FLEX,
     FULL,
     GPT2,
     POOLS_TOKENS,
@@ -51,6 +53,9 @@ def speed_table() -> str:
 
     for what, task in (("attention, forward", "Forward:"), ("forward and backward", "Forward and backward")):
         add(what, "full causal attention", attention, task, STREAM_ATTENTION, (1024, 4096, 16384))
+    pairs = [[found(attention, "Forward:", of, length) for of in (FLEX, STREAM_ATTENTION)] for length in (1024, 4096, 16384)]
+    cells = [f"{_times(_ratio(*pair))} at {pair[0]['length']:,}" for pair in pairs]
+    lines.insert(-1, _line("attention, forward", "FlexAttention, the same mask", *cells))
     for name, case in (("`stream`", STREAM), ("`stride`", STRIDE)):
         add(f"training step, {name}", "GPT-2", training, "Training", case, (2048, 8192))
     contexts = (1024, 4096, 65536)
@@ -76,13 +81,17 @@ def speed_table() -> str:
 def attention_table() -> str:
     """Attention alone."""
     rows = read("attention_cpu")["rows"]
-    columns = ("length", "SDPA forward", "`stream_attention`", "ratio", "SDPA forward + backward", "`stream_attention`")
-    lines = [*_header(*columns, "ratio", "limit")]
+    columns = ("length", "SDPA forward", "FlexAttention, the same mask", "`stream_attention`", "ratio to each")
+    lines = [*_header(*columns, "SDPA forward + backward", "`stream_attention`", "ratio", "limit")]
     for length in sorted({row["length"] for row in rows}):
         cells = [f"{length:,}"]
         for task in ("Forward:", "Forward and backward"):
-            full, ours = (found(rows, task, case, length) for case in (FULL, STREAM_ATTENTION))
-            cells += [_seconds(full), _seconds(ours), _times(ours.get("ratio"))]
+            full, flex, ours = (found(rows, task, case, length) for case in (FULL, FLEX, STREAM_ATTENTION))
+            ratios = _times(ours.get("ratio")), _times(_ratio(flex, ours))
+            if task == "Forward:":
+                cells += [_seconds(full), _seconds(flex), _seconds(ours), ", ".join(ratio for ratio in ratios if ratio)]
+            else:
+                cells += [_seconds(full), _seconds(ours), ratios[0]]
         lines.append(_line(*cells, _times(found(rows, "Forward:", STREAM_ATTENTION, length)["flop_limit"])))
     return "\n".join([*lines, "", _measured_on("attention_cpu")])
 
@@ -137,6 +146,20 @@ def study_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def seeds_table(name: str) -> str:
+    """A study whose budgets are seeds: the loss of each variant, and what it loses to no writes of the same seed."""
+    cells, seeds = study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
+    lines = [*_header("", *(seed.replace("_", " ") for seed in seeds), "mean", "to *no writes*")]
+    for variant, title in VARIANTS.items():
+        if all((seed, variant) in cells for seed in seeds):
+            losses, control = ([float(cells[seed, of]["best loss"]) for seed in seeds] for of in (variant, "no_writes"))
+            gains = [loss - other for loss, other in zip(losses, control, strict=True)]
+            gained = "-" if variant == "no_writes" else f"{statistics.fmean(gains):+.3f} ± {statistics.stdev(gains):.3f}"
+            shown = [f"{loss:.3f}" for loss in (*losses, statistics.fmean(losses))]
+            lines.append(_line(title, *shown, gained))
+    return "\n".join(lines)
+
+
 def budgets_table(operation: str) -> str:
     """What the calls of an operation may take, and where they may take more."""
     budgets = yaml.safe_load((ROOT / "benchmarks" / "kernel_budgets.yaml").read_text(encoding="utf-8"))
@@ -162,6 +185,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "decoding": decoding_table,
     "stdlib": stdlib_sentence,
     "study": study_table,
+    "seeds": seeds_table,
     "comparison": publish_study.section,
     "budgets": budgets_table,
     "claims": claims.as_markdown,
