@@ -31,7 +31,7 @@ def run(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},  # else it begins anew
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "rows.json").read_text())["rows"], folder / "rows.png"
