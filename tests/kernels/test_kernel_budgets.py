@@ -104,7 +104,8 @@ def test_the_audit_gives_a_row_for_every_key_in_order(audit, row, monkeypatch):
 
     monkeypatch.setattr(audit, "compile_ahead", compiled)
     decode, window = "stream_attention_decode", "window_attention"
-    calls = [(decode, 32, "gfx942"), (window, 16, "sm_90"), (decode, 16, "gfx942"), (decode, 32, "sm_80"), (decode, 16, "sm_80")]
+    calls = [(decode, 32, "gfx942"), (window, 16, "sm_90"), (decode, 16, "gfx942")]
+    calls += [(decode, 32, "sm_80"), (decode, 16, "sm_80")]
     keys = [audit.Key(operation, "forward", size, "bf16", target) for operation, size, target in calls]
     rows = list(audit.audit(keys, processes=2))
     assert [row.key for row in rows] == keys
