@@ -37,6 +37,8 @@ TRAINING_LENGTHS = [512 * 2**i for i in range(5)]
 # Of the lengths, repeats and seconds: what ends within ten minutes on two cores, a minute, and whenever.
 DEFAULT, QUICK, FULL = (6, 3, 7, 20.0), (4, 2, 3, 3.0), (8, 5, 15, 120.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# That takes the training steps.
+MODEL = {"vocab_size": 4096, "d_model": 256, "d_k": 256, "transformer_n_layers": 4, "transformer_n_heads": 4, "ssm_n_layers": 4}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -85,9 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     described = environment(device)
     print("\n".join(f"{name:<13} {value}" for name, value in described.items()))
     sizes = AttentionSizes(options.batch, options.heads, options.head_dim, DTYPES[options.dtype], device, WindowSpec())
-    config = SMTConfig(
-        vocab_size=4096, d_model=256, d_k=256, dropout=0.0, transformer_n_layers=4, transformer_n_heads=4, ssm_n_layers=4
-    )
+    config = SMTConfig(**MODEL, dropout=0.0)
     attention, training = options.sections != "training", options.sections != "attention"
     try:
         _check(sizes, config, attention, training, with_flex=not options.quick)

@@ -72,12 +72,14 @@ def padded_size(size: int) -> int:
     return max(16, power_of_two(size))
 
 
-@torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """That of a CUDA device, asked for once."""
     return _capability(device)
 
 
+# As ``torch.compiler.assume_constant_result`` marks it, without importing the compiler, and Triton with it, which takes as long
+# as importing PyTorch.
+compute_capability._dynamo_marked_constant = True
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 

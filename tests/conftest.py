@@ -14,6 +14,7 @@ A test whose need is not met is deselected, and the last lines of the report say
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import os
@@ -23,7 +24,7 @@ import signal
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import deprecations
 import pytest
@@ -98,8 +99,12 @@ def _launches_kernels(item: pytest.Item) -> bool:
         return False
     if marker := item.get_closest_marker("triton"):
         return marker.kwargs.get("launches", True)
-    # What hypothesis made of a function has its own source at the end.
-    return bool(re.search(r"""(backend=|use_backend\()"triton\"""", inspect.getsource(inspect.unwrap(item.function))))
+    return _names_triton(inspect.unwrap(item.function))  # what hypothesis made of a function has its own source at the end
+
+
+@functools.cache
+def _names_triton(function: Callable) -> bool:
+    return bool(re.search(r"""(backend=|use_backend\()"triton\"""", inspect.getsource(function)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -175,12 +175,10 @@ def _report_nvidia(kernel: Any, target: str) -> KernelReport:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        usage, sass = (
-            subprocess.run([str(cuobjdump), flag, str(cubin)], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", sass))
+        command = [str(cuobjdump), "-res-usage", "-sass", str(cubin)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = int(re.search(r"REG:(\d+)", listing)[1])
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", listing))
     num_warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     registers_of_warp = -(-registers * 32 // 256) * 256  # allocated 256 at a time
     programs = min(32, 64 // num_warps, 65536 // registers_of_warp // num_warps, _SHARED_OF_SM[target] // (shared + 1024))

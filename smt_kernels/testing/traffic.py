@@ -58,35 +58,50 @@ class Traffic:
 
 
 class _Argument:
-    """The exact set of addresses that one tensor argument owns: a strided view owns none of the gaps between its rows."""
+    """The exact set of addresses that one tensor argument owns, and the first and last program to use each of its elements.
+
+    A strided view owns none of the gaps between its rows.
+    """
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
         self.start = tensor.data_ptr()
         self.itemsize = tensor.element_size()
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        owned = torch.zeros(extent if tensor.numel() else 0, dtype=torch.bool)
+        owned = torch.zeros(extent, dtype=torch.bool)
         owned.as_strided(tensor.shape, tensor.stride()).fill_(True)
         self.owned = owned.numpy()
+        self.stop = self.start + extent * self.itemsize
+        self.first = np.full(extent, np.iinfo(np.int64).max)
+        self.last = np.full(extent, -1)
+        self.written = np.zeros(extent, dtype=bool)
 
-    def owns(self, addresses: np.ndarray) -> np.ndarray:
-        """Which of the byte addresses (int64) are elements of this tensor."""
-        offsets = addresses - self.start
-        elements = offsets // self.itemsize
-        inside = (elements >= 0) & (elements < len(self.owned)) & (offsets % self.itemsize == 0)
-        return inside & self.owned[np.where(inside, elements, 0)] if len(self.owned) else inside
+    def elements(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The elements at byte addresses (int64), and which of these are elements of this tensor."""
+        elements, rest = np.divmod(addresses - self.start, self.itemsize)
+        inside = (elements >= 0) & (elements < len(self.owned)) & (rest == 0)
+        return elements, inside & self.owned[np.where(inside, elements, 0)]
+
+    def use(self, elements: np.ndarray, program: int, *, write: bool) -> None:
+        """Note that ``program`` reads or writes ``elements``."""
+        self.first[elements] = np.minimum(self.first[elements], program)
+        self.last[elements] = np.maximum(self.last[elements], program)
+        if write:
+            self.written[elements] = True
+
+    def raced(self) -> int:
+        """Bytes that one program wrote and another read or wrote."""
+        return int((self.written & (self.first < self.last)).sum()) * self.itemsize
 
 
 class _Recorder:
     def __init__(self) -> None:
         self.traffic = Traffic()
         self.arguments: list[_Argument] = []
-        self.accesses: list[tuple[_Argument, bool, int, np.ndarray]] = []
 
     def begin(self, kernel: str, names: list[str], arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
         tensors = {name: arguments[name] for name in names if isinstance(arguments.get(name), Tensor)}
-        self.arguments = [_Argument(name, tensor) for name, tensor in tensors.items()]
-        self.accesses = []
+        self.arguments = [_Argument(name, tensor) for name, tensor in tensors.items() if tensor.numel()]
         self.traffic.addresses.update(argument.start for argument in self.arguments)
         self.traffic.launches.append(Launch(kernel, grid))
 
@@ -94,9 +109,11 @@ class _Recorder:
         addresses = pointers.data[np.broadcast_to(np.asarray(mask, dtype=bool), pointers.data.shape)].astype(np.int64)
         if not addresses.size:
             return
-        action = "write" if write else "read"
+        action, lowest, highest = "write" if write else "read", addresses.min(), addresses.max()
         for argument in self.arguments:
-            owned = argument.owns(addresses)
+            if highest < argument.start or lowest >= argument.stop:
+                continue
+            elements, owned = argument.elements(addresses)
             if owned.all():
                 break
             if owned.any():
@@ -107,25 +124,12 @@ class _Recorder:
         self.traffic.launches[-1].bytes += addresses.size * argument.itemsize
         _, height, depth = builder.grid_dim
         x, y, z = builder.grid_idx
-        self.accesses.append((argument, write, (x * height + y) * depth + z, np.unique(addresses)))
+        argument.use(elements, (x * height + y) * depth + z, write=write)
 
     def end(self) -> None:
         for argument in self.arguments:
-            mine = [(write, program, addresses) for owner, write, program, addresses in self.accesses if owner is argument]
-            if not any(write for write, _, _ in mine):
-                continue
-            addresses = np.concatenate([part for _, _, part in mine])
-            programs = np.concatenate([np.full(len(part), program) for _, program, part in mine])
-            writes = np.concatenate([np.full(len(part), write) for write, _, part in mine])
-            unique, index = np.unique(addresses, return_inverse=True)
-            first, last = np.full(len(unique), programs.max() + 1), np.full(len(unique), -1)
-            np.minimum.at(first, index, programs)
-            np.maximum.at(last, index, programs)
-            written = np.zeros(len(unique), dtype=bool)
-            np.logical_or.at(written, index, writes)
-            raced = int(((first != last) & written).sum())
-            if raced:
-                self.traffic.raced[argument.name] += raced * argument.itemsize
+            if raced := argument.raced():
+                self.traffic.raced[argument.name] += raced
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class Case:
 
 
 CASES = [
-    Case("first writes", layers=3, dropout=True),
+    Case("first writes", writes=4, dropout=True),
     Case("later writes, ragged", writes=6, first_write=5, slots=4, first_step=11, gate=True, batch=3),
     Case("zero slots before the first", slots=3, first_step=-7, group=1, writes=3, layers=1, taps=2),
     Case("tokens alone", slots=None, writes=9, dropout=True, gate=True, normalise=False),

@@ -1,4 +1,4 @@
-"""Which backend runs is what was asked for, never silently another; and importing needs neither triton nor a GPU."""
+"""Which backend runs is what was asked for, never silently another; ``test_import.py`` does without triton and a GPU."""
 
 from __future__ import annotations
 
@@ -47,12 +47,6 @@ ATTENTIONS = ("window_attention", "stream_attention", "stream_attention_decode")
 def run(device: str = "cpu", backend: str | None = None, operation: str = "window_attention") -> BackendChoice:
     call(operation, device=device, backend=backend)
     return last_choice(operation)
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment)
 
 
 @pytest.mark.parametrize("operation", ATTENTIONS)
@@ -185,52 +179,36 @@ def test_no_choice_is_known_before_the_first_call():
     assert last_choice("an operation that never ran") is None
 
 
-@pytest.mark.triton(launches=False)
-def test_triton_on_a_cpu_and_what_counts_it_say_how_to_get_the_interpreter():
-    code = (
-        "import torch; from smt_kernels import window_attention\n"
-        "try:\n"
-        "    window_attention(*torch.randn(3, 1, 4, 1, 16), n_memory=1, backend='triton')\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-        "import smt_kernels.testing.traffic"
-    )
-    done = run_python(code, CUDA_VISIBLE_DEVICES="")
-    assert "backend 'triton' was asked for by the backend argument, but the tensors are on cpu" in done.stdout
-    assert "set TRITON_INTERPRET=1 before the first import of triton" in done.stdout
-    assert done.returncode != 0
-    assert "RuntimeError: smt_kernels.testing.interpreter needs TRITON_INTERPRET=1, set before the first import" in done.stderr
+WITHOUT_THE_INTERPRETER = """
+import os
+import torch
+from smt_kernels import window_attention
+q, k, v = torch.randn(3, 1, 20, 1, 16).bfloat16()
+try:
+    window_attention(q, k, v, n_memory=1, backend="triton")
+except ValueError as error:
+    print(error)
+try:
+    import smt_kernels.testing.interpreter
+except RuntimeError as error:
+    print(error)
+os.environ["TRITON_INTERPRET"] = "1"
+out, expected = (window_attention(q, k, v, n_memory=1, backend=name).float() for name in ("triton", "blocked"))
+assert (out - expected).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+"""
 
 
 @pytest.mark.triton(launches=False)
-def test_interpreted_kernels_are_right_without_importing_the_testing_kit():
-    code = (
-        "import torch; from smt_kernels import window_attention\n"
-        "q, k, v = torch.randn(3, 1, 20, 1, 16).bfloat16()\n"
-        "out, expected = (window_attention(q, k, v, n_memory=1, backend=b).float() for b in ('triton', 'blocked'))\n"
-        "assert (out - expected).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()"
-    )
-    done = run_python(code, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
+def test_triton_on_a_cpu_says_how_to_get_the_interpreter_which_is_right_without_the_testing_kit():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", WITHOUT_THE_INTERPRETER]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-
-
-def test_importing_and_running_need_neither_triton_nor_a_gpu():
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch, smt_kernels\n"
-        "from smt_kernels import last_choice, use_backend, window_attention\n"
-        "q, k, v = torch.randn(3, 1, 4, 1, 16, requires_grad=True).unbind(0)\n"
-        "window_attention(q, k, v, n_memory=1).sum().backward()\n"
-        "assert last_choice('window_attention').backend == 'blocked'\n"
-        "try:\n"
-        "    window_attention(q, k, v, n_memory=1, backend='triton')\n"
-        "except ValueError as error:\n"
-        "    assert 'triton is not installed' in str(error), error\n"
-        "else:\n"
-        "    raise AssertionError('triton ran without triton')\n"
-    )
-    done = run_python(code, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stderr
+    of_the_call, of_the_kit = done.stdout.splitlines()
+    assert "backend 'triton' was asked for by the backend argument, but the tensors are on cpu" in of_the_call
+    assert "set TRITON_INTERPRET=1 before the first import of triton" in of_the_call
+    assert of_the_kit.startswith("smt_kernels.testing.interpreter needs TRITON_INTERPRET=1, set before the first import")
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", TRITON])

@@ -90,14 +90,28 @@ def test_every_call_asks_for_what_its_budgets_allow_under_the_settings_of_every_
     audit.enforce(broken, budgets, compiler)
 
 
-def test_the_audit_gives_a_row_for_every_key_in_order(audit):
-    keys = [audit.Key("stream_attention_decode", "forward", size, "bf16", "gfx942") for size in (32, 16)]
-    keys.append(audit.Key("window_attention", "forward", 16, "bf16", "sm_90"))
-    rows = list(audit.audit(keys, processes=1))
+def test_the_audit_gives_a_row_for_every_key_in_order(audit, row, monkeypatch):
+    """Calls for the same targets are compiled together, whose reports come in order of target, then call."""
+
+    def compiled(calls, targets):
+        (kernel,) = row.kernels
+        named = [f"{call.function}, {call.arguments['q'].shape[-1]}" for call in calls]
+        return [
+            dataclasses.replace(kernel, kernel=name, target=target, call=index)
+            for target in targets
+            for index, name in enumerate(named)
+        ]
+
+    monkeypatch.setattr(audit, "compile_ahead", compiled)
+    decode, window = "stream_attention_decode", "window_attention"
+    calls = [(decode, 32, "gfx942"), (window, 16, "sm_90"), (decode, 16, "gfx942")]
+    calls += [(decode, 32, "sm_80"), (decode, 16, "sm_80")]
+    keys = [audit.Key(operation, "forward", size, "bf16", target) for operation, size, target in calls]
+    rows = list(audit.audit(keys, processes=2))
     assert [row.key for row in rows] == keys
-    for row in rows:
-        (kernel,), (launch,) = row.kernels, row.count.traffic.launches
-        assert kernel.target == row.key.target and kernel.kernel == launch.kernel and row.count.traffic.bytes > 0
+    for key, (kernel,), counted in ((row.key, row.kernels, row.count) for row in rows):
+        assert kernel.kernel == f"smt_kernels.{key.operation}.kernels:forward, {key.size}" and kernel.target == key.target
+        assert len(counted.traffic.launches) == 1 and counted.traffic.bytes > 0
 
 
 def test_what_is_launched_with_other_settings_is_counted_anew(audit):

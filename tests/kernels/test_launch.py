@@ -63,6 +63,10 @@ def test_capabilities_fall_into_the_family_with_their_instructions(capability, f
     assert launch.architecture_family(torch.device("cuda", 0)) == "cdna"
 
 
+def test_the_compiler_takes_the_capability_of_a_device_for_a_constant():
+    assert vars(launch.compute_capability) == vars(torch.compiler.assume_constant_result(lambda: None))
+
+
 class Compiled:
     """What a launch leaves behind: it can be launched again without its compiler."""
 

@@ -208,15 +208,17 @@ EVERYTHING = (*OF_AN_IMPLEMENTATION, "test_autograd_registration", "test_aot_dis
 def test_the_operators_pass_opcheck(backend, make, device):
     checks = EVERYTHING if backend == "blocked" else OF_AN_IMPLEMENTATION
     call = make(device)
+    inputs = call.leaves()
     with Seen() as seen:
-        for used in (slice(None), slice(1)):  # gradients of all outputs, and of the first alone
-            inputs = call.leaves()
-            outputs = call(inputs, backend)[used]
-            torch.autograd.grad(outputs, list(inputs.values()), [torch.rand_like(out) for out in outputs], allow_unused=True)
-    forward, backward, _, of_first = seen.calls
-    torch.library.opcheck(forward[0], copied(forward[1], differentiable=True), test_utils=checks)
-    both = backend == "blocked" and len(call(call.inputs, backend)) > 1
-    for function, arguments in (backward, of_first) if both else (backward,):
+        outputs = call(inputs, backend)
+        # Gradients of all outputs, and of the first alone.
+        for used in [outputs, outputs[:1]] if backend == "blocked" and len(outputs) > 1 else [outputs]:
+            grads = [torch.rand_like(out) for out in used]
+            torch.autograd.grad(used, list(inputs.values()), grads, allow_unused=True, retain_graph=True)
+    (forward, arguments), *backward = seen.calls
+    torch.library.opcheck(forward, copied(arguments, differentiable=True), test_utils=checks)
+    assert backward
+    for function, arguments in backward:
         torch.library.opcheck(function, copied(arguments, differentiable=False), test_utils=checks)
 
 

@@ -109,7 +109,7 @@ def test_a_folder_of_another_configuration_is_an_error_before_anything_runs(stud
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(jobs, texts, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text("variants: {broken: {text: missing.txt}, whole: {}}")
-    for name in ("tokenizers", "json", "smt"):  # what is in the current folder is not imported
+    for name in ("tokenizers", "json", "yaml", "torch", "smt"):  # what is in the current folder is not imported
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

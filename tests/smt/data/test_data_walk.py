@@ -48,7 +48,7 @@ def some_walks(test):
         together=st.booleans(),
         epochs=st.integers(1, 2),
     )
-    return settings(deadline=None)(walks(test))
+    return settings(max_examples=40, deadline=None)(walks(test))
 
 
 class TestOneEpoch:

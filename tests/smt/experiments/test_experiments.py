@@ -12,7 +12,7 @@ from smt.evaluation.scorer import TokenScores
 from smt.experiments import cell as cell_module
 from smt.experiments.paired import BLOCK, FEW_DOCUMENTS, paired_difference
 from smt.experiments.record import named, read_records
-from smt.experiments.run import FAILURE_FILE, Processes, attempt_apart, run_study
+from smt.experiments.run import FAILURE_FILE, run_study
 from smt.experiments.settings import STUDY_FOLDER, Study
 from smt.runtime.process import Interrupted, signals_as_interrupts
 from smt.training.settings import RunConfig
@@ -112,13 +112,6 @@ class TestStudy:
 
 
 class TestRunning:
-    def test_the_process_of_a_cell_imports_nothing_of_the_current_folder(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        for name in ("tokenizers", "yaml", "torch"):
-            (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
-        error = attempt_apart(tmp_path, 1, Processes())
-        assert error.startswith("ValueError: ") and "cell.yaml" in error
-
     @pytest.mark.parametrize(("command", "error"), [("kill -9 $$", "the process ended by signal 9"), ("exit 1", "exit code 1")])
     def test_a_process_that_dies_is_a_failed_cell_whatever_an_earlier_attempt_left(self, command, error, tmp_path, monkeypatch):
         program = tmp_path / "python"

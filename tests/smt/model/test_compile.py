@@ -9,7 +9,7 @@ import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
 
-CHUNKS, LENGTH = 20, 16
+CHUNKS, LENGTH = 7, 16
 
 
 def build(**switches):

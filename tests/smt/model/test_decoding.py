@@ -55,7 +55,7 @@ operations = st.one_of(
         *(("stream", empty, source) for empty in ("mask", "zero") for source in ("window", "tokens")),
     ],
 )
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(script=st.lists(operations, min_size=6, max_size=24))
 def test_any_splits_rows_padding_and_reloads_give_what_each_row_gives_alone(
     encoding, empty_slots, pool_source, script, tmp_path_factory
