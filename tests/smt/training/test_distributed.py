@@ -52,14 +52,9 @@ def run_two(folder: Path, texts: Path) -> None:
     (folder / "settings.json").write_text(json.dumps(settings(texts, 2)))
     script = Path(__file__).with_name("one_of_two.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-<<<<<<< HEAD
-    # FSDP would shard over GPUs if it saw any.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(FSDP if how == "fsdp" else {})}
-    command = [*launcher, str(script), str(folder), str(file), how, *map(str, interrupted_after)]
-=======
     command = [*launcher, str(script), str(folder), str(folder / "settings.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
->>>>>>> w-fast
+    # FSDP would shard over GPUs if it saw any.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("training 7 documents") == 3  # only one of them talks
