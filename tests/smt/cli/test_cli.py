@@ -134,7 +134,7 @@ def test_whatever_a_command_raises_is_one_line_and_no_success(raised, code, mess
 
 
 def test_warnings_are_one_line(capsys, tmp_path):
-    assert main(["train", "--config", "tiny", "--stride", "1", "--text", str(tmp_path / "missing")]) == 1
+    assert main(["train", "--config", "tiny", "--device", "cpu", "--stride", "1", "--text", str(tmp_path / "missing")]) == 1
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("smt: warning: stride = 1 is far from m_input_tokens // 3 = 5")
     assert error.startswith("smt: error: text must be a file or a folder")
