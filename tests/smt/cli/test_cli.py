@@ -48,7 +48,7 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
 )
 def test_errors_are_one_line_without_a_traceback(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--steps", "1", *arguments]) == 1
+    assert main(["train", "--steps", "1", "--device", "cpu", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("smt: error: ") and message in error
     assert error.count("\n") == 1 and "Traceback" not in error
@@ -58,7 +58,7 @@ def test_errors_are_one_line_without_a_traceback(arguments, message, capsys, tmp
 def test_debug_raises_the_error_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
-        main(["train", "--text", "missing.txt", "--debug"])
+        main(["train", "--text", "missing.txt", "--device", "cpu", "--debug"])
 
 
 def test_a_missing_package_says_how_to_install_it(texts, tmp_path, monkeypatch, capsys):
@@ -134,7 +134,7 @@ def test_whatever_a_command_raises_is_one_line_and_no_success(raised, code, mess
 
 
 def test_warnings_are_one_line(capsys, tmp_path):
-    assert main(["train", "--config", "tiny", "--stride", "1", "--text", str(tmp_path / "missing")]) == 1
+    assert main(["train", "--config", "tiny", "--device", "cpu", "--stride", "1", "--text", str(tmp_path / "missing")]) == 1
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("smt: warning: stride = 1 is far from m_input_tokens // 3 = 5")
     assert error.startswith("smt: error: text must be a file or a folder")
