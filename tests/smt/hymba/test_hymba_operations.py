@@ -40,9 +40,9 @@ def unread(monkeypatch):
 @pytest.mark.parametrize("name", ["hybrid", "parallel"])
 def test_a_training_step_waits_for_nothing(name):
     model, ids = model_of(configuration(name)).train(), torch.randint(SIZES["vocab_size"], (2, 9))
-    model.encode(ids)  # makes a table of frequencies, once per device
+    model.hidden(ids)  # makes a table of frequencies, once per device
     with Asked() as asked:
-        model.encode(ids).sum().backward()
+        model.hidden(ids).sum().backward()
     assert asked.of_host == [] and torch.float64 not in asked.dtypes
 
 
