@@ -35,7 +35,7 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
         (["--encoding", "tokens"], "encoding must be one of token, stride, stream, got 'tokens'"),
         (
             ["--config", "missing.yaml"],
-            "one of the examples (finetune, novels, orpo, pg19, recall, shakespeare, stdlib, stdlib_gpu, tiny, wikitext103, ",
+            "one of the examples (finetune, novels, orpo, pg19, recall, recall_pairs, shakespeare, stdlib, stdlib_gpu, tiny, ",
         ),
         (["--architecture", "gpt3"], "architecture must be one of smt, gpt2, hymba, got 'gpt3'"),
         (["--resume", "missing"], "--resume goes on with a run as it was begun; it takes no other setting"),
