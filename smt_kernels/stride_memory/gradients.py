@@ -1,8 +1,8 @@
 """The memory's writes in Triton, backward: groups and layers from the last to the first.
 
     group     final RMSNorm (launch)
-    layer     W_out (product);   gate, scan, its share of W_dt (launch);   W_x, convolution (launch);   W_in (product);
-              RMSNorm, residual (launch)
+    layer     W_out (product);   gate, scan, its share of W_dt (launch);   sums of the shares (launch);   W_x, convolution
+              (launch);   W_in (product);   RMSNorm, residual (launch)
     group     du of pooling (launch);   W_k, W_q (products);   slots (launch)
     pass      tokens (launch);   every weight (one product);   sums
 
@@ -23,12 +23,11 @@ from smt_kernels.attention_pool.strips import strips_of
 from smt_kernels.launch import ceil_div
 from smt_kernels.stride_memory.kept import Kept, kept_of
 from smt_kernels.stride_memory.norm import norm_backward, weight_sums
-from smt_kernels.stride_memory.places import Layer, Place, layers_of, places_of, pooled_by, written_of_layers
+from smt_kernels.stride_memory.places import Layer, Place, layers_of, packed, places_of, pooled_by, written_of_layers
 from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, Pass
 from smt_kernels.stride_write.blocks import partial_sums
 from smt_kernels.stride_write.conv_states import conv_states_backward
 from smt_kernels.stride_write.convolution_backward import convolution_backward, tap_sums
-from smt_kernels.stride_write.kernels import fewer
 from smt_kernels.stride_write.order import Order, order_of
 from smt_kernels.stride_write.scan import scan_block
 from smt_kernels.stride_write.scan_backward import ScanGradients, scan_backward
@@ -63,7 +62,7 @@ def backward(
     """Gradients of tokens, slots (empty for None), all weights and both states, each in the dtype of its input."""
     run = Pass.of(run)
     kept = kept_of(buffer, "triton", run)
-    run = run._replace(weights=MemoryWeights(*(weight.contiguous() for weight in run.weights)))
+    run = run._replace(weights=packed(run.weights))
     tokens, slots, weights, inputs, *_ = run
     batch, n_slots = len(tokens), run.n_slots
     places = places_of(run.groups(), batch)
@@ -140,7 +139,7 @@ def _layers_backward(
     """From the gradients of the slots of one group to those of what is pooled."""
     _, inner, n_state = run.weights.a.shape
     n_writes, batch = len(place.group.writes), grads.ssm.shape[1]
-    blocks = ceil_div(inner, scan_block("scan_backward", n_writes, n_state, grads.x.device))
+    blocks = ceil_div(inner, scan_block("scan_backward", n_state, grads.x.device))
     chunks = place.chunks.stop - place.chunks.start
     gate = None if run.inputs.gate is None else run.inputs.gate[:, place.writes]
     d_slots = grads.slots[run.n_slots :][place.writes].flatten(0, 1)
@@ -152,18 +151,18 @@ def _layers_backward(
     of_u, of_dt, of_projected = map(place.writes_of_layers, (grads.conv, grads.dt_product, grads.projected))
     of_norm = grads.norm[:, : weight_sums(len(d_x))].unbind(0)
     of_bias, of_a, of_d = (part[:, :chunks].unbind(0) for part in (grads.bias, grads.a, grads.d))
-    written = written_of_layers(place, kept)
+    written, starts = written_of_layers(place, kept), kept.starts[:, place.chunks].mT.unbind(0)
     norm_backward(d_slots, totals[-1], run.weights.norm_f, None, d_x, of_x[-1], of_norm[-1])
     for i, (layer, of_layer) in reversed([*enumerate(layers)]):
         torch.mm(of_x[i + 1], layer.out_proj, out=d_y_rows)
         of_scan = ScanGradients(of_z[i], of_u[i], of_dt[i], partials, of_layer.ssm, of_bias[i], of_a[i], of_d[i])
-        scan_backward(d_y, of_layer.ssm, z[i], gate, written[i], layer.write, written[i].starts, of_scan, adds=True)
+        scan_backward(d_y, of_layer.ssm, z[i], gate, written[i], layer.write, starts[i], of_scan, adds=True)
         convolution_backward(
             layer.inputs,
             layer.conv_state,
             order,
             layer.write,
-            fewer(partials),
+            partials,
             of_layer.new_conv,
             of_layer.conv,
             of_projected[i],
@@ -192,19 +191,20 @@ def _empty(kept: Kept, weights: MemoryWeights, inputs: Inputs, places: list[Plac
             weights.conv_weight.shape[2] + 1,
         ),
         "bias": (layers, chunks, batch, inner),
-        "a": (layers, chunks, batch, inner, n_state),
+        "a": (layers, chunks, batch, n_state, inner),
         "d": (layers, chunks, batch, inner),
     }
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     zeros = kept.x.new_zeros(sum(sizes)).split(sizes)
     sums = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), zeros, strict=True)}
+    sums["a"] = sums["a"].mT
     return Gradients(
         x=kept.normed.new_empty(kept.x.shape),
         xz=torch.empty_like(kept.xz),
         conv=torch.empty_like(kept.u),
         dt_product=torch.empty_like(kept.u),
         projected=kept.u.new_empty(kept.projected.shape),
-        ssm=kept.starts.new_empty(inputs.ssm_state.shape),
+        ssm=torch.empty_like(kept.starts[:, 0]).mT,
         **sums,
     )
 

@@ -24,7 +24,7 @@ class Kept(NamedTuple):
     normed: Tensor  # (L, K, B, d)
     xz: Tensor  # (L, K, B, 2 E), what goes into the convolution, and z
     y: Tensor  # (L, K, B, E)
-    starts: Tensor  # (L, chunks, B, E, N), the SSM states before each chunk of a group
+    starts: Tensor  # (L, chunks, B, N, E), the SSM states before each chunk of a group
     u: Tensor  # (L, K, B, E); from here on as ``stride_write`` keeps them
     projected: Tensor  # (L, K, B, R + 2 N)
     dt_product: Tensor  # (L, K, B, E); of the kernels alone
@@ -69,7 +69,7 @@ def _parts(backend: str, run: Pass) -> dict[str, Part]:
         normed=of_layers(width),
         xz=of_layers(2 * inner),
         y=of_layers(inner),
-        starts=part(layers, chunks_of(groups)[-1].stop, batch, inner, n_state, dtype=wide_dtype),
+        starts=part(layers, chunks_of(groups)[-1].stop, batch, n_state, inner, dtype=wide_dtype),
         u=of_layers(inner),
         projected=of_layers(weights.x_proj.shape[1], dtype=wide_dtype),
         dt_product=of_layers(inner) if fused else nothing,

@@ -20,8 +20,8 @@ from smt_kernels.attention_pool import reference as pool
 from smt_kernels.stride_memory.gradients import backward
 from smt_kernels.stride_memory.kept import new_kept
 from smt_kernels.stride_memory.norm import add_and_norm
-from smt_kernels.stride_memory.places import layers_of, places_of, pooled_by, written_of_layers
-from smt_kernels.stride_memory.reference import MemoryWeights, Pass
+from smt_kernels.stride_memory.places import layers_of, packed, places_of, pooled_by, written_of_layers
+from smt_kernels.stride_memory.reference import Pass
 from smt_kernels.stride_write.conv_states import conv_states
 from smt_kernels.stride_write.kernels import write_rows
 from smt_kernels.stride_write.order import order_of
@@ -34,7 +34,7 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Slots (B, K, d), both states after K writes, pooling weights (K, B, W) in fp32, and what ``backward`` needs."""
     run = Pass.of(run)
     buffer, kept = new_kept("triton", run)
-    run = run._replace(weights=MemoryWeights(*(weight.contiguous() for weight in run.weights)))
+    run = run._replace(weights=packed(run.weights))
     tokens, slots, weights, inputs, *_ = run
     (n_layers, inner, _), (batch, _, width), n_writes = weights.a.shape, tokens.shape, run.timeline.n_writes
     new_slots = weights.norm_f.new_empty(batch, n_writes, width)
@@ -44,8 +44,9 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     order, strides_place = order_of(inputs.gate), (1, batch)
     if slots is not None:
         kept.slots[: run.n_slots] = slots.transpose(0, 1)
-    kept.starts[:, 0] = inputs.ssm_state
-    n_chunks, layers, slots_by_time = kept.starts.shape[1], layers_of(run, kept), new_slots.transpose(0, 1)
+    states = kept.starts.mT
+    states[:, 0] = inputs.ssm_state
+    n_chunks, layers, slots_by_time = states.shape[1], layers_of(run, kept), new_slots.transpose(0, 1)
     for place in places_of(run.groups(), batch):
         pooled_from, strips = pooled_by(place, run, kept, dropout)
         kept_of_pool = pool.Kept(*map(place.rows_of, (pool_weights, kept.mean, kept.query, kept.u_pool)))
@@ -55,7 +56,7 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         totals, normed, xz, y = (place.rows_of_layers(of) for of in (kept.x, kept.normed, kept.xz, kept.y))
         z, gated = (place.writes_of_layers(of) for of in (kept.xz[..., inner:], kept.y))
         written, start, stop = written_of_layers(place, kept), place.chunks.start, place.chunks.stop
-        starts, ends = kept.starts[:, start].unbind(0), (kept.starts[:, stop] if stop < n_chunks else new_ssm).unbind(0)
+        starts, ends = states[:, start].unbind(0), (states[:, stop] if stop < n_chunks else new_ssm).unbind(0)
         for i, layer in enumerate(layers):
             add_and_norm(x, update if i else None, layer.norm, totals[i], normed[i])
             torch.mm(normed[i], layer.in_proj_t, out=xz[i])

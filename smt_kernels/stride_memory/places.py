@@ -13,8 +13,9 @@ from torch import Tensor
 from smt_kernels.attention_pool import reference as pool
 from smt_kernels.attention_pool.strips import Strips, strips_of
 from smt_kernels.stride_memory.kept import Kept, chunks_of
-from smt_kernels.stride_memory.reference import Group, Pass
+from smt_kernels.stride_memory.reference import Group, MemoryWeights, Pass
 from smt_kernels.stride_write import kept as write
+from smt_kernels.stride_write.blocks import by_channel
 from smt_kernels.stride_write.reference import Weights
 
 
@@ -46,6 +47,12 @@ def places_of(groups: list[Group], batch: int) -> list[Place]:
         start, stop = group.writes.start, group.writes.stop
         places.append(Place(group, slice(start, stop), slice(start * batch, stop * batch), chunks))
     return places
+
+
+def packed(weights: MemoryWeights) -> MemoryWeights:
+    """The weights as kernels take them: contiguous, but for a, of which the channels lie together, as they do of states."""
+    contiguous = MemoryWeights(*(weight.contiguous() for weight in weights))
+    return contiguous._replace(a=by_channel(weights.a))
 
 
 class Layer(NamedTuple):

@@ -64,7 +64,7 @@ def write(
     states, decay = scan.buffers(scan.at_once)
     states[0] = initial
     for index, chunk in enumerate(scan.chunks()):
-        kept.starts[index : index + 1] = states[0].mT  # which is empty where one chunk is all
+        kept.starts[index : index + 1] = states[0]  # which is empty where one chunk is all
         for part in scan.parts(chunk):
             size = part.stop - part.start
             scan.run(part, states[: size + 1], decay[:size])
@@ -95,7 +95,7 @@ def backward(
     weights = Weights(*map(accumulation, parameters))
     kept = kept_of("blocked", buffer, x, conv_state, len(weights.x_proj_weight), weights.a.shape[1])
     grad, z_wide = (accumulation(tensor).transpose(0, 1) for tensor in (grad_y, z))
-    starts = kept.starts if len(kept.starts) else accumulation(ssm_state)[None]
+    starts = kept.starts if len(kept.starts) else accumulation(ssm_state).mT[None]
     found = write_backward(grad, grad_conv, grad_ssm, z_wide, starts, weights, order_of(gate), kept)
     low = kept.projected[..., : weights.dt_proj_weight.shape[1]]
     grads = (
@@ -140,7 +140,7 @@ def write_backward(
     order: Order | None,
     kept: KeptBlocked,
 ) -> WriteGradients:
-    """From grad_y (K, B, E) and those of both states, (B, E, .); starts (chunks, B, E, N), the states before each chunk, z and
+    """From grad_y (K, B, E) and those of both states, (B, E, .); starts (chunks, B, N, E), the states before each chunk, z and
     weights in the accumulation dtype.
     """
     rank = weights.dt_proj_weight.shape[1]
@@ -148,7 +148,7 @@ def write_backward(
     dz = torch.ops.aten.silu_backward(grad * kept.inner, z)
     d_inner = grad * F.silu(z)
     d_projected = torch.empty_like(kept.projected)
-    d_scan = _Scan(kept, weights.a).backward(starts.mT, d_inner, grad_ssm, d_projected[..., rank:])
+    d_scan = _Scan(kept, weights.a).backward(starts, d_inner, grad_ssm, d_projected[..., rank:])
     d_dt = d_scan.dt.addcmul_(d_scan.written, kept.u)
     if order is not None:
         d_dt.masked_fill_(order.behind, 0.0)

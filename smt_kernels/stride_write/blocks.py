@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels import launch as launching
-from smt_kernels.launch import compiler_options
+from smt_kernels.launch import compiler_options, power_of_two
 
 
 @triton.jit
@@ -95,14 +95,21 @@ def store_columns(p_rows, columns, mask, COLUMNS: tl.constexpr):
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """How one kernel is launched, and how many values the largest block of one of its programs holds."""
+    """How one kernel is launched, how many values the largest block of one of its programs holds, and, where it walks over
+    writes, of how many of them it loads all at once.
+    """
 
     num_warps: int
     elements: int
+    steps: int = 1
 
     def width(self, rows: int) -> int:
         """How many of the E channels a program works on at a time, when it holds ``rows`` values for each."""
         return 1 << max(self.elements // rows, 1).bit_length() - 1
+
+    def steps_of(self, n_writes: int) -> int:
+        """How many writes a program loads at once, of so many."""
+        return min(self.steps, power_of_two(n_writes))
 
     @functools.cached_property
     def options(self) -> dict[str, int | bool]:
@@ -110,24 +117,26 @@ class BlockSettings:
 
 
 # Chosen by the rules of ``smt_kernels.launch``: no spills for N = 16 states of bf16 or fp32. Every kernel works on blocks of E,
-# whose size follows from what else a block holds: the scans (T, N, E) states, the convolutions (rows, E) inputs, a single write
-# (R + 2 N, E) products.
+# whose size follows from what else a block holds: the scans (N, E) states, the convolutions (rows, E) inputs, a single write
+# (R + 2 N, E) products. The scans have one warp, whose threads hold all states of a channel each: sums over states then take
+# no other thread, and nothing that a channel has one of is computed twice.
 _GPU = {
     "single_write": BlockSettings(num_warps=8, elements=12288),
-    "convolution": BlockSettings(num_warps=8, elements=4096),
-    "convolution_backward": BlockSettings(num_warps=8, elements=2048),
+    "convolution": BlockSettings(num_warps=4, elements=1024),
+    "convolution_backward": BlockSettings(num_warps=4, elements=512),
     # Products in fp32 run on ordinary units and take more registers.
     "convolution_fp32": BlockSettings(num_warps=4, elements=512),
     "convolution_backward_fp32": BlockSettings(num_warps=4, elements=512),
+    "fold": BlockSettings(num_warps=4, elements=4096),
     "conv_state": BlockSettings(num_warps=4, elements=256),
-    "scan": BlockSettings(num_warps=4, elements=4096),
-    "carry": BlockSettings(num_warps=4, elements=1024),
-    "local_backward": BlockSettings(num_warps=4, elements=4096),
-    "scan_backward": BlockSettings(num_warps=8, elements=4096),
+    "scan": BlockSettings(num_warps=1, elements=512, steps=8),
+    "carry": BlockSettings(num_warps=8, elements=512, steps=8),
+    "local_backward": BlockSettings(num_warps=1, elements=512, steps=8),
+    "scan_backward": BlockSettings(num_warps=1, elements=512, steps=4),
 }
 
 # The interpreter takes as long for a large block as for a small one.
-_INTERPRETER = BlockSettings(num_warps=1, elements=8192)
+_INTERPRETER = BlockSettings(num_warps=1, elements=8192, steps=4)
 
 
 def settings(kernel: str, device: torch.device) -> BlockSettings:
@@ -138,6 +147,11 @@ def settings(kernel: str, device: torch.device) -> BlockSettings:
 def strides(tensor: Tensor | None) -> tuple[int, ...]:
     """The strides that a kernel gets of ``tensor``, None included."""
     return (0, 0, 0) if tensor is None else tensor.stride()
+
+
+def by_channel(states: Tensor) -> Tensor:
+    """(..., E, N), in memory (..., N, E): each thread of a scan takes a channel, and all read what lies together."""
+    return states.mT.contiguous().mT
 
 
 def partial_sums(model: Tensor, *shape: int) -> Tensor:

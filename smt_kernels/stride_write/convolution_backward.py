@@ -7,40 +7,40 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels.launch import ceil_div, launch, padded_size, power_of_two
-from smt_kernels.stride_write.blocks import channels, load, silu_gradient, store
+from smt_kernels.stride_write.blocks import channels, load, settings, silu_gradient, store
 from smt_kernels.stride_write.convolution import ROWS, conv_inputs, conv_settings, tap
 from smt_kernels.stride_write.order import Order, places, ranks
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.tiles import dot
 
 
-@triton.jit
-def summed_rows(pointers, stride, mask, PARTIALS: tl.constexpr):
-    """The sum of ``PARTIALS`` partial sums of a wide block, four of them on the way at a time."""
-    b_sum = tl.zeros(pointers.shape, dtype=tl.float32)
-    for i in range(0, PARTIALS, 4):
-        for j in tl.static_range(4):
-            b_sum += load(pointers, mask & (i + j < PARTIALS))
-            pointers += stride
-    return b_sum
+@triton.jit(do_not_specialize=["stride_partials", "size"])
+def fold_kernel(partials, total, stride_partials, size, PARTIALS: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr):
+    """The sum of ``PARTIALS`` partial sums, P of them on the way at a time."""
+    o_entry = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    o_p = tl.arange(0, P)
+    b_sum = tl.zeros([SIZE], dtype=tl.float32)
+    for i in range(0, PARTIALS, P):
+        mask = (i + o_p < PARTIALS)[:, None] & (o_entry < size)[None, :]
+        b_sum += tl.sum(load(partials + (i + o_p).to(tl.int64)[:, None] * stride_partials + o_entry[None, :], mask), axis=0)
+    store(total + o_entry, b_sum, o_entry < size)
 
 
-@triton.jit(do_not_specialize=["first_write", "n_writes", "n_total", "stride_partials"])
+@triton.jit(do_not_specialize=["first_write", "n_writes", "n_total"])
 def convolution_backward_kernel(
-    x, conv_state, rank, place, count, conv_weight, conv_bias, x_proj_weight, partials, grad_conv,
-    d_u, d_projected, d_x, d_taps,
-    strides_x, strides_conv, strides_grad_conv, strides_d_x, stride_partials,
+    x, conv_state, rank, place, count, conv_weight, conv_bias, x_proj_weight, d_projected, grad_conv,
+    d_u, d_x, d_taps,
+    strides_x, strides_conv, strides_grad_conv, strides_d_x,
     n_batch, first_write, n_writes, n_total, width,
-    TAPS: tl.constexpr, WIDE: tl.constexpr, PARTIALS: tl.constexpr, ADDS: tl.constexpr,
+    TAPS: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
     FOLDS: tl.constexpr, SPREADS: tl.constexpr,
     ROWS: tl.constexpr, BATCH: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Gradients through W_x, SiLU and convolution of ``ROWS / BATCH`` writes of ``BATCH`` rows and one block of E.
 
-    ``FOLDS``: the partial sums are added up to d_projected; the gradient of the convolution's result takes the place of d_u;
-    d_taps (programs, E, C + 1), taps and then bias, are partial sums, added to what is there if ``ADDS``. ``SPREADS``: that
-    gradient goes on to the inputs, from all writes that they reached. One program can do both only if all later writes that
-    its inputs reached are its own, or were done before.
+    ``FOLDS``: the gradient of the convolution's result takes the place of d_u; d_taps (programs, E, C + 1), taps and then bias,
+    are partial sums, added to what is there if ``ADDS``. ``SPREADS``: that gradient goes on to the inputs, from all writes that
+    they reached. One program can do both only if all later writes that its inputs reached are its own, or were done before.
     """
     n_tiles = tl.cdiv(n_batch, BATCH)
     o_local = tl.arange(0, ROWS)
@@ -60,9 +60,7 @@ def convolution_backward_kernel(
         o_p = tl.arange(0, P)
         m_p = m_row[:, None] & (o_p < WIDE)[None, :]
         o_projected = (o_write.to(tl.int64) * n_batch + i_batch)[:, None] * WIDE + o_p[None, :]
-        b_projected = summed_rows(partials + o_projected, stride_partials, m_p, PARTIALS).to(d_projected.dtype.element_ty)
-        if tl.program_id(1) == 0:
-            tl.store(d_projected + o_projected, b_projected, mask=m_p)
+        b_projected = tl.load(d_projected + o_projected, mask=m_p, other=0.0)  # [ROWS, P]
         p_weight = x_proj_weight + o_p[:, None] * width + o_e[None, :]
         b_weight = tl.load(p_weight, mask=(o_p < WIDE)[:, None] & m_e[None, :], other=0.0)  # [P, E]
         b_du = load(p_du, m_out) + dot(b_projected, b_weight.to(b_projected.dtype))  # [ROWS, E]
@@ -115,8 +113,10 @@ def convolution_backward(
     *,
     adds: bool,
 ) -> None:
-    """Gradients of ``writes`` of the K, of which later ones are done: fills d_projected (len(writes), B, R + 2 N), d_x
-    (K, B, E; any strides) and d_taps (``tap_sums``, E, C + 1), and puts those of the convolution's result into d_u (K, B, E).
+    """Gradients of ``writes`` of the K, of which later ones are done.
+
+    Fills d_projected (len(writes), B, R + 2 N), the sum of ``partials`` (any number, *d_projected.shape), d_x (K, B, E; any
+    strides) and d_taps (``tap_sums``, E, C + 1), and puts those of the convolution's result into d_u (K, B, E).
     """
     _, batch, width = x.shape
     wide, whole = len(weights.x_proj_weight), len(writes) <= WHOLE
@@ -124,14 +124,24 @@ def convolution_backward(
     chosen = conv_settings("convolution_backward", x)
     block = max(chosen.width(rows), ROWS)
     arguments = conv_inputs(x, conv_state, order, weights, writes)
-    arguments |= {"partials": partials, "stride_partials": partials.stride(0), "grad_conv": grad_conv, "d_u": d_u}
-    arguments |= {"d_projected": d_projected, "d_x": d_x, "d_taps": d_taps, "strides_d_x": d_x.stride()[:2]}
+    fold(partials, d_projected)
+    arguments |= {"grad_conv": grad_conv, "d_u": d_u, "d_projected": d_projected}
+    arguments |= {"d_x": d_x, "d_taps": d_taps, "strides_d_x": d_x.stride()[:2]}
     arguments |= {"strides_grad_conv": (0, 0, 0) if grad_conv is None else grad_conv.stride()}
-    arguments |= {"WIDE": wide, "PARTIALS": len(partials), "ADDS": adds, "ROWS": rows, "BATCH": batch_block}
+    arguments |= {"WIDE": wide, "ADDS": adds, "ROWS": rows, "BATCH": batch_block}
     arguments |= {"E": block, "P": padded_size(wide), **chosen.options}
     grid = tap_sums(len(writes), batch), ceil_div(width, block)
     for folds, spreads in [(True, True)] if whole else [(True, False), (False, True)]:
         launch(convolution_backward_kernel, grid, x.device, **arguments, FOLDS=folds, SPREADS=spreads)
+
+
+def fold(partials: Tensor, total: Tensor) -> None:
+    """Fill ``total`` with the sum of contiguous ``partials`` (any number, *total.shape), in its dtype."""
+    chosen, count, size = settings("fold", total.device), len(partials), total.numel()
+    at_once = min(power_of_two(count), 64)
+    block = chosen.width(at_once)
+    sizes = {"size": size, "PARTIALS": count, "P": at_once, "SIZE": block, **chosen.options}
+    launch(fold_kernel, (ceil_div(size, block),), total.device, partials=partials, total=total, stride_partials=size, **sizes)
 
 
 # Most writes that one program of the backward pass has whole.

@@ -20,7 +20,7 @@ class Kept(NamedTuple):
     u: Tensor  # (K, B, E) in the dtype of x
     dt_product: Tensor  # (K, B, E) in the dtype of x, W_dt low
     projected: Tensor  # (K, B, R + 2 N), W_x u: low, b, c
-    starts: Tensor  # (chunks, B, E, N), the states before each chunk of more than one
+    starts: Tensor  # (chunks, B, N, E), the states before each chunk of more than one
 
 
 class KeptBlocked(NamedTuple):
@@ -33,7 +33,7 @@ class KeptBlocked(NamedTuple):
     dt_input: Tensor  # (K, B, E), before the softplus
     dt: Tensor  # (K, B, E)
     inner: Tensor  # (K, B, E), c . h + d u
-    starts: Tensor  # (chunks, B, E, N), the states before each chunk of more than one
+    starts: Tensor  # (chunks, B, N, E), the states before each chunk of more than one
 
 
 def _parts(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> dict[str, Part]:
@@ -54,7 +54,7 @@ def _parts_blocked(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int
 def _starts(x: Tensor, n_state: int) -> Part:
     batch, n_writes, width = x.shape
     n_chunks = -(-n_writes // CHUNK) if n_writes > CHUNK else 0
-    return Part((n_chunks, batch, width, n_state), accumulation_dtype(x.dtype))
+    return Part((n_chunks, batch, n_state, width), accumulation_dtype(x.dtype))
 
 
 _BACKENDS = {"triton": (Kept, _parts), "blocked": (KeptBlocked, _parts_blocked)}

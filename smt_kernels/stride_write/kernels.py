@@ -8,7 +8,7 @@ so one program has all of a row, and walks over E twice. Several writes are cut 
 parallel in rows, in blocks of E and in time:
 
     forward    convolution with its share of W_x | scan with W_dt
-    backward   scan backward with its share of W_dt | convolution backward with W_x
+    backward   scan backward with its share of W_dt | sums of the shares | convolution backward with W_x
 
 The forward pass keeps u and both products for the backward pass. Sums over rows and over blocks of E are left as one partial
 sum per program: no atomics. Where the gate is off, u is 0, hence b and c; dt is set to 0; the states pass.
@@ -25,6 +25,7 @@ from torch import Tensor
 from smt_kernels.launch import ceil_div, launch, power_of_two
 from smt_kernels.stride_write.blocks import (
     advance,
+    by_channel,
     channels,
     convolve,
     load,
@@ -55,7 +56,7 @@ def forward(
     """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E), both states after K, and
     ``kept_size`` elements for ``backward``.
     """
-    weights = Weights(*(weight.contiguous() for weight in parameters))
+    weights = _packed(parameters, one=x.shape[1] == 1)
     sizes = len(weights.x_proj_weight), weights.a.shape[1]
     buffer, kept = new_kept("triton", x, conv_state, *sizes)
     if x.shape[1] == 1:
@@ -95,11 +96,11 @@ def backward(
     gate: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, z, conv_state, ssm_state and of each of the seven weights, each in the dtype of its input."""
-    weights = Weights(*(weight.contiguous() for weight in parameters))
+    weights = _packed(parameters)
     (batch, n_writes, width), (wide, n_state) = x.shape, (len(weights.x_proj_weight), weights.a.shape[1])
     kept = kept_of("triton", buffer, x, conv_state, wide, n_state)
-    starts = kept.starts if len(kept.starts) else ssm_state[None]
-    blocks = ceil_div(width, scan_block("scan_backward", n_writes, n_state, x.device))
+    starts = kept.starts.mT if len(kept.starts) else ssm_state[None]
+    blocks = ceil_div(width, scan_block("scan_backward", n_state, x.device))
     d_x, d_z = (model.new_empty(model.shape) for model in (x, z))
     grads = ScanGradients(
         z=d_z.transpose(0, 1),
@@ -108,17 +109,16 @@ def backward(
         projected=partial_sums(x, blocks, n_writes, batch, wide),
         ssm_state=ssm_state.new_empty(ssm_state.shape),
         bias=partial_sums(x, len(starts), batch, width),
-        a=partial_sums(x, len(starts), batch, width, n_state),
+        a=partial_sums(x, len(starts), batch, n_state, width).mT,
         d=partial_sums(x, len(starts), batch, width),
     )
     order = order_of(gate)
     scan_backward(grad_y.transpose(0, 1), grad_ssm, z.transpose(0, 1), gate, kept, weights, starts, grads, adds=False)
     d_projected = kept.u.new_empty(n_writes, batch, wide)
     d_taps = partial_sums(x, tap_sums(n_writes, batch), width, weights.conv_weight.shape[1] + 1)
-    partials = fewer(grads.projected)
     convolution_backward(
-        x.transpose(0, 1), conv_state, order, weights, partials, grad_conv, grads.u, d_projected, d_x.transpose(0, 1), d_taps,
-        range(n_writes), adds=False,
+        x.transpose(0, 1), conv_state, order, weights, grads.projected, grad_conv, grads.u, d_projected, d_x.transpose(0, 1),
+        d_taps, range(n_writes), adds=False,
     )  # fmt: skip
     d_conv = conv_state.new_empty(conv_state.shape)
     conv_states_backward(
@@ -134,9 +134,10 @@ def backward(
     return d_x, d_z, d_conv, grads.ssm_state, *d_weights
 
 
-def fewer(partials: Tensor) -> Tensor:
-    """Partial sums (blocks, K, B, R + 2 N), added up once where there are many rows, before many programs need them."""
-    return partials.sum(0, keepdim=True) if partials.shape[1] > CHUNK else partials
+def _packed(parameters: Weights, *, one: bool = False) -> Weights:
+    """As kernels take them: contiguous, but for a where it is not one write."""
+    weights = Weights(*(weight.contiguous() for weight in parameters))
+    return weights if one else weights._replace(a=by_channel(weights.a))
 
 
 @triton.jit

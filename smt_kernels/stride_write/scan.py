@@ -2,9 +2,9 @@
 
     dt = softplus(W_dt low + bias);   h_k = exp(dt_k a) h_{k-1} + dt_k u_k b_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
 
-Parallel in time: h is the second part of a running product, (p, h) then (q, g) = (p q, q h + g), which needs no order. So a
-program takes ``STEPS`` writes at once as blocks [T, N, E], of which each thread holds all T, and a chunk of at most ``CHUNK``
-writes in a short loop. More writes than that are three launches:
+A thread has the states of a channel, and walks over the writes: only h depends on the write before, so all that ``T`` writes
+load is asked for at once. A program has one block of E of one row, and at most ``CHUNK`` writes. More than that are three
+launches:
 
     every chunk from a state of zero: its last state, and the sum of its dt, since the product of its decays is exp(a sum dt)
     the state before each chunk, from those two: ``carry``
@@ -21,72 +21,131 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels.launch import ceil_div, launch, padded_size, power_of_two
-from smt_kernels.stride_write.blocks import channels, load, settings, silu, softplus, store, strides
+from smt_kernels.stride_write.blocks import channels, load, settings, silu, softplus, store
 from smt_kernels.stride_write.kept import CHUNK, Kept
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.tiles import LOG2_E, dot
 
-# Writes that a program takes at once.
-STEPS = 8
 # Rows of the product of dt: the least that a dot takes.
 ROWS: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
-def then(decay, h, next_decay, next_h):
-    """Two stretches of the recurrence one after the other."""
-    return decay * next_decay, next_decay * h + next_h
+def wide(i):
+    """A number in 64 bits; the interpreter counts loops in numbers of Python."""
+    return tl.zeros([], dtype=tl.int64) + i
 
 
 @triton.jit
-def row_of(i_first, n_steps, n_batch, i_batch, T: tl.constexpr):
-    """Which of T writes from ``i_first`` on there are, their numbers and their rows."""
-    o_step = i_first + tl.arange(0, T)
-    return o_step < n_steps, o_step, (o_step * n_batch + i_batch).to(tl.int64)
-
-
-@triton.jit
-def is_on(gate, strides_gate, i_batch, o_step, m_step):
-    """Which of the writes that exist happen."""
-    on = m_step
+def is_on(gate, strides_gate, i_batch, i_step, exists):
+    """Whether a write, if it exists, happens."""
+    on = exists
     if gate is not None:
-        on = tl.load(gate + i_batch * strides_gate[0] + o_step * strides_gate[1], mask=m_step, other=0) != 0
+        on = tl.load(gate + i_batch * strides_gate[0] + i_step * strides_gate[1], mask=exists, other=0) != 0
     return on
 
 
 @triton.jit
+def writes_of(
+    i_first, n_steps, i_batch, n_batch, gate, strides_gate, dt_product, b_bias, u, o_e, m_e, width, T: tl.constexpr
+):  # fmt: skip
+    """Of T writes, each a tuple of T: whether they happen, the input of the softplus, dt, and u, [E]; 0 where they do not."""
+    all_on, inputs, all_dt, all_u = (), (), (), ()
+    for t in tl.static_range(T):
+        i_step = i_first + t
+        on = is_on(gate, strides_gate, i_batch, i_step, i_step < n_steps)
+        p_row = (wide(i_step) * n_batch + i_batch) * width + o_e
+        b_input = load(dt_product + p_row, m_e & on) + b_bias
+        all_on += (on,)
+        inputs += (b_input,)
+        all_dt += (tl.where(on, softplus(b_input), 0.0),)
+        all_u += (load(u + p_row, m_e & on),)
+    return all_on, inputs, all_dt, all_u
+
+
+@triton.jit
+def gated_of(x, strides_x, i_first, all_on, i_batch, o_e, m_e, T: tl.constexpr):
+    """x (K, B, E) of T writes, a tuple of [E]; 0 where they do not happen."""
+    rows = ()
+    for t in tl.static_range(T):
+        o_row = wide(i_first + t) * strides_x[0] + i_batch * strides_x[1]
+        rows += (load(x + o_row + o_e, m_e & all_on[t]),)
+    return rows
+
+
+@triton.jit
+def columns_of(p_columns, i_first, n_steps, i_batch, n_batch, m_n, o_n, stride, T: tl.constexpr):
+    """Pointers to N columns of T rows [T, N], the first of which is ``p_columns``, and which of them there are."""
+    o_step = i_first + tl.arange(0, T)
+    o_row = (o_step * n_batch + i_batch).to(tl.int64)
+    return p_columns + o_row[:, None] * stride + o_n[None, :], (o_step < n_steps)[:, None] & m_n[None, :]
+
+
+@triton.jit
+def rows_of(p_columns, i_first, n_steps, i_batch, n_batch, m_n, o_n, stride, T: tl.constexpr):
+    """The same of each row, a tuple of [N]."""
+    rows = ()
+    for t in tl.static_range(T):
+        i_step = i_first + t
+        rows += (load(p_columns + (wide(i_step) * n_batch + i_batch) * stride + o_n, m_n & (i_step < n_steps)),)
+    return rows
+
+
+@triton.jit
+def matrix_at(states, strides, o_e, o_n):
+    """Pointers to a matrix [N, E], in whichever order it lies in memory, of which every thread is to have one channel.
+
+    The compiler deals out what it finds contiguous, in vectors: several channels to a thread, and a few of the states of each.
+    Two channels at a time, but aligned for one, makes it one.
+    """
+    pointers = states + o_e[None, :] * strides[0] + o_n[:, None] * strides[1]
+    return tl.multiple_of(tl.max_contiguous(pointers, [1, 2]), [2, 2])
+
+
+@triton.jit
+def state_at(states, strides, i_chunk, i_batch, o_e, o_n):
+    """Pointers to the state [N, E] of a chunk and batch row."""
+    return matrix_at(states + i_chunk * strides[0] + i_batch * strides[1], (strides[2], strides[3]), o_e, o_n)
+
+
+@triton.jit
+def row_at(b_rows, t, T: tl.constexpr):
+    """Row t of a block [T, N]."""
+    return tl.sum(tl.where((tl.arange(0, T) == t)[:, None], b_rows, 0.0), axis=0)
+
+
+@triton.jit
+def decay(b_dt, b_a):
+    """What a write leaves of the state before it [N, E]."""
+    return tl.exp2((b_dt * LOG2_E)[None, :] * b_a)
+
+
+@triton.jit
+def after(b_h, b_dt, b_u, b_b, b_a):
+    """The state [N, E] after a write."""
+    return decay(b_dt, b_a) * b_h + (b_dt * b_u)[None, :] * b_b[:, None]
+
+
+@triton.jit
 def summed(pointers, stride, mask, PARTIALS: tl.constexpr):
-    """The sum of ``PARTIALS`` partial sums, each in a block like ``pointers``."""
-    b_sum = load(pointers, mask)
-    for _ in tl.static_range(1, PARTIALS):
-        pointers += stride
-        b_sum += load(pointers, mask)
+    """The sum of ``PARTIALS`` partial sums, each in a block like ``pointers``, a few of them on the way at a time."""
+    b_sum = tl.zeros(pointers.shape, dtype=tl.float32)
+    for i in range(0, PARTIALS, 4):
+        for j in tl.static_range(4):
+            b_sum += load(pointers, mask & (i + j < PARTIALS))
+            pointers += stride
     return b_sum
 
 
-@triton.jit
-def first_of(b_x, T: tl.constexpr):
-    """The first of T blocks [T, N, E]."""
-    return tl.sum(tl.where((tl.arange(0, T) == 0)[:, None, None], b_x, 0.0), axis=0)
+# What varies from call to call, or tells how states lie.
+_STATES = "a", "starts", "ends", "grad_ends", "d_starts", "d_a"
+VARYING = ["n_writes", *(f"strides_{states}" for states in _STATES)]
 
 
-@triton.jit
-def last_of(b_x, T: tl.constexpr):
-    return tl.sum(tl.where((tl.arange(0, T) == T - 1)[:, None, None], b_x, 0.0), axis=0)
-
-
-@triton.jit
-def states_of(b_decay, b_written, b_h, o_t, T: tl.constexpr):
-    """The states after each of T writes [T, N, E], from the one before them [N, E]."""
-    b_written += tl.where((o_t == 0)[:, None, None], b_decay * b_h[None], 0.0)
-    _, b_states = tl.associative_scan((b_decay, b_written), 0, then)
-    return b_states
-
-
-@triton.jit(do_not_specialize=["n_writes", "stride_partials"])
+@triton.jit(do_not_specialize=VARYING)
 def scan_kernel(
     z, gate, u, partials, dt_proj_weight, dt_proj_bias, a, d, starts, projected, dt_product, y, ends, sums,
-    strides_z, strides_gate, strides_starts, strides_y, stride_partials, n_batch, n_writes, width,
+    strides_z, strides_gate, strides_a, strides_starts, strides_ends, strides_y, n_batch, n_writes, width,
     RANK: tl.constexpr, STATE: tl.constexpr, R: tl.constexpr, PARTIALS: tl.constexpr,
     CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -96,77 +155,76 @@ def scan_kernel(
     the chunk begins with zeros; ``ends`` and ``sums`` get the state after it and the sum of its dt, ``y`` its outputs.
     """
     i_chunk, i_batch = tl.program_id(0) // n_batch, (tl.program_id(0) % n_batch).to(tl.int64)
+    i_place = i_chunk.to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n, o_t = tl.arange(0, N), tl.arange(0, T)
+    o_n = tl.arange(0, N)
     m_n = o_n < STATE
     m_state = m_n[:, None] & m_e[None, :]
     WIDE: tl.constexpr = RANK + 2 * STATE
     b_bias = load(dt_proj_bias + o_e, m_e)  # [E]
-    b_rate = load(a + o_e[None, :] * STATE + o_n[:, None], m_state) * LOG2_E  # [N, E]
-    b_first = tl.zeros([N, E], dtype=tl.float32)
+    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [N, E]
+    b_h = tl.zeros([N, E], dtype=tl.float32)
     if starts is not None:
-        p_start = starts + i_chunk * strides_starts[0] + i_batch * strides_starts[1]
-        b_first = load(p_start + o_e[None, :] * strides_starts[2] + o_n[:, None] * strides_starts[3], m_state)
-    b_h = b_first
+        b_h = load(state_at(starts, strides_starts, i_place, i_batch, o_e, o_n), m_state)
     b_sum = tl.zeros([E], dtype=tl.float32)
-    any_on = False
     n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
+    stride_partials = n_writes * n_batch * WIDE
     if partials is not None:
         o_r = tl.arange(0, R)
         m_r = o_r < RANK
         p_weight = dt_proj_weight + o_e[None, :] * RANK + o_r[:, None]
         b_weight = tl.load(p_weight, mask=m_r[:, None] & m_e[None, :], other=0.0).to(u.dtype.element_ty)  # [R, E]
         for i_first in range(i_chunk * CHUNK, n_steps, ROWS):
-            m_step, _, o_row = row_of(i_first, n_steps, n_batch, i_batch, ROWS)
-            o_low = o_row[:, None] * WIDE + o_r[None, :]
-            m_low = m_step[:, None] & m_r[None, :]
-            b_low = summed(partials + o_low, stride_partials, m_low, PARTIALS)  # [ROWS, R]
+            p_low, m_low = columns_of(partials, i_first, n_steps, i_batch, n_batch, m_r, o_r, WIDE, ROWS)
+            b_low = summed(p_low, stride_partials, m_low, PARTIALS)  # [ROWS, R]
             b_product = dot(b_low.to(b_weight.dtype), b_weight)  # [ROWS, E]
-            store(dt_product + o_row[:, None] * width + o_e[None, :], b_product, m_step[:, None] & m_e[None, :])
+            p_product, m_product = columns_of(dt_product, i_first, n_steps, i_batch, n_batch, m_e, o_e, width, ROWS)
+            store(p_product, b_product, m_product)
             if tl.program_id(1) == 0:
-                store(projected + o_low, b_low, m_low)
+                p_kept, _ = columns_of(projected, i_first, n_steps, i_batch, n_batch, m_r, o_r, WIDE, ROWS)
+                store(p_kept, b_low, m_low)
         tl.debug_barrier()  # a thread reads what another one has written
     for i_first in range(i_chunk * CHUNK, n_steps, T):
-        m_step, o_step, o_row = row_of(i_first, n_steps, n_batch, i_batch, T)
-        on = is_on(gate, strides_gate, i_batch, o_step, m_step)
-        any_on = any_on | (tl.max(on.to(tl.int32), axis=0) > 0)
-        m_row = m_step[:, None] & m_e[None, :]
-        m_columns = m_step[:, None] & m_n[None, :]
-        p_row = o_row[:, None] * width + o_e[None, :]
-        o_b = o_row[:, None] * WIDE + RANK + o_n[None, :]
+        p_b, m_columns = columns_of(projected + RANK, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
         if partials is not None:
-            b_b = summed(partials + o_b, stride_partials, m_columns, PARTIALS)  # [T, N]
-            b_c = summed(partials + o_b + STATE, stride_partials, m_columns, PARTIALS)
+            p_partial, _ = columns_of(partials + RANK, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
+            p_partial = tl.multiple_of(
+                tl.max_contiguous(p_partial, [1, 2]), [4, 4]
+            )  # a warp has few rows, and sums them itself
+            b_all_b = summed(p_partial, stride_partials, m_columns, PARTIALS)  # [T, N]
+            b_all_c = summed(p_partial + STATE, stride_partials, m_columns, PARTIALS)
             if tl.program_id(1) == 0:
-                store(projected + o_b, b_b, m_columns)
-                store(projected + o_b + STATE, b_c, m_columns)
+                store(p_b, b_all_b, m_columns)
+                store(p_b + STATE, b_all_c, m_columns)
         else:
-            b_b = load(projected + o_b, m_columns)
-            b_c = load(projected + o_b + STATE, m_columns)
-        b_product = load(dt_product + p_row, m_row)  # [T, E]
-        b_dt = tl.where(on[:, None], softplus(b_product + b_bias[None, :]), 0.0)  # [T, E]
-        b_u = load(u + p_row, m_row)
-        b_decay = tl.exp2(b_dt[:, None, :] * b_rate[None])  # [T, N, E]
-        b_states = states_of(b_decay, (b_dt * b_u)[:, None, :] * b_b[:, :, None], b_h, o_t, T)
-        b_h = last_of(b_states, T)
-        if sums is not None:
-            b_sum += tl.sum(b_dt, axis=0)
+            b_all_b = load(p_b, m_columns)
+            b_all_c = load(p_b + STATE, m_columns)
+        all_on, _, all_dt, all_u = writes_of(
+            i_first, n_steps, i_batch, n_batch, gate, strides_gate, dt_product, b_bias, u, o_e, m_e, width, T
+        )
         if y is not None:
-            b_inner = tl.sum(b_states * b_c[:, :, None], axis=1) + load(d + o_e, m_e)[None, :] * b_u  # [T, E]
-            p_z = z + o_step[:, None].to(tl.int64) * strides_z[0] + i_batch * strides_z[1] + o_e[None, :]
-            b_y = tl.where(on[:, None], b_inner * silu(load(p_z, m_row & on[:, None])), 0.0)
-            store(y + o_step[:, None].to(tl.int64) * strides_y[0] + i_batch * strides_y[1] + o_e[None, :], b_y, m_row)
-    o_end = tl.program_id(0).to(tl.int64) * width + o_e
+            b_d = load(d + o_e, m_e)  # [E]
+            all_z = gated_of(z, strides_z, i_first, all_on, i_batch, o_e, m_e, T)
+        for t in tl.static_range(T):
+            # Bit for bit what it was, even the sign of a zero, where nothing is written.
+            b_h = tl.where(all_on[t], after(b_h, all_dt[t], all_u[t], row_at(b_all_b, t, T), b_a), b_h)
+            if sums is not None:
+                b_sum += all_dt[t]
+            if y is not None:
+                b_inner = tl.sum(b_h * row_at(b_all_c, t, T)[:, None], axis=0) + b_d * all_u[t]  # [E]
+                b_y = tl.where(all_on[t], b_inner * silu(all_z[t]), 0.0)
+                p_y = y + wide(i_first + t) * strides_y[0] + i_batch * strides_y[1] + o_e
+                store(p_y, b_y, m_e & (i_first + t < n_steps))
     if ends is not None:
-        # Bit for bit, even the sign of a zero, where nothing is written.
-        store(ends + o_end[None, :] * STATE + o_n[:, None], tl.where(any_on, b_h, b_first), m_state)
+        store(state_at(ends, strides_ends, i_place, i_batch, o_e, o_n), b_h, m_state)
     if sums is not None:
-        store(sums + o_end, b_sum, m_e)
+        store(sums + tl.program_id(0).to(tl.int64) * width + o_e, b_sum, m_e)
 
 
-@triton.jit(do_not_specialize=["n_chunks"])
+@triton.jit(do_not_specialize=["n_chunks", "strides_first", "strides_last", *VARYING])
 def carry_kernel(
-    first, ends, sums, a, starts, last, strides_first, n_batch, n_chunks, width,
+    first, ends, sums, a, starts, last, strides_first, strides_ends, strides_a, strides_starts, strides_last,
+    n_batch, n_chunks, width,
     STATE: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """From what each chunk makes of zeros, ``ends``, and the sum of its dt: what each begins with, and what the last leaves.
@@ -175,31 +233,25 @@ def carry_kernel(
     """
     i_batch = tl.program_id(0).to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n, o_t = tl.arange(0, N), tl.arange(0, T)
-    m_n = o_n < STATE
-    m_state = m_n[:, None] & m_e[None, :]
-    o_state = o_e[None, :] * STATE + o_n[:, None]
-    b_rate = load(a + o_state, m_state) * LOG2_E  # [N, E]
+    o_n = tl.arange(0, N)
+    m_state = (o_n < STATE)[:, None] & m_e[None, :]
+    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [N, E]
     b_h = tl.zeros([N, E], dtype=tl.float32)
     if first is not None:
-        p_first = first + i_batch * strides_first[0] + o_e[None, :] * strides_first[1] + o_n[:, None] * strides_first[2]
-        b_h = load(p_first, m_state)
-    i_start = n_chunks - 1 if REVERSE else 0
-    store(starts + (i_start * n_batch + i_batch) * width * STATE + o_state, b_h, m_state)
+        b_h = load(state_at(first, strides_first, 0, i_batch, o_e, o_n), m_state)
     for i_first in range(0, n_chunks, T):
-        o_done = i_first + o_t
-        o_chunk = n_chunks - 1 - o_done if REVERSE else o_done
-        o_place = (o_chunk * n_batch + i_batch) * width
-        m_chunk = o_done < n_chunks
-        b_dt = load(sums + o_place[:, None] + o_e[None, :], m_chunk[:, None] & m_e[None, :])  # [T, E]
-        m_ends = m_chunk[:, None, None] & m_state[None]
-        b_ends = load(ends + o_place[:, None, None] * STATE + o_state[None], m_ends)  # [T, N, E]
-        b_states = states_of(tl.exp2(b_dt[:, None, :] * b_rate[None]), b_ends, b_h, o_t, T)
-        b_h = last_of(b_states, T)
-        o_next = o_place + (-n_batch if REVERSE else n_batch) * width
-        m_next = (o_done + 1 < n_chunks)[:, None, None] & m_state[None]
-        store(starts + o_next[:, None, None] * STATE + o_state[None], b_states, m_next)
-    store(last + i_batch * width * STATE + o_state, b_h, m_state)
+        all_places, all_sums, all_ends = (), (), ()
+        for t in tl.static_range(T):
+            i_place = wide(n_chunks - 1 - i_first - t if REVERSE else i_first + t)
+            exists = i_first + t < n_chunks
+            all_places += (i_place,)
+            all_sums += (load(sums + (i_place * n_batch + i_batch) * width + o_e, m_e & exists),)  # [E]
+            all_ends += (load(state_at(ends, strides_ends, i_place, i_batch, o_e, o_n), m_state & exists),)  # [N, E]
+        for t in tl.static_range(T):
+            p_start = state_at(starts, strides_starts, all_places[t], i_batch, o_e, o_n)
+            store(p_start, b_h, m_state & (i_first + t < n_chunks))
+            b_h = decay(all_sums[t], b_a) * b_h + all_ends[t]
+    store(state_at(last, strides_last, 0, i_batch, o_e, o_n), b_h, m_state)
 
 
 def scan(
@@ -212,54 +264,57 @@ def scan(
     y: Tensor,
     new_ssm_state: Tensor,
 ) -> None:
-    """From z (K, B, E), u and the partial sums of W_x u (any number, K, B, R + 2 N) to y (K, B, E) and the state after K.
+    """From z (K, B, E), u and partial sums of W_x u (any number, K, B, R + 2 N; contiguous) to y (K, B, E) and the state after.
 
-    Fills what else is kept. ssm_state and new_ssm_state are (B, E, N), the second contiguous; the gate is (B, K).
+    Fills what else is kept. ssm_state and new_ssm_state are (B, E, N), with any strides; the gate is (B, K).
     """
     n_chunks = ceil_div(len(z), CHUNK)
     inputs = scan_inputs(z, gate, kept, weights, "scan")
     inputs |= {"u": kept.u, "dt_proj_weight": weights.dt_proj_weight, "d": weights.d}
-    inputs |= {"strides_y": y.stride()[:2], "stride_partials": partials.stride(0)}
+    inputs["strides_y"] = y.stride()[:2]
     products = {"partials": partials, "PARTIALS": len(partials)}
     inputs["R"] = padded_size(inputs["RANK"])
     if n_chunks == 1:
-        starts = {"starts": ssm_state, "strides_starts": (0, *ssm_state.stride())}
-        launch_scan(scan_kernel, "scan", 1, **inputs, **products, **starts, y=y, ends=new_ssm_state, sums=None)
+        starts, ends = states_named("starts", ssm_state), states_named("ends", new_ssm_state)
+        launch_scan(scan_kernel, "scan", 1, **inputs, **products, **starts, **ends, y=y, sums=None)
         return
-    ends, sums = torch.empty_like(kept.starts), kept.starts.new_empty(kept.starts.shape[:3])
-    nothing = {"starts": None, "strides_starts": (0, 0, 0, 0), "y": None}
-    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **products, **nothing, ends=ends, sums=sums)
-    carry(ssm_state, ends, sums, weights.a, kept.starts, new_ssm_state, reverse=False)
-    starts = {"starts": kept.starts, "strides_starts": kept.starts.stride()}
-    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **starts, partials=None, PARTIALS=1, y=y, ends=None, sums=None)
+    starts = kept.starts.mT
+    ends, sums = torch.empty_like(starts), starts.new_empty(n_chunks, *y.shape[1:])
+    from_zeros = states_named("starts", None) | states_named("ends", ends)
+    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **products, **from_zeros, y=None, sums=sums)
+    carry(ssm_state, ends, sums, weights.a, starts, new_ssm_state, reverse=False)
+    from_starts = states_named("starts", starts) | states_named("ends", None)
+    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **from_starts, partials=None, PARTIALS=1, y=y, sums=None)
+
+
+def states_named(name: str, states: Tensor | None) -> dict[str, object]:
+    """States (chunks, B, E, N), or (B, E, N) of one chunk, as arguments of a kernel, with their strides."""
+    strides = () if states is None else states.stride()
+    return {name: states, f"strides_{name}": (*[0] * (4 - len(strides)), *strides)}
 
 
 def carry(first: Tensor | None, ends: Tensor, sums: Tensor, a: Tensor, starts: Tensor, last: Tensor, *, reverse: bool) -> None:
     """From ``first`` (B, E, N) and what chunks make of zeros (chunks, B, E, N) to ``starts`` of each and ``last``."""
     n_chunks, batch, width, n_state = ends.shape
-    chosen, states, steps = (
-        settings("carry", a.device),
-        power_of_two(n_state),
-        min(STEPS, power_of_two(n_chunks)),
-    )
-    block = chosen.width(steps * states)
+    chosen, states = settings("carry", a.device), power_of_two(n_state)
+    block = chosen.width(states)
     launch(
         carry_kernel,
         (batch, ceil_div(width, block)),
         a.device,
-        first=first,
-        ends=ends,
+        **states_named("first", first),
+        **states_named("ends", ends),
+        **states_named("starts", starts),
+        **states_named("last", last),
         sums=sums,
         a=a,
-        starts=starts,
-        last=last,
-        strides_first=strides(first),
+        strides_a=a.stride(),
         n_batch=batch,
         n_chunks=n_chunks,
         width=width,
         STATE=n_state,
         REVERSE=reverse,
-        T=steps,
+        T=chosen.steps_of(n_chunks),
         E=block,
         N=states,
         **chosen.options,
@@ -270,7 +325,6 @@ def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, ke
     """What the kernels take that walk over the writes of z (K, B, E), and their sizes."""
     n_writes, batch, width = z.shape
     n_state, rank = weights.a.shape[1], weights.dt_proj_weight.shape[1]
-    states, steps = power_of_two(n_state), scan_steps(n_writes)
     return {
         "z": z,
         "gate": gate,
@@ -278,6 +332,7 @@ def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, ke
         "dt_product": kept.dt_product,
         "dt_proj_bias": weights.dt_proj_bias,
         "a": weights.a,
+        "strides_a": weights.a.stride(),
         "strides_z": z.stride()[:2],
         "strides_gate": (0, 0) if gate is None else gate.stride(),
         "n_batch": batch,
@@ -286,20 +341,19 @@ def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, ke
         "RANK": rank,
         "STATE": n_state,
         "CHUNK": CHUNK,
-        "T": steps,
-        "E": scan_block(kernel, n_writes, n_state, z.device),
-        "N": states,
+        "N": power_of_two(n_state),
+        **scan_sizes(kernel, n_writes, n_state, z.device),
     }
 
 
-def scan_steps(n_writes: int) -> int:
-    """How many of them a program takes at once."""
-    return min(STEPS, power_of_two(n_writes))
+def scan_sizes(kernel: str, n_writes: int, n_state: int, device: torch.device) -> dict[str, int]:
+    """How many writes and channels a program of ``kernel`` loads at once."""
+    return {"T": settings(kernel, device).steps_of(n_writes), "E": scan_block(kernel, n_state, device)}
 
 
-def scan_block(kernel: str, n_writes: int, n_state: int, device: torch.device) -> int:
+def scan_block(kernel: str, n_state: int, device: torch.device) -> int:
     """How many of the E channels a program of ``kernel`` has."""
-    block = settings(kernel, device).width(scan_steps(n_writes) * power_of_two(n_state))
+    block = settings(kernel, device).width(power_of_two(n_state))
     return max(min(block, 64), 16)  # at least what a dot takes, and no more than keeps a GPU busy
 
 

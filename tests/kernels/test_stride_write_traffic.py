@@ -38,10 +38,10 @@ def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", fam
 
 
 @pytest.mark.parametrize("writes", [1, 17], ids="K{}".format)
-def test_a_single_write_is_one_launch_several_are_three_and_going_back_is_three(writes, monkeypatch):
+def test_a_single_write_is_one_launch_several_are_three_and_going_back_is_four(writes, monkeypatch):
     forward, _, backward, _ = count(Case(2, writes), monkeypatch)
     assert len(forward.launches) == (1 if writes == 1 else 3)  # convolution, scan, and the conv state
-    assert len(backward.launches) == 3
+    assert len(backward.launches) == 4  # scan, the sum of its shares, convolution, and the conv state
 
 
 @pytest.mark.parametrize("writes", [2, 8], ids="K{}".format)
