@@ -145,10 +145,12 @@ def pool_kernel(
 
     if i_chunk == 0:
         tl.debug_barrier()  # each thread reads scores that other threads of this program have stored
-        for i_start in range(0, n_memory + n_tokens, 4 * E):
-            o_position = i_start + tl.arange(0, 4 * E)[None, :]
+        # Where registers are plenty; chunks of 256 are squeezed into 128 of them.
+        STEP: tl.constexpr = 4 * E if CHUNK > 256 else E
+        for i_start in range(0, n_memory + n_tokens, STEP):
+            o_position = i_start + tl.arange(0, STEP)[None, :]
             mask = m_window[:, None] & (o_position < n_memory + n_tokens)
             p_weights = weights + o_weights + o_position
-            b_s = tl.load(p_weights, mask=mask, other=float("-inf"))  # [P, 4 E]
+            b_s = tl.load(p_weights, mask=mask, other=float("-inf"))  # [P, STEP]
             b_max_or_zero = tl.where(m_window, b_max, 0.0)[:, None]
             tl.store(p_weights, tl.exp2(b_s - b_max_or_zero) / b_divisor, mask=mask)
