@@ -31,31 +31,31 @@ from smt_kernels.tiles import dot, load, store
 def query_backward_kernel(
     tokens, slots, exists, grad_pooled, grad_weights, weights, dropout, du, d_weights, delta, share,
     strides_tokens, strides_slots, strides_place, stride_exists, strides_grad, scale,
-    n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
+    windows_of_strip, n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dw, delta and du of the windows of a strip, and the share of an entry in each mean, 1 / (number of entries)."""
     # One for each warp, but for chunks of 256, which the compilers of triton 3.6 to 3.8 would then squeeze into 128 registers.
     SLICES: tl.constexpr = 8 if CHUNK > 256 else min(4, CHUNK // 16)
     i_chunk = tl.program_id(1)
-    i_row, o_window, m_window, o_place = strip(n_windows, strides_place, P)
-    o_token, o_slot = starts(o_window, token_start, stride, slot_start, phase, group)
+    i_row, first, stop, o_window, m_window, o_place = strip(n_windows, windows_of_strip, strides_place, P)
+    timeline = token_start, stride, slot_start, phase, group
+    o_token, o_slot = starts(o_window, *timeline)
     source = tokens, slots, strides_tokens, strides_slots
     held = n_tokens, n_memory, held_tokens, held_slots, exists, i_row * stride_exists
     p_grad = rows(grad_pooled, strides_grad, i_row, o_window)
     b_grad = load(p_grad, m_window, i_chunk, WIDTH, CHUNK)  # [P, CHUNK]
     o_weights = (o_place * (n_memory + n_tokens))[:, None]
-    b_count = tl.zeros([P], dtype=tl.float32)
-    b_delta = tl.zeros([P], dtype=tl.float32)
+    b_seen = tl.zeros([P, E], dtype=tl.float32)
+    b_along = tl.zeros([P, E], dtype=tl.float32)  # a . dw
     b_du = tl.zeros([P, CHUNK], dtype=tl.float32)
     b_average = tl.zeros([P, CHUNK], dtype=tl.float32)  # a X^
-    slot_blocks, n_blocks = shared_blocks(o_token, o_slot, m_window, n_tokens, n_memory, E)
+    shared_slots, shared_tokens, slot_blocks, n_blocks = shared_blocks(first, stop, n_tokens, n_memory, *timeline, E)
     for i_block in range(n_blocks):
-        is_slot, o_index, p_x = shared_entries(i_block, slot_blocks, o_token, o_slot, i_row, source, E)
+        is_slot, o_index, m_x, p_x = shared_entries(i_block, slot_blocks, shared_slots, shared_tokens, i_row, source, held, E)
         o_position, _, m_seen = seen(
             is_slot, o_index[None, :], o_token[:, None], o_slot[:, None], m_window[:, None], held
         )  # [P, E]
-        m_x = tl.max(m_seen.to(tl.int32), axis=0) > 0
         b_x = load(p_x, m_x, i_chunk, WIDTH, CHUNK)  # [E, CHUNK]
         b_dw, b_inverse = normalised_products(b_grad, p_grad, m_window, b_x, p_x, m_x, i_chunk, WIDTH, CHUNK, NORMALISE, SLICES)
         if dropout is not None:
@@ -66,10 +66,11 @@ def query_backward_kernel(
             tl.store(d_weights + o_weights + o_position, b_dw, mask=m_seen)
         b_a = tl.load(weights + o_weights + o_position, mask=m_seen, other=0.0)  # [P, E]
         b_x = normalised(b_x, b_inverse, NORMALISE)
-        b_count += tl.sum(m_seen.to(tl.float32), axis=1)
-        b_delta += tl.sum(b_a * b_dw, axis=1)
+        b_seen += m_seen.to(tl.float32)
+        b_along += b_a * b_dw
         b_du += dot((b_a * b_dw).to(b_x.dtype), b_x)
         b_average += dot(b_a.to(b_x.dtype), b_x)
+    b_count, b_delta = tl.sum(b_seen, axis=1), tl.sum(b_along, axis=1)
     store(du + o_place * WIDTH, m_window, i_chunk, (b_du - b_delta[:, None] * b_average) * scale, WIDTH, CHUNK)
     if i_chunk == 0:
         tl.store(delta + o_place, b_delta, mask=m_window)

@@ -17,7 +17,7 @@ from smt_kernels.tiles import LOG2_E, dot, load, store
 
 EPS: tl.constexpr = tl.constexpr(REFERENCE_EPS)
 # They change from call to call; compiling anew where one happens to be 1 or a multiple of 16 would not pay.
-VARYING = [*Strips._fields[1:], "stride_exists", "strides_place"]
+VARYING = ["windows_of_strip", *Strips._fields[1:], "stride_exists", "strides_place"]
 
 
 @triton.jit
@@ -68,22 +68,22 @@ def normalised_products(
 @triton.jit(do_not_specialize=VARYING)
 def mean_kernel(
     tokens, slots, exists, mean, strides_tokens, strides_slots, strides_place, stride_exists,
-    n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
+    windows_of_strip, n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """mean = average of the normalised entries that each window of a strip sees."""
     i_chunk = tl.program_id(1)
-    i_row, o_window, m_window, o_place = strip(n_windows, strides_place, P)
-    o_token, o_slot = starts(o_window, token_start, stride, slot_start, phase, group)
+    i_row, first, stop, o_window, m_window, o_place = strip(n_windows, windows_of_strip, strides_place, P)
+    timeline = token_start, stride, slot_start, phase, group
+    o_token, o_slot = starts(o_window, *timeline)
     source = tokens, slots, strides_tokens, strides_slots
     held = n_tokens, n_memory, held_tokens, held_slots, exists, i_row * stride_exists
     b_sum = tl.zeros([P, CHUNK], dtype=tl.float32)
-    b_count = tl.zeros([P], dtype=tl.float32)
-    slot_blocks, n_blocks = shared_blocks(o_token, o_slot, m_window, n_tokens, n_memory, E)
+    b_seen = tl.zeros([P, E], dtype=tl.float32)
+    shared_slots, shared_tokens, slot_blocks, n_blocks = shared_blocks(first, stop, n_tokens, n_memory, *timeline, E)
     for i_block in range(n_blocks):
-        is_slot, o_index, p_x = shared_entries(i_block, slot_blocks, o_token, o_slot, i_row, source, E)
+        is_slot, o_index, m_x, p_x = shared_entries(i_block, slot_blocks, shared_slots, shared_tokens, i_row, source, held, E)
         _, _, m_seen = seen(is_slot, o_index[None, :], o_token[:, None], o_slot[:, None], m_window[:, None], held)  # [P, E]
-        m_x = tl.max(m_seen.to(tl.int32), axis=0) > 0
         b_x = load(p_x, m_x, i_chunk, WIDTH, CHUNK)  # [E, CHUNK]
         if NORMALISE:
             b_squares = square_sums(b_x)
@@ -92,37 +92,38 @@ def mean_kernel(
                 b_squares += square_sums(load(p_x, m_x, (i_chunk + i) % CHUNKS, WIDTH, CHUNK))
             b_x = normalised(b_x, inverse_rms(b_squares, WIDTH, NORMALISE), NORMALISE)
         b_sum += dot(m_seen.to(b_x.dtype), b_x)
-        b_count += tl.sum(m_seen.to(tl.float32), axis=1)
-    store(mean + o_place * WIDTH, m_window, i_chunk, b_sum / tl.maximum(b_count, 1.0)[:, None], WIDTH, CHUNK)
+        b_seen += m_seen.to(tl.float32)  # summed over E after the loop, in which threads then need not meet for it
+    b_count = tl.maximum(tl.sum(b_seen, axis=1), 1.0)[:, None]
+    store(mean + o_place * WIDTH, m_window, i_chunk, b_sum / b_count, WIDTH, CHUNK)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def pool_kernel(
     tokens, slots, exists, u, dropout, pooled, weights, strides_tokens, strides_slots, strides_place, stride_exists,
     scale,
-    n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
+    windows_of_strip, n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """weights = softmax(scale u . x^) and pooled = (weights dropout) X^ of the windows of a strip."""
     SLICES: tl.constexpr = 8 if CHUNK > 128 else min(4, CHUNK // 16)  # one for each warp
     i_chunk = tl.program_id(1)
-    i_row, o_window, m_window, o_place = strip(n_windows, strides_place, P)
-    o_token, o_slot = starts(o_window, token_start, stride, slot_start, phase, group)
+    i_row, first, stop, o_window, m_window, o_place = strip(n_windows, windows_of_strip, strides_place, P)
+    timeline = token_start, stride, slot_start, phase, group
+    o_token, o_slot = starts(o_window, *timeline)
     source = tokens, slots, strides_tokens, strides_slots
     held = n_tokens, n_memory, held_tokens, held_slots, exists, i_row * stride_exists
     p_u = u + o_place * WIDTH
     b_u = load(p_u, m_window, i_chunk, WIDTH, CHUNK)  # [P, CHUNK]
     o_weights = (o_place * (n_memory + n_tokens))[:, None]
     b_max = tl.full([P], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([P], dtype=tl.float32)
+    b_exponentials = tl.zeros([P, E], dtype=tl.float32)
     b_pooled = tl.zeros([P, CHUNK], dtype=tl.float32)
-    slot_blocks, n_blocks = shared_blocks(o_token, o_slot, m_window, n_tokens, n_memory, E)
+    shared_slots, shared_tokens, slot_blocks, n_blocks = shared_blocks(first, stop, n_tokens, n_memory, *timeline, E)
     for i_block in range(n_blocks):
-        is_slot, o_index, p_x = shared_entries(i_block, slot_blocks, o_token, o_slot, i_row, source, E)
+        is_slot, o_index, m_x, p_x = shared_entries(i_block, slot_blocks, shared_slots, shared_tokens, i_row, source, held, E)
         o_position, m_inside, m_seen = seen(
             is_slot, o_index[None, :], o_token[:, None], o_slot[:, None], m_window[:, None], held
         )  # [P, E]
-        m_x = tl.max(m_seen.to(tl.int32), axis=0) > 0
         b_x = load(p_x, m_x, i_chunk, WIDTH, CHUNK)  # [E, CHUNK]
         b_s, b_inverse = normalised_products(b_u, p_u, m_window, b_x, p_x, m_x, i_chunk, WIDTH, CHUNK, NORMALISE, SLICES)
         b_s = tl.where(m_seen, b_s * (scale * LOG2_E), float("-inf"))  # [P, E]
@@ -133,21 +134,23 @@ def pool_kernel(
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
         b_p = tl.exp2(b_s - b_shift[:, None])  # [P, E]
         b_rescale = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_rescale + tl.sum(b_p, axis=1)
+        b_exponentials = b_exponentials * b_rescale[:, None] + b_p
         if dropout is not None:
             b_p *= tl.load(dropout + o_weights + o_position, mask=m_seen, other=0.0).to(tl.float32)
         b_pooled = b_pooled * b_rescale[:, None] + dot(b_p.to(b_x.dtype), normalised(b_x, b_inverse, NORMALISE))
         b_max = b_new_max
     # Windows beyond the last are not stored; they have no sum to divide by.
-    b_divisor = tl.where(m_window, b_sum, 1.0)[:, None]
+    b_divisor = tl.where(m_window, tl.sum(b_exponentials, axis=1), 1.0)[:, None]
     store(pooled + o_place * WIDTH, m_window, i_chunk, b_pooled / b_divisor, WIDTH, CHUNK)
 
     if i_chunk == 0:
         tl.debug_barrier()  # each thread reads scores that other threads of this program have stored
-        for i_start in range(0, n_memory + n_tokens, E):
-            o_position = i_start + tl.arange(0, E)[None, :]
+        # Where registers are plenty; chunks of 256 are squeezed into 128 of them.
+        STEP: tl.constexpr = 4 * E if CHUNK > 256 else E
+        for i_start in range(0, n_memory + n_tokens, STEP):
+            o_position = i_start + tl.arange(0, STEP)[None, :]
             mask = m_window[:, None] & (o_position < n_memory + n_tokens)
             p_weights = weights + o_weights + o_position
-            b_s = tl.load(p_weights, mask=mask, other=float("-inf"))  # [P, E]
+            b_s = tl.load(p_weights, mask=mask, other=float("-inf"))  # [P, STEP]
             b_max_or_zero = tl.where(m_window, b_max, 0.0)[:, None]
             tl.store(p_weights, tl.exp2(b_s - b_max_or_zero) / b_divisor, mask=mask)

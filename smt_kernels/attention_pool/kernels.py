@@ -31,6 +31,10 @@ from smt_kernels.window import WindowSpec
 
 # Windows of a strip, and entries that are multiplied at a time: the least that a dot takes, as programs hold whole entries.
 WINDOWS = ENTRIES = 16
+# As many programs keep every multiprocessor of a large GPU at work.
+PROGRAMS = 256
+# Of the loop over the entries of a strip: the next block is asked for before this one is worked on. 1: it is not.
+STAGES = 2
 
 
 def forward(inputs: Inputs, window: WindowSpec, timeline: Timeline, normalise: bool) -> tuple[Tensor, Kept]:
@@ -167,7 +171,8 @@ def _launch(kernel: triton.JITFunction, inputs: Inputs, strips: Strips, normalis
     if kernel is entries_backward_kernel:
         blocks = ceil_div(strips.held_tokens, ENTRIES) + ceil_div(strips.held_slots, ENTRIES)
     else:
-        blocks = ceil_div(strips.n_windows, WINDOWS)
+        of_strip = windows_of_strip(strips.n_rows, strips.n_windows, tokens.device)
+        blocks, named = ceil_div(strips.n_windows, of_strip), named | {"windows_of_strip": of_strip}
     launch(
         kernel,
         (strips.n_rows * blocks, ceil_div(width, settings.head_chunk)),
@@ -189,18 +194,35 @@ def _launch(kernel: triton.JITFunction, inputs: Inputs, strips: Strips, normalis
     )
 
 
+def windows_of_strip(n_rows: int, n_windows: int, device: torch.device) -> int:
+    """How many windows a program owns: the most, up to ``WINDOWS``, that leave ``PROGRAMS`` programs, or else one.
+
+    More share more entries, and fewer leave more programs that each walk over fewer entries: 80 for one window of 65, 192 for
+    eight. A number of the call alone, not of the device, so that GPUs of one architecture compute the same bits; the
+    interpreter runs one program after the other.
+    """
+    if device.type == "cpu":
+        return WINDOWS
+    most = n_rows * n_windows // PROGRAMS
+    return min(WINDOWS, 1 << (most.bit_length() - 1)) if most else 1
+
+
 def pool_settings(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> LaunchSettings:
     """Settings of ``kernel`` for entries of ``width`` in ``dtype`` on ``device``: a rule in place of a table, for W = 65.
 
     An entry longer than the longest chunk is read by several programs, whole by each. The longest is 1,024 in half precision,
     512 where two sums have to be held, entries are added to, or shared memory is small (CDNA), and 256 in fp32, whose products
-    on ordinary units take more registers.
+    on ordinary units take more registers. The next block of entries is asked for in advance where registers, and the shared
+    memory of CDNA, leave room for it.
     """
+    family = launching.architecture_family(device)
     if dtype.itemsize == 4:
         longest = 256
-    elif kernel in ("query_backward_kernel", "entries_added") or launching.architecture_family(device) == "cdna":
+    elif kernel in ("query_backward_kernel", "entries_added") or family == "cdna":
         longest = 512
     else:
         longest = 1024
     chunk = min(padded_size(width), longest)
-    return LaunchSettings(num_warps=4 if chunk <= 128 else 8, head_chunk=chunk)
+    longest_ahead = {"mean_kernel": 1024, "pool_kernel": 512, "query_backward_kernel": 512}.get(kernel, 0)
+    walks_ahead = 256 < chunk <= longest_ahead and family != "cdna"
+    return LaunchSettings(4 if chunk <= 128 else 8, chunk, num_stages=STAGES if walks_ahead else 1)

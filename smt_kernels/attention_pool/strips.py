@@ -1,7 +1,7 @@
 """Which window sees which tokens and slots: numbers made on the host, and what Triton programs count from them.
 
-P consecutive windows of a row are a *strip*. The entries that they share lie side by side, tokens in one tensor and slots in
-another, and are taken E at a time from one of the two. Nothing is copied: a token is read where it lies, by index.
+Up to P consecutive windows of a row are a *strip*. The entries that they share lie side by side, tokens in one tensor and slots
+in another, and are taken E at a time from one of the two. Nothing is copied: a token is read where it lies, by index.
 """
 
 from __future__ import annotations
@@ -76,12 +76,14 @@ def rows_of(is_slot, slots, tokens, strides_slots, strides_tokens, i_row, o_inde
 
 
 @triton.jit
-def strip(n_windows, strides_place, P: tl.constexpr):
-    """The row of this program, its windows in the row, which of them there are, and their place among those of all rows."""
-    n_strips = tl.cdiv(n_windows, P)
+def strip(n_windows, windows_of_strip, strides_place, P: tl.constexpr):
+    """The row of this program, its range [first, stop) of windows in the row, and of P of them which it has and their place."""
+    n_strips = tl.cdiv(n_windows, windows_of_strip)
     i_row = (tl.program_id(0) // n_strips).to(tl.int64)
-    o_window = tl.program_id(0) % n_strips * P + tl.arange(0, P)
-    return i_row, o_window, o_window < n_windows, place_of(i_row, o_window, strides_place)
+    first = tl.program_id(0) % n_strips * windows_of_strip
+    stop = tl.minimum(first + windows_of_strip, n_windows)
+    o_window = first + tl.arange(0, P)
+    return i_row, first, stop, o_window, o_window < stop, place_of(i_row, o_window, strides_place)
 
 
 @triton.jit
@@ -97,21 +99,36 @@ def starts(o_window, token_start, stride, slot_start, phase, group):
 
 
 @triton.jit
-def shared_blocks(o_token, o_slot, m_window, n_tokens, n_memory, E: tl.constexpr):
-    """How many blocks hold the slots that the windows of a strip share, and how many those and the tokens."""
-    n_slots = tl.max(tl.where(m_window, o_slot, tl.min(o_slot, axis=0)), axis=0) - tl.min(o_slot, axis=0) + n_memory
-    n_shared = tl.max(tl.where(m_window, o_token, tl.min(o_token, axis=0)), axis=0) - tl.min(o_token, axis=0) + n_tokens
-    return tl.cdiv(n_slots, E), tl.cdiv(n_slots, E) + tl.cdiv(n_shared, E)
+def shared_blocks(first, stop, n_tokens, n_memory, token_start, stride, slot_start, phase, group, E: tl.constexpr):
+    """What the windows [first, stop) of a strip share: first, number, period of slots, of tokens; blocks of slots, of all.
+
+    Numbers, not blocks of them: what is read next must not wait until threads have agreed on a least or a largest.
+    """
+    o_token, o_slot = starts(first, token_start, stride, slot_start, phase, group)
+    o_last_token, o_last_slot = starts(stop - 1, token_start, stride, slot_start, phase, group)
+    n_slots, n_shared = o_last_slot - o_slot + n_memory, o_last_token - o_token + n_tokens
+    slot_blocks = tl.cdiv(n_slots, E)
+    return (o_slot, n_slots, group), (o_token, n_shared, stride), slot_blocks, slot_blocks + tl.cdiv(n_shared, E)
 
 
 @triton.jit
-def shared_entries(i_block, slot_blocks, o_token, o_slot, i_row, source, E: tl.constexpr):
-    """Block ``i_block`` of the entries of a strip, slots first: whether it holds slots, their index, and pointers to them."""
+def shared_entries(i_block, slot_blocks, shared_slots, shared_tokens, i_row, source, held, E: tl.constexpr):
+    """Block ``i_block`` of the entries of a strip, slots first: are these slots, their index, which are seen, pointers."""
     tokens, slots, strides_tokens, strides_slots = source
+    n_tokens, n_memory, held_tokens, held_slots, exists, o_exists = held
     is_slot = i_block < slot_blocks
-    i_first = tl.min(tl.where(is_slot, o_slot, o_token), axis=0) + tl.where(is_slot, i_block, i_block - slot_blocks) * E
-    o_index = i_first + tl.arange(0, E)
-    return is_slot, o_index, rows_of(is_slot, slots, tokens, strides_slots, strides_tokens, i_row, o_index)
+    i_first = tl.where(is_slot, shared_slots[0], shared_tokens[0])
+    n_shared = tl.where(is_slot, shared_slots[1], shared_tokens[1])
+    period = tl.where(is_slot, shared_slots[2], shared_tokens[2])
+    n_entries = tl.where(is_slot, n_memory, n_tokens)
+    o_shared = tl.where(is_slot, i_block, i_block - slot_blocks) * E + tl.arange(0, E)
+    o_index = i_first + o_shared
+    # That of the last window which begins no later: windows that are shorter than their period leave gaps.
+    o_start = tl.minimum(o_shared // period * period, n_shared - n_entries)
+    m_x = (o_shared - o_start < n_entries) & (o_index >= 0) & (o_index < tl.where(is_slot, held_slots, held_tokens))
+    if exists is not None:  # of a window that is a row
+        m_x = m_x & (tl.load(exists + o_exists + o_shared, mask=m_x, other=0) != 0)
+    return is_slot, o_index, m_x, rows_of(is_slot, slots, tokens, strides_slots, strides_tokens, i_row, o_index)
 
 
 @triton.jit

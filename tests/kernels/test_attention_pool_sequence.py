@@ -60,6 +60,34 @@ def test_every_timeline_errs_at_most_twice_as_much_as_plain_pytorch(case, device
     assert_problem_within_budget(make_sequence(replace(case, dropout=True), torch.float32, device), "triton")
 
 
+# The first window lacks entries, the last strip is cut, and a slot between the groups of a strip is pooled by none.
+@pytest.mark.triton
+@pytest.mark.parametrize(("windows", "n_writes", "slots"), [(1, 3, 9), (2, 5, 9), (2, 3, None), (16, 17, 20)])
+def test_any_number_of_windows_may_share_a_program(windows, n_writes, slots, monkeypatch, device):
+    from smt_kernels.attention_pool import kernels
+
+    monkeypatch.setattr(kernels, "windows_of_strip", lambda *_: windows)
+    timeline = {"first_write": 5, "n_writes": n_writes, "write_group": 4, "first_step": 20, "first_slot": 2}
+    case = Sequence(settings=timeline, tokens=4 * n_writes + 3, slots=slots, dropout=True)
+    problem = make_sequence(case, torch.float32, device)
+    if slots is not None:
+        problem.inputs["slots"][:, 4 - 2] = float("nan")
+    assert_problem_within_budget(problem, "triton")
+
+
+@pytest.mark.triton(launches=False)
+def test_few_windows_are_spread_over_many_programs():
+    from smt_kernels.attention_pool import kernels
+
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    sizes = [(1, 1), (8, 8), (32, 8), (1, 600), (8, 255), (8, 256), (3, 1000), (64, 256)]
+    assert [kernels.windows_of_strip(*size, gpu) for size in sizes] == [1, 1, 1, 2, 4, 8, 8, 16]
+    for n_rows, n_windows in sizes:
+        programs = n_rows * -(-n_windows // kernels.windows_of_strip(n_rows, n_windows, gpu))
+        assert programs >= min(kernels.PROGRAMS, n_rows * n_windows)
+    assert kernels.windows_of_strip(1, 1, cpu) == kernels.WINDOWS
+
+
 @pytest.mark.parametrize("writes", [1, 3, 16])
 def test_any_number_of_writes_may_share_a_product(writes, monkeypatch, device):
     monkeypatch.setattr(blocked, "WRITES_PER_PRODUCT", writes)

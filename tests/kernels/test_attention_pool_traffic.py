@@ -58,6 +58,22 @@ def test_single_windows_are_read_once_by_each_launch(cases, dtype):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_programs_of_single_windows_read_their_entries_and_nothing_else(cases, direction, monkeypatch):
+    """On a GPU, where few windows are pooled: the strips of one window share nothing, and meet nowhere."""
+    from smt_kernels.attention_pool import kernels
+
+    monkeypatch.setattr(kernels, "windows_of_strip", lambda *_: 1)
+    n_writes, width = 9, 24  # of two groups
+    case = cases.attention_pool_sequence(direction, width, n_writes=n_writes)
+    traffic, inputs = count(case).traffic, case.call.arguments["inputs"]
+    entry = width * inputs.tokens.itemsize
+    for name, size, n_held in (("tokens", 50, inputs.tokens.shape[1]), ("slots", 15, inputs.slots.shape[1])):
+        of_windows = n_writes * size * entry
+        assert traffic.read[name] == (2 * of_windows if direction == "forward" else of_windows + n_held * entry)
+    assert not traffic.raced and not traffic.atomics
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
     ("n_writes", "with_slots", "width", "dtype", "batch"),
     [
