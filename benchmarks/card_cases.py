@@ -32,6 +32,8 @@ PADDED_VOCABULARY = 50304
 FULL_ATTENTION, FLEX = "SDPA, full causal", "FlexAttention, the same window"
 GPT2 = "GPT-2, flash attention, compiled"
 TRAINING = "training step"
+LAYERS, EAGER = "layers", "eager"
+GRAPHS = "layers and memory compiled as CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,13 @@ class Suite:
         """In order of worth: what is cut off when time runs out is worth least."""
         first, *others = self.sizes.lengths
         yield from self._training(first, with_variants=True)
+        yield from self._memory(first)
         yield from self._attention(first, torch.bfloat16, with_flex=True)
         yield from self._loss()
-        yield from self._memory(first)
         for length in others:
             yield from self._training(length, with_variants=False)
+        yield from self._without_graphs(first)
         yield from ssm_cases(self.sizes.config, self.sizes.tokens, first, self.window.stride, self.device)
-        yield from self._graphs(first)
         yield from self._published(self.sizes.lengths[1])
         yield from self._hymbas(self.sizes.lengths[1])
         yield from self._host()
@@ -95,32 +97,30 @@ class Suite:
     def _training(self, length: int, *, with_variants: bool) -> Iterator[Case]:
         rows = max(1, self.sizes.tokens // length)
         case = functools.partial(self._step_case, TRAINING, rows, length)
-        launched = "layers compiled, the memory launched kernel by kernel"
         yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
-        yield case("SMT stream", lambda ids: self._smt(ids), launched)
+        yield case("SMT stream", lambda ids: self._smt(ids), GRAPHS)
         if not with_variants:
             return
-        yield case("SMT stream, no writes", lambda ids: self._smt(ids, writes=False), "compiled")
-        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), launched)
-        yield case("SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), launched)
-        yield case("SMT stream, eager", lambda ids: self._smt(ids, mode="eager"))
+        yield case("SMT stream, no writes", lambda ids: self._smt(ids, mode=LAYERS, writes=False), "layers compiled")
+        yield case("SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), GRAPHS)
+        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), GRAPHS)
+
+    def _without_graphs(self, length: int) -> Iterator[Case]:
+        """What the host costs: the same steps with kernels launched one by one."""
+        rows = max(1, self.sizes.tokens // length)
+        case = functools.partial(self._step_case, TRAINING, rows, length)
+        launched = "layers compiled, the memory launched kernel by kernel"
+        yield case("SMT stream, without graphs", lambda ids: self._smt(ids, mode=LAYERS), launched)
+        yield case("SMT stream, eager", lambda ids: self._smt(ids, mode=EAGER))
         name = "GPT-2 of Hugging Face, eager"
         yield case(name, lambda ids: self._gpt2_as_it_is(ids, length), f"vocabulary {self.sizes.config.vocab_size:,}")
-
-    def _graphs(self, length: int) -> Iterator[Case]:
-        """The memory as one CUDA graph, which takes long to compile: behind what may not fail for it."""
-        rows = max(1, self.sizes.tokens // length)
-        case = functools.partial(self._step_case, "training step, the memory as one graph", rows, length)
-        yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
-        yield case("SMT stream", lambda ids: self._smt(ids, mode="reduce-overhead"), "compiled")
-        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, mode="reduce-overhead", write_group=32), "compiled")
 
     def _published(self, length: int) -> Iterator[Case]:
         """The form of the source documents taken literally: 65 entries are encoded for every token, so one row is enough."""
         case = functools.partial(self._step_case, "training step, the published form", 1, length)
         yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
-        yield case("SMT as published", lambda ids: self._smt(ids, **PUBLISHED), "layers compiled")
-        yield case("SMT stream", lambda ids: self._smt(ids), "layers compiled")
+        yield case("SMT as published", lambda ids: self._smt(ids, mode=LAYERS, **PUBLISHED), "layers compiled")
+        yield case("SMT stream", lambda ids: self._smt(ids), GRAPHS)
 
     def _hymbas(self, length: int) -> Iterator[Case]:
         rows, config = max(1, self.sizes.tokens // length), self.sizes.hymba
@@ -173,13 +173,11 @@ class Suite:
         step.model = model
         return step
 
-    def _smt(self, ids: Tensor, *, mode: str | None = None, **changes: Any) -> Callable[[], Tensor]:
-        """Layers compiled as ``smt train`` does, or ``eager``, or with the memory compiled in a ``mode`` of its own."""
+    def _smt(self, ids: Tensor, *, mode: str = "reduce-overhead", **changes: Any) -> Callable[[], Tensor]:
+        """Layers and memory as CUDA graphs, or ``LAYERS`` compiled, or ``EAGER``."""
         model = self._model(**changes).train()
-        if mode != "eager":
-            model.decoder.compile()
-        if mode not in (None, "eager"):
-            model.memory.compile(mode=mode)
+        if mode != EAGER:
+            model.compile(**({} if mode == LAYERS else {"mode": mode}))
 
         def step() -> Tensor:
             return model.loss(ids)[0]

@@ -92,6 +92,7 @@ class StrideMemoryTransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.memory = StrideMemory(config)
         self.decoder = Decoder(config)
+        self._records_graphs = False
         nn.init.normal_(self.embedding.weight, std=config.initializer_std)
         self.memory.initialise()
         self.decoder.initialise()
@@ -188,7 +189,8 @@ class StrideMemoryTransformer(nn.Module):
         )
         made = self.config.window.writes_made if self.config.writes else lambda step: 0
         writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
-        return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
+        next_state = encoded.state.clone() if self._records_graphs else encoded.state
+        return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, next_state)
 
     def head(self) -> Tensor:
         """The matrix (V, d) of the head, which is the embedding, adapters included."""
@@ -224,14 +226,17 @@ class StrideMemoryTransformer(nn.Module):
 
         After two or three chunks of one length nothing is compiled again. With a ``mode`` that records CUDA graphs
         (``reduce-overhead``), the memory is a graph too: its hundreds of small launches become one, forward and backward. What
-        a graph returns is overwritten when it runs again: to add up the gradients of several passes, give them tensors of their
-        own first, by ``optimizer.zero_grad(set_to_none=False)`` after the first pass.
+        a graph returns is overwritten when it runs again, all but the state: to add up the gradients of several passes, give
+        them tensors of their own first, by ``optimizer.zero_grad(set_to_none=False)`` after the first pass.
 
         Args:
             options: of ``torch.compile``.
         """
         self.decoder.compile(**options)
-        if options.get("mode") in GRAPH_MODES or (options.get("options") or {}).get("triton.cudagraphs"):
+        self._records_graphs = options.get("mode") in GRAPH_MODES or (options.get("options") or {}).get(
+            "triton.cudagraphs", False
+        )
+        if self._records_graphs:
             self.memory.compile(**options)
 
     def count_parameters(self) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
             torch.manual_seed(config.training.seed + accelerator.process_index)
         compiled = config.training.compiles(accelerator.device)
         if compiled:
-            model.compile()
+            model.compile(**config.training.compile_options())
         size = f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters"
         size += ", compiled" * compiled
         say(f"{size} on {accelerator.device}", flush=True)

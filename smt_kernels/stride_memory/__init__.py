@@ -12,7 +12,7 @@ The folder, in the order to read it:
     places.py      where a group lies in that
     blocked.py     the same out of the blocked forms of the two operations that it is made of, for any device
     norm.py        residual and RMSNorm in one kernel, forward and backward
-    kernels.py     the Triton backend, forward: five launches per group and layer
+    kernels.py     the Triton backend, forward: six launches per group and layer
     gradients.py   the Triton backend, backward: six launches per group and layer, and weights once per pass
 
 Before it: ``smt_kernels.attention_pool`` and ``smt_kernels.stride_write``, whose kernels it launches.

@@ -1,8 +1,8 @@
 """The memory's writes in Triton, forward: the launches of a pass, and the library's products between them.
 
     group     mean (launch);   query, u (products);   weights and pooled (launch)
-    layer     x, RMSNorm (launch);   W_in (product);   convolution, its share of W_x (launch);   W_dt, scan, gate (launch);
-              W_out (product)
+    layer     x, RMSNorm (launch);   W_in (product);   convolution, its share of W_x (launch);   sums of the shares (launch);
+              W_dt, scan, gate (launch);   W_out (product)
     group     x, final RMSNorm (launch)
 
 Rows are counted with time first, k B + b, so that those of a group are one matrix. x stays in fp32, and so does the SSM state;
@@ -60,8 +60,8 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         for i, layer in enumerate(layers):
             add_and_norm(x, update if i else None, layer.norm, totals[i], normed[i])
             torch.mm(normed[i], layer.in_proj_t, out=xz[i])
-            partials = write_rows(layer.inputs, layer.conv_state, order, layer.write, layer.u, place.group.writes)
-            scan(z[i], gate, written[i], partials, layer.write, starts[i], gated[i], ends[i])
+            write_rows(layer.inputs, layer.conv_state, order, layer.write, layer.u, written[i].projected, place.group.writes)
+            scan(z[i], gate, written[i], layer.write, starts[i], gated[i], ends[i])
             torch.mm(y[i], layer.out_proj_t, out=update)
             x = totals[i]
         new = None if slots is None else kept.slots[run.n_slots :][place.writes].flatten(0, 1)

@@ -47,23 +47,23 @@ def _norm_backward_kernel(
     o_d = tl.arange(0, D)
     m_d = o_d < WIDTH
     b_weight = load(weight + o_d, m_d)
-    b_dweight = tl.zeros([D], dtype=tl.float32)
+    p_weight = d_weight + tl.program_id(0).to(tl.int64) * WIDTH + o_d
+    b_dweight = load(p_weight, m_d)
     o_row = tl.program_id(0).to(tl.int64) * WIDTH + o_d
     for _ in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        b_x = load(x + o_row, m_d)
+        b_x, b_grad = load(x + o_row, m_d), load(d_normed + o_row, m_d)
+        b_residual = tl.zeros([D], dtype=tl.float32)
+        if residual is not None:
+            b_residual = load(residual + o_row, m_d)
         b_inverse = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / WIDTH + EPS)
         b_x *= b_inverse
-        b_grad = load(d_normed + o_row, m_d)
         b_dweight += b_grad * b_x
         b_grad *= b_weight
-        b_dx = (b_grad - b_x * (tl.sum(b_grad * b_x, axis=0) / WIDTH)) * b_inverse
-        if residual is not None:
-            b_dx += load(residual + o_row, m_d)
+        b_dx = (b_grad - b_x * (tl.sum(b_grad * b_x, axis=0) / WIDTH)) * b_inverse + b_residual
         store(d_x + o_row, b_dx, m_d)
         store(d_x_narrow + o_row, b_dx, m_d)
         o_row += tl.num_programs(0) * WIDTH
-    p_weight = d_weight + tl.program_id(0).to(tl.int64) * WIDTH + o_d
-    store(p_weight, load(p_weight, m_d) + b_dweight, m_d)
+    store(p_weight, b_dweight, m_d)
 
 
 def add_and_norm(

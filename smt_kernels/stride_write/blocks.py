@@ -132,7 +132,7 @@ _GPU = {
     "scan": BlockSettings(num_warps=1, elements=512, steps=8),
     "carry": BlockSettings(num_warps=8, elements=512, steps=8),
     "local_backward": BlockSettings(num_warps=1, elements=512, steps=8),
-    "scan_backward": BlockSettings(num_warps=1, elements=512, steps=4),
+    "scan_backward": BlockSettings(num_warps=1, elements=512, steps=2),
 }
 
 # The interpreter takes as long for a large block as for a small one.

@@ -20,17 +20,24 @@ from smt_kernels.tiles import dot
 
 
 @triton.jit
-def tap(x, conv_state, strides_x, strides_conv, order, i_batch, o_rank, on, o_e, m_e, n_total, HISTORY: tl.constexpr):
-    """What one tap meets for each row, [ROWS, E]: the input of rank ``o_rank``, or an entry of the conv state."""
+def taps_of(x, conv_state, strides_x, strides_conv, order, i_batch, o_rank, on, o_e, m_e, n_total, TAPS: tl.constexpr):
+    """What each tap meets for each row, a tuple of [ROWS, E]: all are asked for before the first is used."""
+    entries = ()
+    for i in tl.static_range(TAPS):
+        o_source = o_rank + i - (TAPS - 1)
+        entries += (_tap(x, conv_state, strides_x, strides_conv, order, i_batch, o_source, on, o_e, m_e, n_total, TAPS - 1),)
+    return entries
+
+
+@triton.jit
+def _tap(x, conv_state, strides_x, strides_conv, order, i_batch, o_rank, on, o_e, m_e, n_total, HISTORY: tl.constexpr):
+    """The input of rank ``o_rank``, or, of the first writes alone, an entry of the conv state."""
     m_input, m_state = on & (o_rank >= 0), on & (o_rank < 0)
     o_step = places(order, i_batch, o_rank, m_input, n_total)
     p_x = x + (o_step * strides_x[0] + i_batch * strides_x[1])[:, None] + o_e[None, :]
     o_state = i_batch * strides_conv[0] + (HISTORY + o_rank).to(tl.int64) * strides_conv[2]
     p_state = conv_state + o_state[:, None] + (o_e * strides_conv[1])[None, :]
-    b_x = load(p_x, m_input[:, None] & m_e[None, :])
-    if tl.max(m_state.to(tl.int32), axis=0) > 0:  # of the first writes alone
-        b_x += load(p_state, m_state[:, None] & m_e[None, :])
-    return b_x
+    return load(p_x, m_input[:, None] & m_e[None, :]) + load(p_state, m_state[:, None] & m_e[None, :])
 
 
 @triton.jit(do_not_specialize=["first_write", "n_writes", "n_total", "stride_partials"])
@@ -47,11 +54,10 @@ def convolution_kernel(
     order = rank, place, count
     o_rank, _ = ranks(order, i_batch, o_step, m_row, n_total)
     on = o_rank >= 0
+    entries = taps_of(x, conv_state, strides_x, strides_conv, order, i_batch, o_rank, on, o_e, m_e, n_total, TAPS)
     b_conv = tl.zeros([ROWS, E], dtype=tl.float32) + load(conv_bias + o_e, m_e)[None, :]
     for i in tl.static_range(TAPS):
-        o_source = o_rank + i - (TAPS - 1)
-        b_x = tap(x, conv_state, strides_x, strides_conv, order, i_batch, o_source, on, o_e, m_e, n_total, TAPS - 1)
-        b_conv += b_x * load(conv_weight + o_e * TAPS + i, m_e)[None, :]
+        b_conv += entries[i] * load(conv_weight + o_e * TAPS + i, m_e)[None, :]
     b_u = tl.where(on[:, None] & m_e[None, :], silu(b_conv), 0.0).to(u.dtype.element_ty)
     m_out = m_row[:, None] & m_e[None, :]
     o_out = (first_write * n_batch + o_row).to(tl.int64)

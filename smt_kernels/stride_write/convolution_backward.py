@@ -7,23 +7,12 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels.launch import ceil_div, launch, padded_size, power_of_two
-from smt_kernels.stride_write.blocks import channels, load, settings, silu_gradient, store
-from smt_kernels.stride_write.convolution import ROWS, conv_inputs, conv_settings, tap
+from smt_kernels.stride_write.blocks import channels, load, silu_gradient, store
+from smt_kernels.stride_write.convolution import ROWS, conv_inputs, conv_settings, taps_of
+from smt_kernels.stride_write.fold import fold
 from smt_kernels.stride_write.order import Order, places, ranks
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.tiles import dot
-
-
-@triton.jit(do_not_specialize=["stride_partials", "size"])
-def fold_kernel(partials, total, stride_partials, size, PARTIALS: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr):
-    """The sum of ``PARTIALS`` partial sums, P of them on the way at a time."""
-    o_entry = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    o_p = tl.arange(0, P)
-    b_sum = tl.zeros([SIZE], dtype=tl.float32)
-    for i in range(0, PARTIALS, P):
-        mask = (i + o_p < PARTIALS)[:, None] & (o_entry < size)[None, :]
-        b_sum += tl.sum(load(partials + (i + o_p).to(tl.int64)[:, None] * stride_partials + o_entry[None, :], mask), axis=0)
-    store(total + o_entry, b_sum, o_entry < size)
 
 
 @triton.jit(do_not_specialize=["first_write", "n_writes", "n_total"])
@@ -60,24 +49,19 @@ def convolution_backward_kernel(
         o_p = tl.arange(0, P)
         m_p = m_row[:, None] & (o_p < WIDE)[None, :]
         o_projected = (o_write.to(tl.int64) * n_batch + i_batch)[:, None] * WIDE + o_p[None, :]
+        entries = taps_of(x, conv_state, strides_x, strides_conv, order, i_batch, o_rank, on, o_e, m_e, n_total, TAPS)
         b_projected = tl.load(d_projected + o_projected, mask=m_p, other=0.0)  # [ROWS, P]
         p_weight = x_proj_weight + o_p[:, None] * width + o_e[None, :]
         b_weight = tl.load(p_weight, mask=(o_p < WIDE)[:, None] & m_e[None, :], other=0.0)  # [P, E]
         b_du = load(p_du, m_out) + dot(b_projected, b_weight.to(b_projected.dtype))  # [ROWS, E]
         b_conv = tl.zeros([ROWS, E], dtype=tl.float32) + load(conv_bias + o_e, m_e)[None, :]
         for i in tl.static_range(TAPS):
-            o_source = o_rank + i - (TAPS - 1)
-            b_x = tap(x, conv_state, strides_x, strides_conv, order, i_batch, o_source, on, o_e, m_e, n_total, TAPS - 1)
-            b_conv += b_x * load(conv_weight + o_e * TAPS + i, m_e)[None, :]
+            b_conv += entries[i] * load(conv_weight + o_e * TAPS + i, m_e)[None, :]
         b_dconv = tl.where(on[:, None] & m_e[None, :], b_du * silu_gradient(b_conv), 0.0)
         store(p_du, b_dconv, m_out)
         o_taps = (tl.program_id(0).to(tl.int64) * width + o_e) * (TAPS + 1)
         for i in tl.static_range(TAPS + 1):
-            b_sum = tl.sum(b_dconv, axis=0)
-            if i < TAPS:
-                o_source = o_rank + i - (TAPS - 1)
-                b_x = tap(x, conv_state, strides_x, strides_conv, order, i_batch, o_source, on, o_e, m_e, n_total, TAPS - 1)
-                b_sum = tl.sum(b_dconv * b_x, axis=0)
+            b_sum = tl.sum(b_dconv * entries[i] if i < TAPS else b_dconv, axis=0)
             if ADDS:
                 b_sum += load(d_taps + o_taps + i, m_e)
             store(d_taps + o_taps + i, b_sum, m_e)
@@ -133,15 +117,6 @@ def convolution_backward(
     grid = tap_sums(len(writes), batch), ceil_div(width, block)
     for folds, spreads in [(True, True)] if whole else [(True, False), (False, True)]:
         launch(convolution_backward_kernel, grid, x.device, **arguments, FOLDS=folds, SPREADS=spreads)
-
-
-def fold(partials: Tensor, total: Tensor) -> None:
-    """Fill ``total`` with the sum of contiguous ``partials`` (any number, *total.shape), in its dtype."""
-    chosen, count, size = settings("fold", total.device), len(partials), total.numel()
-    at_once = min(power_of_two(count), 64)
-    block = chosen.width(at_once)
-    sizes = {"size": size, "PARTIALS": count, "P": at_once, "SIZE": block, **chosen.options}
-    launch(fold_kernel, (ceil_div(size, block),), total.device, partials=partials, total=total, stride_partials=size, **sizes)
 
 
 # Most writes that one program of the backward pass has whole.

@@ -7,7 +7,7 @@ A single write, where launches cost more than arithmetic, is parallel in rows on
 so one program has all of a row, and walks over E twice. Several writes are cut at W_x, and everything is
 parallel in rows, in blocks of E and in time:
 
-    forward    convolution with its share of W_x | scan with W_dt
+    forward    convolution with its share of W_x | sums of the shares | scan with W_dt
     backward   scan backward with its share of W_dt | sums of the shares | convolution backward with W_x
 
 The forward pass keeps u and both products for the backward pass. Sums over rows and over blocks of E are left as one partial
@@ -42,6 +42,7 @@ from smt_kernels.stride_write.blocks import (
 from smt_kernels.stride_write.conv_states import conv_states, conv_states_backward
 from smt_kernels.stride_write.convolution import conv_blocks, convolution
 from smt_kernels.stride_write.convolution_backward import convolution_backward, tap_sums
+from smt_kernels.stride_write.fold import fold
 from smt_kernels.stride_write.kept import CHUNK, Kept, kept_of, new_kept
 from smt_kernels.stride_write.order import Order, order_of
 from smt_kernels.stride_write.reference import Weights
@@ -63,24 +64,26 @@ def forward(
         return *_single_write(x, z, conv_state, ssm_state, weights, gate, kept), buffer
     y, new_conv_state, new_ssm_state = (model.new_empty(model.shape) for model in (x, conv_state, ssm_state))
     order, inputs = order_of(gate), x.transpose(0, 1)
-    partials = write_rows(inputs, conv_state, order, weights, kept.u, range(len(inputs)))
+    write_rows(inputs, conv_state, order, weights, kept.u, kept.projected, range(len(inputs)))
     conv_states(inputs[None], conv_state[None], order, new_conv_state[None])
-    scan(z.transpose(0, 1), gate, kept, partials, weights, ssm_state, y.transpose(0, 1), new_ssm_state)
+    scan(z.transpose(0, 1), gate, kept, weights, ssm_state, y.transpose(0, 1), new_ssm_state)
     return y, new_conv_state, new_ssm_state, buffer
 
 
-def write_rows(x: Tensor, conv_state: Tensor, order: Order | None, weights: Weights, u: Tensor, writes: range) -> Tensor:
-    """Fill u (K, B, E) of ``writes`` from x (K, B, E); returns partial sums (any number, len(writes), B, R + 2 N) of W_x u.
+def write_rows(
+    x: Tensor, conv_state: Tensor, order: Order | None, weights: Weights, u: Tensor, projected: Tensor, writes: range
+) -> None:
+    """From x (K, B, E), fill u (K, B, E) of ``writes`` and W_x u of them, projected (len(writes), B, R + 2 N).
 
-    Of many rows the library's product, which is one launch more, moves far less than partial sums would.
+    Of many rows the library's product moves far less than partial sums would.
     """
-    batch, wide = x.shape[1], len(weights.x_proj_weight)
     if len(writes) <= CHUNK:
-        partials = partial_sums(x, conv_blocks(x), len(writes), batch, wide)
+        partials = partial_sums(x, conv_blocks(x), *projected.shape)
         convolution(x, conv_state, order, weights, u, partials, writes)
-        return partials
-    convolution(x, conv_state, order, weights, u, None, writes)
-    return (u[writes.start : writes.stop].flatten(0, 1) @ weights.x_proj_weight.to(x.dtype).T).view(1, len(writes), batch, wide)
+    else:
+        convolution(x, conv_state, order, weights, u, None, writes)
+        partials = (u[writes.start : writes.stop].flatten(0, 1) @ weights.x_proj_weight.to(x.dtype).T)[None]
+    fold(partials, projected)
 
 
 def backward(

@@ -83,7 +83,7 @@ def columns_of(p_columns, i_first, n_steps, i_batch, n_batch, m_n, o_n, stride, 
 
 @triton.jit
 def rows_of(p_columns, i_first, n_steps, i_batch, n_batch, m_n, o_n, stride, T: tl.constexpr):
-    """The same of each row, a tuple of [N]."""
+    """N columns of T rows, a tuple of [N]; 0 where there is no row."""
     rows = ()
     for t in tl.static_range(T):
         i_step = i_first + t
@@ -109,12 +109,6 @@ def state_at(states, strides, i_chunk, i_batch, o_e, o_n):
 
 
 @triton.jit
-def row_at(b_rows, t, T: tl.constexpr):
-    """Row t of a block [T, N]."""
-    return tl.sum(tl.where((tl.arange(0, T) == t)[:, None], b_rows, 0.0), axis=0)
-
-
-@triton.jit
 def decay(b_dt, b_a):
     """What a write leaves of the state before it [N, E]."""
     return tl.exp2((b_dt * LOG2_E)[None, :] * b_a)
@@ -126,17 +120,6 @@ def after(b_h, b_dt, b_u, b_b, b_a):
     return decay(b_dt, b_a) * b_h + (b_dt * b_u)[None, :] * b_b[:, None]
 
 
-@triton.jit
-def summed(pointers, stride, mask, PARTIALS: tl.constexpr):
-    """The sum of ``PARTIALS`` partial sums, each in a block like ``pointers``, a few of them on the way at a time."""
-    b_sum = tl.zeros(pointers.shape, dtype=tl.float32)
-    for i in range(0, PARTIALS, 4):
-        for j in tl.static_range(4):
-            b_sum += load(pointers, mask & (i + j < PARTIALS))
-            pointers += stride
-    return b_sum
-
-
 # What varies from call to call, or tells how states lie.
 _STATES = "a", "starts", "ends", "grad_ends", "d_starts", "d_a"
 VARYING = ["n_writes", *(f"strides_{states}" for states in _STATES)]
@@ -144,15 +127,15 @@ VARYING = ["n_writes", *(f"strides_{states}" for states in _STATES)]
 
 @triton.jit(do_not_specialize=VARYING)
 def scan_kernel(
-    z, gate, u, partials, dt_proj_weight, dt_proj_bias, a, d, starts, projected, dt_product, y, ends, sums,
+    z, gate, u, dt_proj_weight, dt_proj_bias, a, d, starts, projected, dt_product, y, ends, sums,
     strides_z, strides_gate, strides_a, strides_starts, strides_ends, strides_y, n_batch, n_writes, width,
-    RANK: tl.constexpr, STATE: tl.constexpr, R: tl.constexpr, PARTIALS: tl.constexpr,
+    RANK: tl.constexpr, STATE: tl.constexpr, R: tl.constexpr, PROJECTS: tl.constexpr,
     CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one batch row and block of E.
 
-    From ``partials`` the products of low, b, c and dt are formed and stored; without them they are loaded. Without ``starts``
-    the chunk begins with zeros; ``ends`` and ``sums`` get the state after it and the sum of its dt, ``y`` its outputs.
+    If it ``PROJECTS``, W_dt low is formed and stored, and else loaded. Without ``starts`` the chunk begins with zeros. ``ends``
+    and ``sums`` get the state after it and the sum of its dt, ``y`` its outputs.
     """
     i_chunk, i_batch = tl.program_id(0) // n_batch, (tl.program_id(0) % n_batch).to(tl.int64)
     i_place = i_chunk.to(tl.int64)
@@ -168,50 +151,33 @@ def scan_kernel(
         b_h = load(state_at(starts, strides_starts, i_place, i_batch, o_e, o_n), m_state)
     b_sum = tl.zeros([E], dtype=tl.float32)
     n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
-    stride_partials = n_writes * n_batch * WIDE
-    if partials is not None:
+    if PROJECTS:
         o_r = tl.arange(0, R)
         m_r = o_r < RANK
         p_weight = dt_proj_weight + o_e[None, :] * RANK + o_r[:, None]
         b_weight = tl.load(p_weight, mask=m_r[:, None] & m_e[None, :], other=0.0).to(u.dtype.element_ty)  # [R, E]
         for i_first in range(i_chunk * CHUNK, n_steps, ROWS):
-            p_low, m_low = columns_of(partials, i_first, n_steps, i_batch, n_batch, m_r, o_r, WIDE, ROWS)
-            b_low = summed(p_low, stride_partials, m_low, PARTIALS)  # [ROWS, R]
-            b_product = dot(b_low.to(b_weight.dtype), b_weight)  # [ROWS, E]
+            p_low, m_low = columns_of(projected, i_first, n_steps, i_batch, n_batch, m_r, o_r, WIDE, ROWS)
+            b_product = dot(load(p_low, m_low).to(b_weight.dtype), b_weight)  # [ROWS, E]
             p_product, m_product = columns_of(dt_product, i_first, n_steps, i_batch, n_batch, m_e, o_e, width, ROWS)
             store(p_product, b_product, m_product)
-            if tl.program_id(1) == 0:
-                p_kept, _ = columns_of(projected, i_first, n_steps, i_batch, n_batch, m_r, o_r, WIDE, ROWS)
-                store(p_kept, b_low, m_low)
         tl.debug_barrier()  # a thread reads what another one has written
     for i_first in range(i_chunk * CHUNK, n_steps, T):
-        p_b, m_columns = columns_of(projected + RANK, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
-        if partials is not None:
-            p_partial, _ = columns_of(partials + RANK, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
-            p_partial = tl.multiple_of(
-                tl.max_contiguous(p_partial, [1, 2]), [4, 4]
-            )  # a warp has few rows, and sums them itself
-            b_all_b = summed(p_partial, stride_partials, m_columns, PARTIALS)  # [T, N]
-            b_all_c = summed(p_partial + STATE, stride_partials, m_columns, PARTIALS)
-            if tl.program_id(1) == 0:
-                store(p_b, b_all_b, m_columns)
-                store(p_b + STATE, b_all_c, m_columns)
-        else:
-            b_all_b = load(p_b, m_columns)
-            b_all_c = load(p_b + STATE, m_columns)
         all_on, _, all_dt, all_u = writes_of(
             i_first, n_steps, i_batch, n_batch, gate, strides_gate, dt_product, b_bias, u, o_e, m_e, width, T
         )
+        all_b = rows_of(projected + RANK, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
         if y is not None:
+            all_c = rows_of(projected + RANK + STATE, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
             b_d = load(d + o_e, m_e)  # [E]
             all_z = gated_of(z, strides_z, i_first, all_on, i_batch, o_e, m_e, T)
         for t in tl.static_range(T):
             # Bit for bit what it was, even the sign of a zero, where nothing is written.
-            b_h = tl.where(all_on[t], after(b_h, all_dt[t], all_u[t], row_at(b_all_b, t, T), b_a), b_h)
+            b_h = tl.where(all_on[t], after(b_h, all_dt[t], all_u[t], all_b[t], b_a), b_h)
             if sums is not None:
                 b_sum += all_dt[t]
             if y is not None:
-                b_inner = tl.sum(b_h * row_at(b_all_c, t, T)[:, None], axis=0) + b_d * all_u[t]  # [E]
+                b_inner = tl.sum(b_h * all_c[t][:, None], axis=0) + b_d * all_u[t]  # [E]
                 b_y = tl.where(all_on[t], b_inner * silu(all_z[t]), 0.0)
                 p_y = y + wide(i_first + t) * strides_y[0] + i_batch * strides_y[1] + o_e
                 store(p_y, b_y, m_e & (i_first + t < n_steps))
@@ -258,13 +224,12 @@ def scan(
     z: Tensor,
     gate: Tensor | None,
     kept: Kept,
-    partials: Tensor,
     weights: Weights,
     ssm_state: Tensor,
     y: Tensor,
     new_ssm_state: Tensor,
 ) -> None:
-    """From z (K, B, E), u and partial sums of W_x u (any number, K, B, R + 2 N; contiguous) to y (K, B, E) and the state after.
+    """From z (K, B, E), and u and W_x u of what is kept, to y (K, B, E) and the state after K.
 
     Fills what else is kept. ssm_state and new_ssm_state are (B, E, N), with any strides; the gate is (B, K).
     """
@@ -272,19 +237,18 @@ def scan(
     inputs = scan_inputs(z, gate, kept, weights, "scan")
     inputs |= {"u": kept.u, "dt_proj_weight": weights.dt_proj_weight, "d": weights.d}
     inputs["strides_y"] = y.stride()[:2]
-    products = {"partials": partials, "PARTIALS": len(partials)}
     inputs["R"] = padded_size(inputs["RANK"])
     if n_chunks == 1:
         starts, ends = states_named("starts", ssm_state), states_named("ends", new_ssm_state)
-        launch_scan(scan_kernel, "scan", 1, **inputs, **products, **starts, **ends, y=y, sums=None)
+        launch_scan(scan_kernel, "scan", 1, **inputs, **starts, **ends, PROJECTS=True, y=y, sums=None)
         return
     starts = kept.starts.mT
     ends, sums = torch.empty_like(starts), starts.new_empty(n_chunks, *y.shape[1:])
     from_zeros = states_named("starts", None) | states_named("ends", ends)
-    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **products, **from_zeros, y=None, sums=sums)
+    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **from_zeros, PROJECTS=True, y=None, sums=sums)
     carry(ssm_state, ends, sums, weights.a, starts, new_ssm_state, reverse=False)
     from_starts = states_named("starts", starts) | states_named("ends", None)
-    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **from_starts, partials=None, PARTIALS=1, y=y, sums=None)
+    launch_scan(scan_kernel, "scan", n_chunks, **inputs, **from_starts, PROJECTS=False, y=y, sums=None)
 
 
 def states_named(name: str, states: Tensor | None) -> dict[str, object]:

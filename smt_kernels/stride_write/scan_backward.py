@@ -102,6 +102,17 @@ def scan_backward_kernel(
     b_bias, b_d = load(dt_proj_bias + o_e, m_e), load(d + o_e, m_e)  # [E]
     b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [N, E]
     b_h = load(state_at(starts, strides_starts, i_place, i_batch, o_e, o_n), m_state)  # [N, E]
+    b_dh = tl.zeros([N, E], dtype=tl.float32)
+    if grad_ends is not None:
+        b_dh += load(state_at(grad_ends, strides_grad_ends, i_place, i_batch, o_e, o_n), m_state)
+    b_da = tl.zeros([N, E], dtype=tl.float32)
+    b_dd = tl.zeros([E], dtype=tl.float32)
+    b_dbias = tl.zeros([E], dtype=tl.float32)
+    o_sums = tl.program_id(0).to(tl.int64) * width + o_e
+    if ADDS:
+        b_da += load(state_at(d_a, strides_d_a, i_place, i_batch, o_e, o_n), m_state)
+        b_dd += load(d_d + o_sums, m_e)
+        b_dbias += load(d_bias + o_sums, m_e)
     p_partials = partials + tl.program_id(1).to(tl.int64) * (n_writes * n_batch * WIDE)
     n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
     n_blocks = tl.cdiv(n_steps - i_chunk * CHUNK, T)
@@ -118,12 +129,6 @@ def scan_backward_kernel(
             b_h = after(b_h, all_dt[t], all_u[t], all_b[t], b_a)
     tl.debug_barrier()  # a thread may read what another one has written
 
-    b_dh = tl.zeros([N, E], dtype=tl.float32)
-    if grad_ends is not None:
-        b_dh += load(state_at(grad_ends, strides_grad_ends, i_place, i_batch, o_e, o_n), m_state)
-    b_da = tl.zeros([N, E], dtype=tl.float32)
-    b_dd = tl.zeros([E], dtype=tl.float32)
-    b_dbias = tl.zeros([E], dtype=tl.float32)
     for i_done in range(n_blocks):
         i_block = n_blocks - 1 - i_done
         if i_done > 0:
@@ -177,15 +182,9 @@ def scan_backward_kernel(
 
     if d_starts is not None:
         store(state_at(d_starts, strides_d_starts, i_place, i_batch, o_e, o_n), b_dh, m_state)
-    p_da = state_at(d_a, strides_d_a, i_place, i_batch, o_e, o_n)
-    o_e += tl.program_id(0).to(tl.int64) * width
-    if ADDS:
-        b_da += load(p_da, m_state)
-        b_dd += load(d_d + o_e, m_e)
-        b_dbias += load(d_bias + o_e, m_e)
-    store(p_da, b_da, m_state)
-    store(d_d + o_e, b_dd, m_e)
-    store(d_bias + o_e, b_dbias, m_e)
+    store(state_at(d_a, strides_d_a, i_place, i_batch, o_e, o_n), b_da, m_state)
+    store(d_d + o_sums, b_dd, m_e)
+    store(d_bias + o_sums, b_dbias, m_e)
 
 
 class ScanGradients(NamedTuple):

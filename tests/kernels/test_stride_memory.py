@@ -114,12 +114,12 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.triton
 @pytest.mark.interpreter
-def test_a_group_and_layer_are_five_launches_six_going_back_and_nothing_leaves_the_device(monkeypatch):
+def test_a_group_and_layer_are_six_launches_in_each_direction_and_nothing_leaves_the_device(monkeypatch):
     from smt_kernels.attention_pool import kernels as pooling
     from smt_kernels.attention_pool.reference import Timeline
     from smt_kernels.stride_memory import kernels, norm
     from smt_kernels.stride_memory.reference import Inputs, Pass
-    from smt_kernels.stride_write import conv_states, convolution, convolution_backward, scan
+    from smt_kernels.stride_write import conv_states, convolution, convolution_backward, fold, scan
 
     def operations(case: Case) -> tuple[Operations, Operations]:
         problem = make_problem(case, torch.float32, "cpu")
@@ -142,15 +142,15 @@ def test_a_group_and_layer_are_five_launches_six_going_back_and_nothing_leaves_t
     def launch(kernel, grid, device, *arguments, **named):  # and leave what it would compute as it is
         counted[-1].names.append(f"launch of {kernel.fn.__name__}")
 
-    for module in (pooling, norm, convolution, convolution_backward, conv_states, scan):
+    for module in (pooling, norm, convolution, convolution_backward, conv_states, fold, scan):
         monkeypatch.setattr(module, "launch", launch)
     sizes = [(layers, writes) for layers in (1, 2) for writes in (2, 6)]
     of_size = [operations(Case("counted", 1, writes, 2, layers, dropout=True)) for layers, writes in sizes]
-    for of_direction, launches in zip(zip(*of_size, strict=True), (5, 6), strict=True):
+    for of_direction in zip(*of_size, strict=True):
         found = dict(zip(sizes, of_direction, strict=True))
         # From one group to three, with one layer and with two: two groups of one layer, without what is per pass or per group.
         of_two = [len(found[layers, 6].names) - len(found[layers, 2].names) for layers in (1, 2)]
-        assert of_two[1] - of_two[0] == 2 * launches, found[2, 6].names
+        assert of_two[1] - of_two[0] == 2 * 6, found[2, 6].names
         views = [found[layers, 6].n_views - found[layers, 2].n_views for layers in (1, 2)]
         assert views[1] == views[0], "the host forms views of all layers at once"
         leaving = ("_local_scalar_dense", "item", "nonzero", "lift_fresh", "_to_copy.device", "is_nonzero", "equal")

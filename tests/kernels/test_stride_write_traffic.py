@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.interpreter]
 def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", family: str = "interpreter"):
     """Traffic of forward and backward, each with the bytes of all tensors that its kernels take, each moved once."""
     from smt_kernels import launch
-    from smt_kernels.stride_write import conv_states, convolution, convolution_backward, kernels, scan
+    from smt_kernels.stride_write import conv_states, convolution, convolution_backward, fold, kernels, scan
     from smt_kernels.testing.traffic import count_traffic
 
     least = 0
@@ -24,7 +24,7 @@ def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", fam
         launch.launch(kernel, grid, device, **arguments)
 
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
-    for module in (convolution, convolution_backward, conv_states, kernels, scan):
+    for module in (convolution, convolution_backward, conv_states, fold, kernels, scan):
         monkeypatch.setattr(module, "launch", weighed)
     problem = make_problem(case, torch.bfloat16, "cpu", gate, wide=("ssm_state", "a"))
     inputs = [value for name, value in problem.inputs.items() if name not in WEIGHTS]
@@ -38,9 +38,9 @@ def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", fam
 
 
 @pytest.mark.parametrize("writes", [1, 17], ids="K{}".format)
-def test_a_single_write_is_one_launch_several_are_three_and_going_back_is_four(writes, monkeypatch):
+def test_a_single_write_is_one_launch_several_are_four_and_going_back_is_four(writes, monkeypatch):
     forward, _, backward, _ = count(Case(2, writes), monkeypatch)
-    assert len(forward.launches) == (1 if writes == 1 else 3)  # convolution, scan, and the conv state
+    assert len(forward.launches) == (1 if writes == 1 else 4)  # convolution, the sum of its shares, scan, and the conv state
     assert len(backward.launches) == 4  # scan, the sum of its shares, convolution, and the conv state
 
 
