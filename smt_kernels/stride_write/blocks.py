@@ -129,7 +129,7 @@ _GPU = {
     "convolution_backward_fp32": BlockSettings(num_warps=4, elements=512),
     "fold": BlockSettings(num_warps=4, elements=4096),
     "conv_state": BlockSettings(num_warps=4, elements=256),
-    "scan": BlockSettings(num_warps=1, elements=512, steps=8),
+    "scan": BlockSettings(num_warps=1, elements=512, steps=4),
     "carry": BlockSettings(num_warps=8, elements=512, steps=8),
     "local_backward": BlockSettings(num_warps=1, elements=512, steps=8),
     "scan_backward": BlockSettings(num_warps=1, elements=512, steps=2),
