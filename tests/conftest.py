@@ -39,6 +39,8 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
+    import quick_interpreter  # noqa: F401  (kernels take twice as long without it)
+
     import smt_kernels.testing.interpreter  # noqa: F401  (bfloat16 is wrong without it)
 
 # Two workers run the tests side by side: a thread each is faster than two threads in turns.
@@ -53,6 +55,8 @@ _NEEDS = {
     "mamba": (MAMBA_INSTALLED, "mamba-ssm or causal-conv1d is not installed"),
     "interpreter": (INTERPRETED, "kernels run natively here; set TRITON_INTERPRET=1 to count what they read and write"),
 }
+# Begun first, so that no worker is long at work when the others have ended.
+LONGEST = ("test_kernel_budgets.py", "test_distributed.py", "test_resume.py")
 _deselected: Counter[str] = Counter()
 
 
@@ -90,7 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (dropped if unmet else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.path.name not in LONGEST)
 
 
 def _launches_kernels(item: pytest.Item) -> bool:

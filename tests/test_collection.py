@@ -46,3 +46,8 @@ def test_whoever_asks_for_triton_takes_the_device(conftest, pytestconfig):
     with pytest.raises(pytest.UsageError, match=r"marked\nnamed\nchosen$"):
         conftest.pytest_collection_modifyitems(pytestconfig, astray + apart)
     assert not any(conftest._launches_kernels(each) and "device" not in each.fixturenames for each in apart)
+
+
+def test_what_is_begun_first_is_there(conftest):
+    for name in conftest.LONGEST:
+        assert list(Path(__file__).parent.rglob(name)), name

@@ -1,4 +1,7 @@
-"""Models of these tests have gates of their own for every head, and read slots out; fresh ones are all the same, and do not."""
+"""Models of these tests have gates of their own for every head, and read slots out; fresh ones are all the same, and do not.
+
+Pictures are drawn without a layout, which is found by drawing all of it once more; ``laid_out`` draws as the product does.
+"""
 
 import pytest
 import torch
@@ -32,3 +35,14 @@ def open_memory():
 def fresh_gates(monkeypatch):
     """As the product has them."""
     monkeypatch.setattr(Decoder, "initialise", initialise)
+
+
+@pytest.fixture
+def laid_out():
+    """For tests of pictures themselves. What fixtures of a module make is laid out in any case."""
+
+
+@pytest.fixture(autouse=True)
+def pictures_without_layout(request, monkeypatch):
+    if "laid_out" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.get_layout_engine", lambda figure: None)

@@ -9,6 +9,8 @@ import pytest
 from smt import StrideMemoryTransformer
 from smt.cli import main
 
+pytestmark = pytest.mark.usefixtures("laid_out")
+
 
 @pytest.fixture
 def unfinished(runs, tmp_path):

@@ -48,11 +48,10 @@ def texts(tmp_path):
 
 
 def run_two(folder: Path, texts: Path) -> None:
-    """Two processes with two rows each leave in ``folder`` what ``one_of_two.py`` says."""
+    """Two processes with two rows each leave in ``folder`` what ``two_processes.py`` says."""
     (folder / "settings.json").write_text(json.dumps(settings(texts, 2)))
-    script = Path(__file__).with_name("one_of_two.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(script), str(folder), str(folder / "settings.json")]
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, str(script), str(folder), str(folder / "settings.json")]
     # FSDP would shard over GPUs if it saw any.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

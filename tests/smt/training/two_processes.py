@@ -1,18 +1,23 @@
-"""One of the processes that ``test_distributed.py`` starts: trains in a folder as settings in JSON say.
+"""Two processes, as torchrun starts them, that train in a folder as settings in JSON say; for ``test_distributed.py``.
 
-Usage: torchrun --nproc-per-node 2 one_of_two.py FOLDER SETTINGS.json
+Usage: two_processes.py FOLDER SETTINGS.json
 
-Leaves in the folder what ``same_training`` gives, in ``same.pt``; a run, in ``ddp``; and one that was sharded, interrupted
-and resumed, in ``fsdp``.
+The second is a fork of the first, which has imported what both need. Leaves in the folder what ``same_training`` gives, in
+``same.pt``; a run, in ``ddp``; and one that was sharded, interrupted and resumed, in ``fsdp``.
 """
 
 import json
 import os
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import accelerate  # noqa: F401  (else imported after the fork, as the next three)
+import matplotlib.figure  # noqa: F401
 import torch
+import torch._dynamo
+import torch.distributed.fsdp
 from same_training import TASKS, trained
 
 from smt.training.run import run_in
@@ -69,11 +74,25 @@ def train_the_same(file: Path) -> None:
         torch.save(results, file)
 
 
+def fork() -> int:
+    """The process id of the second process, which has rank 1; there, 0."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    second = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if second else "1"
+    return second
+
+
 if __name__ == "__main__":
     folder, settings = map(Path, sys.argv[1:])
     config = RunConfig.from_dict(json.loads(settings.read_text()))
+    second = fork()
     train_the_same(folder / "same.pt")
     run_in(folder / "ddp", config)
     shard_on_cpu()
     interrupt(folder / "fsdp", config, 13)
     run_in(folder / "fsdp", config)
+    if second:
+        _, status = os.waitpid(second, 0)
+        sys.exit(os.waitstatus_to_exitcode(status))
