@@ -1,4 +1,4 @@
-"""The tables of a GPU's report (``benchmarks/results/card.json``, which ``bench_card.py`` writes): ratios, and every row."""
+"""The tables of reports of GPUs (``bench_card.py`` writes them; ``benchmarks/results/card_*.json``): ratios, and every row."""
 
 from __future__ import annotations
 
@@ -8,37 +8,46 @@ from bench_card import COLUMNS, as_cells, ceilings_line
 from card_rows import Row
 from committed import read
 
-# Of the README's table: what it is called there, section, our case, against what.
+# Of the README's table: report, what it is called there, section, our case, against what.
+GPT2 = "compiled GPT-2, flash attention"
 SPEED = (
-    ("training step, `stream`", "training step", "SMT stream", "compiled GPT-2, flash attention"),
-    ("training step, no writes", "training step", "SMT stream, no writes", "compiled GPT-2, flash attention"),
-    ("training step, pools tokens", "training step", "SMT stream, pools tokens", "compiled GPT-2, flash attention"),
-    ("attention, forward", "attention, forward", "stream_attention", "SDPA, full causal"),
-    ("attention, forward + backward", "attention, forward + backward", "stream_attention", "SDPA, full causal"),
-    ("loss, forward + backward", "loss, forward + backward", "linear_cross_entropy", "compiled linear + cross-entropy"),
+    ("card_h100", "training step, `stream`", "training step", "SMT stream", GPT2),
+    ("card_h100", "training step, groups of 32 writes", "training step", "SMT stream, groups of 32", GPT2),
+    ("card_h100", "training step, pools tokens", "training step", "SMT stream, pools tokens", GPT2),
+    ("card_h100", "training step, no writes", "training step", "SMT stream, no writes", GPT2),
+    ("card_h200", "training step, `stream`, *older kernels, no graphs*", "training step", "SMT stream", GPT2),
+    ("card_h200", "attention, forward", "attention, forward", "stream_attention", "SDPA, full causal"),
+    ("card_h200", "attention, forward + backward", "attention, forward + backward", "stream_attention", "SDPA, full causal"),
+    (
+        "card_h200",
+        "loss, forward + backward",
+        "loss, forward + backward",
+        "linear_cross_entropy",
+        "compiled linear + cross-entropy",
+    ),
 )
 
 
 def speed_table() -> str:
     """Ratios to what a user would take instead, a line for each shape."""
-    document = read("card")
-    device = document["environment"]["device"]
-    lines = [f"| {device}, bf16 | against | batch x length | theirs | ours | ratio |", "|---" * 6 + "|"]
-    for name, section, case, against in SPEED:
+    lines = ["| bf16 | on | against | batch x length | theirs | ours | ratio |", "|---" * 7 + "|"]
+    for report, name, section, case, against in SPEED:
+        document = read(report)
+        device = document["environment"]["device"].split()[1]  # of "NVIDIA H100 80GB HBM3"
         rows = [Row(**row) for row in document["rows"] if row["section"] == section]
         for row in rows:
             if row.case != case or row.ratio is None or "float32" in row.shape:
                 continue
             theirs = next(other for other in rows if other.shape == row.shape)
             times = (_milliseconds(x.seconds) for x in (theirs, row))
-            lines.append(f"| {' | '.join((name, against, row.shape, *times, f'{row.ratio:.2f}x'))} |")
+            lines.append(f"| {' | '.join((name, device, against, row.shape, *times, f'{row.ratio:.2f}x'))} |")
     return "\n".join(lines)
 
 
-def report(*words: str) -> str:
-    """Every row of the sections that begin with these words, and what they were measured on."""
-    document, section = read("card"), " ".join(words)
-    rows = [Row(**row) for row in document["rows"] if row["section"].startswith(section)]
+def report(name: str) -> str:
+    """Every row of a report, and what they were measured on."""
+    document = read(name)
+    rows = [Row(**row) for row in document["rows"]]
     lines = []
     for title in dict.fromkeys(row.section for row in rows):
         lines += [f"**{title[0].upper()}{title[1:]}**", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]

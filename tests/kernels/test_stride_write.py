@@ -88,6 +88,30 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backen
     assert_problem_within_budget(make_problem(case, dtype, device, gate), backend)
 
 
+@pytest.mark.triton
+@pytest.mark.interpreter
+def test_the_blocks_of_a_gpu_compute_the_same(monkeypatch):
+    """Many small blocks, whose partial sums are added up; the interpreter's own are large."""
+    from smt_kernels.stride_write import fold
+
+    sums = []
+    monkeypatch.setattr(launch, "architecture_family", lambda device: "hopper")
+    monkeypatch.setattr(fold, "launch", lambda *args, **named: sums.append(named["PARTIALS"]) or launch.launch(*args, **named))
+    assert_problem_within_budget(make_problem(Case(2, 9, 80, 16, 4, 4), torch.float32, "cpu", "random"), "triton")
+    assert sums == [3, 3], "blocks of 32 channels forward and of 32 backward"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("count", [1, 5, 70])
+def test_partial_sums_are_added_up_however_many(count, device):
+    from smt_kernels.stride_write.fold import fold
+
+    partials = torch.rand(count, 3, 47, device=device)
+    total = torch.empty(3, 47, device=device)
+    fold(partials, total)
+    torch.testing.assert_close(total, partials.sum(0))
+
+
 # In half precision the roundings of inputs and results stand far above those of an order of summation, even in small sizes.
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(

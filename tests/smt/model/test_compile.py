@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.model import transformer
 
 CHUNKS, LENGTH = 7, 16
 
@@ -63,6 +64,23 @@ def test_no_chunk_but_the_first_three_compiles_anything():
     for (loss, gradients), (expected_loss, expected_gradients) in zip(found, expected, strict=True):
         torch.testing.assert_close(loss, expected_loss)
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_with_graphs_the_state_lies_in_memory_that_no_graph_overwrites(monkeypatch):
+    made, encode = [], transformer.encode_batch
+    monkeypatch.setattr(transformer, "encode_batch", lambda *args, **named: made.append(encode(*args, **named)) or made[-1])
+
+    def shared(model: StrideMemoryTransformer) -> list[bool]:
+        _, aux = model.loss(torch.randint(37, (2, LENGTH)))
+        pairs = [(getattr(aux.state, name), getattr(made[-1].state, name)) for name in ("tokens", "slots", "conv", "ssm")]
+        for tensor, of_pass in pairs:
+            torch.testing.assert_close(tensor, of_pass, rtol=0, atol=0)
+        return [tensor.untyped_storage().data_ptr() == of_pass.untyped_storage().data_ptr() for tensor, of_pass in pairs]
+
+    model = build()
+    assert shared(model) == [True] * 4
+    model.compile(backend=Programs(), mode="reduce-overhead")
+    assert shared(model) == [False] * 4
 
 
 def test_without_graphs_only_layers_are_compiled_and_a_copy_is_not():

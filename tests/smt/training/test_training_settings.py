@@ -54,11 +54,18 @@ class TestSettings:
         [
             *(({}, True, False), ({"steps": 60}, False, False), ({"steps": 4000}, True, False), ({"epochs": 1}, True, False)),
             *(({"compile": "true", "steps": 1}, True, True), ({"compile": "false"}, False, False)),
+            ({"compile": "graphs"}, True, True),
         ],
     )
     def test_a_gpu_compiles_what_is_trained_long_enough_to_gain_by_it(self, fields, on_gpu, on_cpu):
         config = TrainingConfig(**fields)
         assert config.compiles(torch.device("cuda")) == on_gpu and config.compiles(torch.device("cpu")) == on_cpu
+
+    def test_graphs_are_a_mode_of_the_compiler_and_overwrite_what_accumulates(self):
+        assert TrainingConfig(compile="graphs").compile_options() == {"mode": "reduce-overhead"}
+        assert TrainingConfig(compile="true").compile_options() == TrainingConfig().compile_options() == {}
+        with pytest.raises(ValueError, match="graphs needs gradient_accumulation_steps = 1, got 2"):
+            TrainingConfig(compile="graphs", gradient_accumulation_steps=2)
 
     def test_overrides_find_their_part_and_are_read_as_its_types(self):
         overrides = {"stride": "10", "encoding": "token", "writes": "false", "steps": "none", "learning_rate": "1e-3"}
