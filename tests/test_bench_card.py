@@ -144,7 +144,7 @@ def test_every_case_is_listed_once_and_the_published_form_trains(load, suite):
     suite.sizes = dataclasses.replace(suite.sizes, lengths=(48, 24, 32))
     cases = [(case.section, case.name, case.shape) for case in suite.cases()]
     assert len(set(cases)) == len(cases)
-    assert {(section, case) for _, section, case, _ in load("publish_card").SPEED} <= {case[:2] for case in cases}
+    assert {(section, case) for _, _, section, case, _ in load("publish_card").SPEED} <= {case[:2] for case in cases}
     step = suite._smt(suite.tokens_of(1, 24), mode="eager", **PUBLISHED)
     suite._train(step)
     assert step.model.config.encoding == "token" and all(p.grad is not None for p in step.model.decoder.blocks.parameters())
