@@ -39,8 +39,6 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    import quick_interpreter  # noqa: F401  (kernels take twice as long without it)
-
     import smt_kernels.testing.interpreter  # noqa: F401  (bfloat16 is wrong without it)
 
 # Two workers run the tests side by side: a thread each is faster than two threads in turns.

@@ -9,7 +9,8 @@ with the *patterns*, silently, and casts to bfloat16 truncate. After ``import sm
 - a scalar condition, compared or loaded, is an int1, and can be combined with masks;
 - ``tl.sum`` adds pairs of partial sums in either direction, as a GPU does, where columns were added one by one;
 - ``tl.reduce`` and ``tl.associative_scan`` with a combine function of one's own make one call per slice, not one per element;
-- ``triton.language`` is patched once per launch and module, where each call from one jit function to another took as long.
+- ``triton.language`` is patched once per launch and module, where each call from one jit function to another took as long;
+- types and shapes of values are made once (``smt_kernels.testing.quick_interpreter``).
 
 Raises:
     RuntimeError: at import, unless ``TRITON_INTERPRET=1`` was set, which must happen before the first import of triton.
@@ -39,6 +40,8 @@ from triton.runtime.interpreter import (
     TensorHandle,
     _ir,
 )
+
+from smt_kernels.testing import quick_interpreter  # noqa: F401
 
 
 def decode_bfloat16(patterns: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the interpreter of the tests looks up is what Triton makes anew, and it leaves out only what is not looked at."""
+"""What the mended interpreter looks up is what Triton makes anew, and it leaves out only what is not looked at."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def attributes(value: object) -> dict[str, object]:
 @pytest.mark.parametrize("shape", [[4], [4, 8], "constexpr"], ids=repr)
 @pytest.mark.parametrize("element", ["float32", "bfloat16", "int1", "pointer", "constant pointer"])
 def test_types_and_values_are_those_of_triton_the_first_time_and_again(element, shape):
-    import quick_interpreter
     import triton.language as tl
     from triton.runtime import interpreter
+
+    from smt_kernels.testing import quick_interpreter
 
     pointers = {"pointer": tl.pointer_type(tl.float16), "constant pointer": tl.pointer_type(tl.float16, const=True)}
     scalar = pointers.get(element) or getattr(tl, element)
