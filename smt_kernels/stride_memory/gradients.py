@@ -109,7 +109,7 @@ def backward(
     conv_states_backward(grads.conv, grad_conv, order, weights.conv_weight, d_conv)
     d_slots = tokens.new_empty(0) if slots is None else _copied(grads.slots[:n_slots].transpose(0, 1), slots)
     of_weights = _of_weights(kept, grads, kept_of_pool, of_pool, weights)
-    return d_tokens, d_slots, *of_weights, d_conv, grads.ssm.to(inputs.ssm_state.dtype)
+    return d_tokens, d_slots, *of_weights, d_conv, _copied(grads.ssm, inputs.ssm_state)
 
 
 class LayerGradients(NamedTuple):
