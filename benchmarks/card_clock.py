@@ -24,7 +24,7 @@ class Times:
     Attributes:
         call: from one call to the next, of calls in a row.
         host: median until a call returns to Python, the device idle before it; near ``call`` where the host holds it up.
-        peak_bytes: the most memory that tensors took during a call; None on a CPU.
+        peak_bytes: the most memory that tensors took during a call, the first ones included; None on a CPU.
         kernels: in which any kernel or copy of one call ran; None on a CPU, or where nobody asked.
         remark: why something of it is not known.
     """
@@ -43,10 +43,10 @@ def time_call(call: Callable[[], object], device: torch.device, repeats: int | N
         kernels: also in which time kernels ran, whatever the host did; where that cannot be told, the rest still can.
     """
     repeats = REPEATS if repeats is None else repeats
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # what CUDA graphs take later, in memory of their own, is not counted
     for _ in range(WARM_UPS):
         call()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     of_host = []
     for _ in range(repeats):
         _wait(device)
