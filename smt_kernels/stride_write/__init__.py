@@ -13,6 +13,7 @@ The folder, in the order to read it:
     kernels.py                the Triton backend: a single write in one launch; several as convolution and scan
     convolution.py            what comes before W_x and that product
     convolution_backward.py   and backward
+    fold.py                   the sum of what blocks of channels add to W_x u, and to its gradient
     conv_states.py            what is left of the convolution's inputs for the next writes, and backward
     scan.py                   what comes behind W_x, parallel in time
     scan_backward.py          and backward
