@@ -51,7 +51,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "setuptools>=68",
-            "tensorboard>=2.17",
+            "tensorboard>=2.18",
         ],
     },
     entry_points={"console_scripts": ["smt=smt.cli:main"]},
