@@ -77,7 +77,7 @@ class Trainer:
         self._states = CarriedStates()
         on_gpu = accelerator.device.type == "cuda"
         # What a GPU has compiled or chosen for one shape serves every step.
-        self._keeps_shapes = on_gpu or training.compile == "true"
+        self._keeps_shapes = on_gpu or training.compiles(accelerator.device)
         # Reading a number waits for the device, which then waits for the next step to be prepared. So the numbers of a step are
         # read when the next one has been launched; until then the optimiser itself skips what is not finite, and all after it.
         # Loss scales decide by themselves what to skip, and fused optimisers take no plain flag beside parameters in parts.
