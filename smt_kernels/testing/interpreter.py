@@ -41,7 +41,7 @@ from triton.runtime.interpreter import (
     _ir,
 )
 
-from smt_kernels.testing import quick_interpreter  # noqa: F401
+from smt_kernels.testing import quick_interpreter  # noqa: F401  (slow without it)
 
 
 def decode_bfloat16(patterns: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Triton's interpreter without work that changes nothing; to import it is enough, and halves the time of a small kernel.
+"""Triton's interpreter without work that changes nothing. To import it is enough.
 
-Most of that time goes to what comes out the same for every value or every launch, or is not looked at. Here types and shapes
-of values are made once and looked up by name, what ``triton.language`` has to be patched is listed once, and integers are not
-added a second time in 64 bits for an assertion that is made only where ``debug`` is on.
+Most of the time of a small kernel goes to what comes out the same for every value or every launch, or is not looked at. Here
+types and shapes of values are made once and looked up by name, what ``triton.language`` has to be patched is listed once, and
+integers are not added a second time in 64 bits for an assertion that is made only where ``debug`` is on.
 """
 
 from __future__ import annotations
