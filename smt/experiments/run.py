@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from smt.experiments.cell import CELL_FILE, FAILURE_FILE, attempt
 from smt.experiments.settings import Cell, Study
@@ -29,6 +27,8 @@ sys.exit(importlib.import_module(module).main(folder))"""
 CELL_MODULE = "smt.experiments.cell"
 # For a process that has been told to end, until it is killed.
 SECONDS_TO_END = 10.0
+# Between two looks at the processes that run.
+SECONDS_TO_WAIT = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,34 +67,36 @@ def run_study(
     folders = {cell.label: Path(out) / study.name / cell.label for cell in study.cells}
     for cell in study.cells:
         _check_same(cell, folders[cell.label])
-    apart = Processes()
     place = {cell.label: f"[{index}/{len(study.cells)}] {cell.label}" for index, cell in enumerate(study.cells, 1)}
+    begun: dict[Path, tuple[Cell, float]] = {}
+    outcomes: dict[str, CellOutcome] = {}
 
-    def finish(cell: Cell) -> CellOutcome:
-        folder = folders[cell.label]
-        if has_finished(folder):
-            tell(f"{place[cell.label]}: finished before, not run again")
-            return CellOutcome(cell, folder, reused=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILURE_FILE).unlink(missing_ok=True)
-        write_files({folder / CELL_FILE: cell.config.anchored().to_yaml})
-        tell(f"{place[cell.label]}: begins" + (f", output in {folder / OUTPUT_FILE}" if jobs > 1 else ""))
-        started = time.perf_counter()
-        error = attempt(folder) if jobs == 1 else attempt_apart(folder, jobs, apart)
-        seconds = f"{time.perf_counter() - started:.0f} s"
-        ended = "finished in" if error is None else f"failed, see {folder / FAILURE_FILE}, after"
-        tell(f"{place[cell.label]}: {ended} {seconds}")
-        return CellOutcome(cell, folder, error)
+    def to_attempt() -> Iterator[Path]:
+        for cell in study.cells:
+            folder = folders[cell.label]
+            if has_finished(folder):
+                tell(f"{place[cell.label]}: finished before, not run again")
+                outcomes[cell.label] = CellOutcome(cell, folder, reused=True)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / FAILURE_FILE).unlink(missing_ok=True)
+            write_files({folder / CELL_FILE: cell.config.anchored().to_yaml})
+            tell(f"{place[cell.label]}: begins" + (f", output in {folder / OUTPUT_FILE}" if jobs > 1 else ""))
+            begun[folder] = cell, time.perf_counter()
+            yield folder
 
-    if jobs == 1:
-        return [finish(cell) for cell in study.cells]
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            return list(pool.map(finish, study.cells))
-        except BaseException:  # such as Ctrl-C: no process stays behind, and no other begins
-            pool.shutdown(wait=False, cancel_futures=True)
-            apart.end()
-            raise
+    def attempt_here() -> Iterator[tuple[Path, str | None]]:
+        for folder in to_attempt():
+            yield folder, attempt(folder)
+
+    with closing(attempt_here() if jobs == 1 else attempt_apart(to_attempt(), jobs)) as attempts:
+        for folder, error in attempts:
+            cell, started = begun[folder]
+            seconds = f"{time.perf_counter() - started:.0f} s"
+            ended = "finished in" if error is None else f"failed, see {folder / FAILURE_FILE}, after"
+            tell(f"{place[cell.label]}: {ended} {seconds}")
+            outcomes[cell.label] = CellOutcome(cell, folder, error)
+    return [outcomes[cell.label] for cell in study.cells]
 
 
 def _check_same(cell: Cell, folder: Path) -> None:
@@ -114,61 +116,62 @@ def _check_same(cell: Cell, folder: Path) -> None:
     )
 
 
-class Processes:
-    """Processes that run now, which end together."""
-
-    def __init__(self) -> None:
-        self._running: set[subprocess.Popen] = set()
-        self._ended = False
-        self._lock = threading.Lock()
-
-    def run(self, command: list[str], **options: Any) -> int:
-        """The exit code of a process; its standard input is closed when this process ends, even by a signal."""
-        with self._lock:
-            if self._ended:
-                return -signal.SIGTERM
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
-            self._running.add(process)
-        try:
-            return process.wait()
-        finally:
-            with self._lock:
-                self._running.discard(process)
-            process.stdin.close()
-
-    def end(self) -> None:
-        """End all that run, by force where one takes too long; none begins any more."""
-        with self._lock:
-            self._ended, running = True, list(self._running)
-        for process in running:
-            process.terminate()
-        deadline = time.monotonic() + SECONDS_TO_END
-        for process in running:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def attempt_apart(folder: Path, jobs: int, processes: Processes, module: str = CELL_MODULE) -> str | None:
-    """As ``attempt``, in a process of its own, whose end is no end of this one.
+def attempt_apart(folders: Iterable[Path], jobs: int, module: str = CELL_MODULE) -> Iterator[tuple[Path, str | None]]:
+    """As ``attempt``, of each folder in a process of its own, whose end is no end of this one; folders and errors as they end.
 
     Args:
-        folder: of the cell, in which the process leaves what it says.
-        jobs: processes that run at once, and share the threads.
-        module: whose ``main`` the process runs.
+        folders: of cells, in which their processes leave what they say; each is asked for when its process is to begin.
+        jobs: processes that run at once, and share the threads. All are ended when the generator is left early.
+        module: whose ``main`` the processes run.
     """
+    waiting, running = iter(folders), dict[Path, subprocess.Popen]()
+    try:
+        while True:
+            for folder in islice(waiting, jobs - len(running)):
+                running[folder] = _begin(folder, jobs, module)
+            if not running:
+                return
+            # Not one long wait, nor one of threads: a signal that comes just before it does not interrupt it.
+            time.sleep(SECONDS_TO_WAIT)
+            for folder, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[folder]
+                    process.stdin.close()
+                    yield folder, _error(folder, process.returncode)
+    finally:
+        _end(running.values())
+
+
+def _begin(folder: Path, jobs: int, module: str) -> subprocess.Popen:
+    """A process that works on a cell; its standard input is closed when this process ends, even by a signal."""
     threads = str(max(1, _cores() // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    command = [sys.executable, "-c", START, module, str(folder), *sys.path]
     with (folder / OUTPUT_FILE).open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-c", START, module, str(folder), *sys.path]
-        code = processes.run(command, env=environment, stdout=output, stderr=output)
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output)
+
+
+def _error(folder: Path, code: int) -> str | None:
+    """Why the process of a cell failed; None: it did not."""
     if code == 0:
         return None
     if code == 1 and (folder / FAILURE_FILE).is_file():
         return (folder / FAILURE_FILE).read_text(encoding="utf-8").splitlines()[-1]
     return f"the process ended by signal {-code}" if code < 0 else f"the process ended with exit code {code}"
+
+
+def _end(processes: Collection[subprocess.Popen]) -> None:
+    """End all, by force where one takes too long."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + SECONDS_TO_END
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdin.close()
 
 
 def _cores() -> int:

@@ -15,7 +15,7 @@ from smt.data.settings import DataConfig
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
 from smt.data.tokenizer import TRAINED
 from smt.experiments.cell import FAILURE_FILE
-from smt.experiments.run import OUTPUT_FILE, Processes, attempt_apart
+from smt.experiments.run import OUTPUT_FILE, attempt_apart
 from smt.runtime.fields import check_names
 from smt.runtime.files import check_folder, read_json, read_yaml, text_writer, write_files
 from smt.study.cell import CELL_FILE, TRAINING, is_done, measured_file
@@ -125,12 +125,8 @@ def _run(cell: StudyCell, wanted: dict[str, Any], place: str, tell: Callable[[st
     (cell.folder / FAILURE_FILE).unlink(missing_ok=True)
     write_files({cell.folder / CELL_FILE: text_writer(yaml.safe_dump(wanted, sort_keys=False))})
     tell(f"{place} {cell.label}: begins, output in {cell.folder / OUTPUT_FILE}")
-    started, processes = time.perf_counter(), Processes()
-    try:
-        error = attempt_apart(cell.folder, 1, processes, CELL_MODULE)
-    except BaseException:  # such as Ctrl-C: no process stays behind
-        processes.end()
-        raise
+    started = time.perf_counter()
+    ((_, error),) = attempt_apart([cell.folder], 1, CELL_MODULE)
     seconds = f"{time.perf_counter() - started:.0f} s"
     tell(f"{place} {cell.label}: " + (f"finished in {seconds}" if error is None else f"failed after {seconds}: {error}"))
     return replace(cell, error=error)

@@ -47,10 +47,15 @@ FILES = {
 }  # fmt: skip
 
 
-def in_this_process(folder, jobs, processes, module):
-    """What a process of its own does, which would take seconds to begin."""
+def in_this_process(folders, jobs, module):
+    """What processes of their own do, which would take seconds to begin."""
     assert module == "smt.study.cell"
-    return attempt(folder, work)
+    return [(folder, attempt(folder, work)) for folder in folders]
+
+
+def by(attempt_one):
+    """In place of ``attempt_apart``: what a function of a folder makes of each."""
+    return lambda folders, jobs, module: [(folder, attempt_one(folder)) for folder in folders]
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +131,11 @@ def test_a_second_time_nothing_is_trained_and_what_has_failed_is_tried_again(mad
     shutil.copytree(folder, tmp_path / "micro")
     tried = []
 
-    def fails(folder, jobs, processes, module):
+    def fails(folder):
         tried.append(folder.name)
         return "RuntimeError: no"
 
-    monkeypatch.setattr(run_module, "attempt_apart", fails)
+    monkeypatch.setattr(run_module, "attempt_apart", by(fails))
     arguments = ["study", "--config", str(file), "--out", str(tmp_path)]
     assert main(arguments) == 0 and not tried
     assert "smt,seed=1: finished before, not run again" in capsys.readouterr().out
@@ -158,11 +163,11 @@ def test_ours_may_carry_its_memory_through_longer_parts_in_training(made, tmp_pa
     settings = replace(StudySettings.from_yaml(file), models=("smt", "smt_carried"), carried={"part_length": 64, "lanes": 2})
     asked = {}
 
-    def keeps(folder, jobs, processes, module):
+    def keeps(folder):
         asked[folder.name] = yaml.safe_load((folder / "cell.yaml").read_text())
         return "RuntimeError: no"
 
-    monkeypatch.setattr(run_module, "attempt_apart", keeps)
+    monkeypatch.setattr(run_module, "attempt_apart", by(keeps))
     prepared = run_module.prepare(settings, tmp_path)
     run_module.run_study(prepared, lambda line: None)
     anew, carried = (asked[f"{model},seed=1"]["run"] for model in settings.models)
@@ -178,7 +183,7 @@ def test_models_that_had_failed_and_further_seeds_are_given_the_time_of_the_firs
     settings = replace(StudySettings.from_yaml(file), models=("mamba", "global", "local"), equal_time_seeds=2)
     seconds, failing = {"mamba": 40.0, "global": 10.0, "local": 20.0}, {"mamba,seed=1"}
 
-    def trains(folder, jobs, processes, module):
+    def trains(folder):
         if folder.name in failing:
             return "RuntimeError: no"
         speed = 200 / seconds[folder.name.partition(",")[0]]
@@ -188,7 +193,7 @@ def test_models_that_had_failed_and_further_seeds_are_given_the_time_of_the_firs
             (folder / f"{stage}.json").write_text(json.dumps(of_training))
         return None
 
-    monkeypatch.setattr(run_module, "attempt_apart", trains)
+    monkeypatch.setattr(run_module, "attempt_apart", by(trains))
     for seeds in [(1,), (1, 2)]:
         prepared = run_module.prepare(replace(settings, seeds=seeds), tmp_path)
         run_module.run_study(prepared, lambda line: None)
