@@ -17,7 +17,7 @@ from smt.training.run import resume, run_in
 from smt.training.settings import RunConfig
 from smt.training.trainer import Trainer
 
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_was_being_written_is_not_taken_for_one(config, undist
 
 def test_a_run_killed_at_random_moments_ends_as_one_that_is_not(config, tmp_path, seed):
     draw = random.Random(seed)
-    longer = replace(config, training=replace(config.training, steps=48))
+    longer = replace(config, training=replace(config.training, steps=32))
     processes = multiprocessing.get_context("forkserver")  # new ones, without the seconds that imports take
     processes.set_forkserver_preload(["accelerate", "matplotlib", "tokenizers", "tqdm", "smt.training.run"])
 
