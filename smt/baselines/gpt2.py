@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from smt.config import SMTConfig
 from smt.model.generation import sample
 from smt.model.loss import head_loss
+from smt.model.parameters import count_parameters
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -145,6 +146,4 @@ class FullAttentionGPT2(nn.Module):
 
     def count_parameters(self) -> dict[str, Any]:
         """As ``StrideMemoryTransformer.count_parameters``."""
-        parts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in self.parts().items()}
-        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return {"total": sum(parts.values()), "trainable": trainable, "breakdown": {**parts, "lm_head": 0}}
+        return count_parameters(self)

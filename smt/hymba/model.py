@@ -27,6 +27,7 @@ from smt.model.checkpoint import load_model, save_model
 from smt.model.generation import NextLogits, generate, stream
 from smt.model.loss import head_loss
 from smt.model.mamba import MambaMixer
+from smt.model.parameters import count_parameters
 from smt.model.rms_norm import RMSNorm
 from smt.model.rotary import rotation
 from smt.runtime.precision import dtype_of_products
@@ -309,9 +310,7 @@ class Hymba(nn.Module):
 
     def count_parameters(self) -> dict[str, Any]:
         """As ``StrideMemoryTransformer.count_parameters``."""
-        parts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in self.parts().items()}
-        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return {"total": sum(parts.values()), "trainable": trainable, "breakdown": {**parts, "lm_head": 0}}
+        return count_parameters(self)
 
     def _vectors(self) -> list[nn.Module]:
         """Embedding and meta tokens."""

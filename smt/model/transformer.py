@@ -20,6 +20,7 @@ from smt.model.generation import generate, stream
 from smt.model.loss import head_loss
 from smt.model.memory import StrideMemory
 from smt.model.parallel import initial_state
+from smt.model.parameters import count_parameters
 from smt.model.weights import is_hooked, rows_of
 from smt.pretrained.loading import load_gpt2, load_mamba
 from smt.pretrained.transfer import LoadReport
@@ -241,11 +242,7 @@ class StrideMemoryTransformer(nn.Module):
 
     def count_parameters(self) -> dict[str, Any]:
         """Parameters: ``total``, ``trainable`` and ``breakdown`` by part; ``lm_head`` is 0 because it is the embedding."""
-        return {
-            "total": _count(self),
-            "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
-            "breakdown": {**{name: _count(part) for name, part in self.parts().items()}, "lm_head": 0},
-        }
+        return count_parameters(self)
 
     def parts(self) -> dict[str, nn.Module]:
         """``embedding``, ``transformer``, ``attention_pooling`` and ``ssm``; every parameter is in one of them."""
@@ -292,7 +289,3 @@ class StrideMemoryTransformer(nn.Module):
             state.check(self.config, input_ids.shape[0])
             if state.tokens.device != device:
                 raise ValueError(f"state must be on the model's device {device}, got {state.tokens.device}")
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -50,12 +50,13 @@ def corpus_pairs(
             raise ValueError(f"{name} must be at least 1, got {value}")
     n_tokens = prompt_length + completion_length
     ends = list(accumulate(max(0, length - n_tokens + 1) for length in documents.lengths))
-    if ends[-1] == 0:
+    n_pieces = ends[-1] if ends else 0
+    if n_pieces == 0:
         raise ValueError(f"prompt_length + completion_length = {n_tokens} is more than any document has tokens")
-    if not 1 <= n_pairs <= ends[-1]:
-        raise ValueError(f"n_pairs must lie in 1..{ends[-1]}, the pieces of {n_tokens} tokens that there are, got {n_pairs}")
+    if not 1 <= n_pairs <= n_pieces:
+        raise ValueError(f"n_pairs must lie in 1..{n_pieces}, the pieces of {n_tokens} tokens that there are, got {n_pairs}")
     pieces = []
-    for place in random.Random(seed).sample(range(ends[-1]), n_pairs):
+    for place in random.Random(seed).sample(range(n_pieces), n_pairs):
         document = bisect_right(ends, place)
         start = place - (ends[document - 1] if document else 0)
         pieces.append(torch.from_numpy(documents[document][start : start + n_tokens].astype("int64")))

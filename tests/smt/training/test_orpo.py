@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,3 +317,5 @@ class TestPairsOfACorpus:
         longest = max(text.train.lengths)
         with pytest.raises(ValueError, match=f"completion_length = {longest + 1} is more than any document has tokens"):
             corpus_pairs(None, text.train, 1, prompt_length=longest, completion_length=1)
+        with pytest.raises(ValueError, match="prompt_length \\+ completion_length = 2 is more than any document has tokens"):
+            corpus_pairs(None, SimpleNamespace(lengths=[]), 1, prompt_length=1, completion_length=1)
