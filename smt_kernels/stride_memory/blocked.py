@@ -1,9 +1,11 @@
 """The memory's writes in plain PyTorch, with their own backward, out of the blocked forms of both parts; runs on any device.
 
-Time comes first, (K, B, d), so that the rows of a group lie together and every weight gradient is one product over all groups:
+Time comes first, (K, B, d), so that the rows of a group lie together and every weight gradient is one product over all groups.
+The weight of a norm is a factor of the columns of the projection behind it:
 
-    normed = x r norm;   x, z = W_in normed;   x = x + W_out write(x, z);   r = rsqrt(mean(x^2) + eps)
-    dx = residual + r (g - x r^2 mean(g x)),  g = norm dnormed
+    normed = x r;   x, z = (W_in norm) normed;   x = x + W_out write(x, z);   r = rsqrt(mean(x^2) + eps)
+    dx = residual + r (g - normed mean(g normed)),  g = (W_in norm)^T (dx, dz)
+    dW_in = P norm,  dnorm = sum of the columns of P W_in,  P = (dx, dz)^T normed over all writes
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     buffer, kept = new_kept("blocked", run)
     pool_weights = wide.a.new_empty(run.timeline.n_writes, len(tokens), run.pooled_size)
     at, of_writes = _Places(run._replace(weights=wide), kept, pool_weights), wide.writes()
+    in_proj = _normed_in_proj(wide)
     if slots is not None:
         kept.slots[: run.n_slots] = slots.transpose(0, 1)
     conv, ssm = ([accumulation(state) for state in states] for states in inputs[:2])
@@ -42,8 +45,8 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         order = at.order(group)
         for layer in range(len(conv)):
             x, normed, xz, y = (part[layer, writes] for part in (kept.x, kept.normed, kept.xz, kept.y))
-            _normalise(x, wide.norm[layer], normed)
-            torch.mm(normed.flatten(0, 1), wide.in_proj[layer].T, out=xz.flatten(0, 1))
+            torch.mul(x, _inverse_rms(x), out=normed)
+            torch.mm(normed.flatten(0, 1), in_proj[layer].T, out=xz.flatten(0, 1))
             of_write = at.written(index, group, chunks, layer)
             result, conv[layer], ssm[layer] = write(
                 *xz.chunk(2, dim=-1), conv[layer], ssm[layer], of_writes[layer], order, of_write
@@ -51,8 +54,8 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             y.copy_(result)
             after = kept.x[layer + 1, writes].flatten(0, 1)
             torch.addmm(x.flatten(0, 1), y.flatten(0, 1), wide.out_proj[layer].T, out=after)
-        written = new_slots[writes]
-        _normalise(kept.x[-1, writes], wide.norm_f, written)
+        written, x = new_slots[writes], kept.x[-1, writes]
+        torch.mul(x, _inverse_rms(x), out=written).mul_(wide.norm_f)
         if slots is not None:
             kept.slots[run.n_slots :][writes] = written.to(tokens.dtype)
     states = (_stacked(parts, like) for parts, like in zip((conv, ssm), inputs[:2], strict=True))
@@ -78,14 +81,15 @@ def backward(
     d_slots = kept.x.new_zeros(n_slots + run.timeline.n_writes, *kept.x.shape[2:])
     d_slots[n_slots:] = grad_slots.transpose(0, 1)
     grads = _Gradients(*(torch.empty_like(part) for part in (kept.x, kept.xz, kept.projected, kept.u, kept.query, kept.u_pool)))
-    small = "norm", "conv_weight", "conv_bias", "a", "d", "norm_f"
+    small = "conv_weight", "conv_bias", "a", "d"
     sums = wide._replace(**{name: torch.zeros_like(getattr(wide, name)) for name in small})
     conv, ssm = ([None] * layers if grad is None else list(grad) for grad in (grad_conv, grad_ssm))
+    in_proj, inverse = _normed_in_proj(wide), _inverse_rms(kept.x)
+    normed_last = kept.x[layers] * inverse[layers]
     for index, (group, chunks) in reversed([*enumerate(at.groups())]):
         writes = slice(group.writes.start, group.writes.stop)
         order = at.order(group)
-        d_x, d_norm = _normalise_backward(d_slots[n_slots:][writes], kept.x[layers, writes], wide.norm_f)
-        sums.norm_f.add_(d_norm)
+        d_x = _normalise_backward(d_slots[n_slots:][writes] * wide.norm_f, normed_last[writes], inverse[layers, writes])
         for layer in reversed(range(layers)):
             grads.x[layer + 1, writes] = d_x
             d_y = (d_x.flatten(0, 1) @ wide.out_proj[layer]).view_as(kept.y[layer, writes])
@@ -99,10 +103,8 @@ def backward(
             sums.conv_bias[layer].add_(found.conv.sum((0, 1)))
             sums.a[layer].add_(found.a.mT)
             sums.d[layer].add_(found.d)
-            d_normed = (d_xz.flatten(0, 1) @ wide.in_proj[layer]).view_as(d_x)
-            d_before, d_norm = _normalise_backward(d_normed, kept.x[layer, writes], wide.norm[layer])
-            sums.norm[layer].add_(d_norm)
-            d_x = d_before.add_(d_x)
+            d_normed = (d_xz.flatten(0, 1) @ in_proj[layer]).view_as(d_x)
+            d_x = _normalise_backward(d_normed, kept.normed[layer, writes], inverse[layer, writes]).add_(d_x)
         grad_weights = None if grad_pooling is None else grad_pooling[writes].transpose(0, 1)
         d_query, du = pooling.entries_backward(
             d_x.transpose(0, 1),
@@ -116,15 +118,17 @@ def backward(
             None if slots is None else d_slots[group.slots].transpose(0, 1),
         )
         grads.query[writes], grads.u_pool[writes] = d_query.transpose(0, 1), du.transpose(0, 1)
-    low = kept.projected[..., : wide.dt_proj.shape[2]]
+    low, of_in_proj = kept.projected[..., : wide.dt_proj.shape[2]], _product(grads.xz, kept.normed)
     sums = sums._replace(
         w_q=grads.query.flatten(0, 1).T @ kept.mean.flatten(0, 1),
         w_k=kept.query.flatten(0, 1).T @ grads.u_pool.flatten(0, 1),
-        in_proj=_product(grads.xz, kept.normed),
+        norm=(of_in_proj * wide.in_proj).sum(1),
+        in_proj=of_in_proj * wide.norm[:, None],
         x_proj=_product(grads.projected, kept.u),
         dt_proj=_product(grads.dt_input, low),
         dt_bias=grads.dt_input.sum((1, 2)),
         out_proj=_product(grads.x[1:], kept.y),
+        norm_f=(d_slots[n_slots:] * normed_last).sum((0, 1)),
     )
     of_slots = tokens.new_empty(0) if slots is None else _copied(d_slots[:n_slots].transpose(0, 1), slots)
     of_weights = (grad.to(weight.dtype) for grad, weight in zip(sums, weights, strict=True))
@@ -185,19 +189,15 @@ def _inverse_rms(x: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPS).rsqrt_()[..., None]
 
 
-def _normalise(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = RMSNorm(x), (K, B, d)."""
-    torch.mul(x, _inverse_rms(x), out=out).mul_(weight)
+def _normalise_backward(grad: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of x (K, B, d) from that of ``normed``, whose memory it takes."""
+    along = torch.linalg.vecdot(grad, normed)[..., None]
+    return grad.addcmul_(normed, along, value=-1 / grad.shape[-1]).mul_(inverse)
 
 
-def _normalise_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x (K, B, d) and of the weight."""
-    inverse = _inverse_rms(x)
-    normalised = x * inverse
-    d_weight = (grad * normalised).sum((0, 1))
-    d_x = grad * weight
-    along = torch.linalg.vecdot(d_x, normalised)[..., None]
-    return d_x.addcmul_(normalised, along, value=-1 / x.shape[-1]).mul_(inverse), d_weight
+def _normed_in_proj(weights: MemoryWeights) -> Tensor:
+    """W_in of every layer, for entries that the weight of its norm has not scaled."""
+    return weights.in_proj * weights.norm[:, None]
 
 
 def _product(grad: Tensor, rows: Tensor) -> Tensor:

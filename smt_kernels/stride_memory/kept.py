@@ -21,7 +21,7 @@ class Kept(NamedTuple):
     u_pool: Tensor  # (K, B, d)
     slots: Tensor  # (n + K, B, d), the old ones and the new ones; empty where no slots are pooled
     x: Tensor  # (L + 1, K, B, d), before each layer and after the last
-    normed: Tensor  # (L, K, B, d)
+    normed: Tensor  # (L, K, B, d); of plain PyTorch without the norm's weight
     xz: Tensor  # (L, K, B, 2 E), what goes into the convolution, and z
     y: Tensor  # (L, K, B, E)
     starts: Tensor  # (L, chunks, B, N, E), the SSM states before each chunk of a group
