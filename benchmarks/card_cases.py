@@ -306,11 +306,12 @@ class Suite:
             rows = max(1, self.sizes.tokens // of)
 
             def measure(changes: dict = changes, rows: int = rows, of: int = of) -> float:
-                return self._writes(rows, of, changes)
+                return time_kernels(self.writes(rows, of, **changes), self.device, calls=1)
 
             yield Case("all writes of a step, forward + backward", name, f"{rows} x {of:,}", measure, rows * of)
 
-    def _writes(self, rows: int, length: int, changes: dict[str, Any]) -> float:
+    def writes(self, rows: int, length: int, **changes: Any) -> Callable[[], object]:
+        """All writes of rows of ``length`` tokens, forward and backward, of a fresh memory with ``changes`` to its fields."""
         model = self._model(**changes).train()
         config = model.config
         parameters = [*model.memory.parameters()]
@@ -323,7 +324,7 @@ class Suite:
                 return model.memory(tokens, state.slots[:, :0], state.conv, state.ssm, first_step=0, writes=writes).slots
 
         grad = torch.randn_like(run())
-        return time_kernels(lambda: torch.autograd.grad(run(), [tokens, *parameters], grad), self.device, calls=1)
+        return lambda: torch.autograd.grad(run(), [tokens, *parameters], grad)
 
     def _decoding(self) -> Iterator[Case]:
         for rows in (1, 64):

@@ -71,18 +71,27 @@ def time_call(call: Callable[[], object], device: torch.device, repeats: int | N
 
 def kernel_seconds(call: Callable[[], object], device: torch.device) -> float | None:
     """In how many seconds of one call at least one kernel or copy ran, as PyTorch's profiler tells; None on a CPU."""
-    if device.type != "cuda":
-        return None
+    return covered((start, stop) for _, start, stop in launched(call, device)) if device.type == "cuda" else None
+
+
+def launched(call: Callable[[], object], device: torch.device) -> list[tuple[str, float, float]]:
+    """Every kernel and copy of one call, as PyTorch's profiler tells: its name, and its first and last second.
+
+    Raises:
+        RuntimeError: the profiler has seen none.
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    # On a CPU, operators: for tests of what is built on this.
+    kind, activity = {"cuda": (DeviceType.CUDA, ProfilerActivity.CUDA)}.get(device.type, (DeviceType.CPU, ProfilerActivity.CPU))
+    with profile(activities=[activity]) as profiled:
         call()
         _wait(device)
-    ran = [event for event in profiled.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    if not ran:
+    events = [event for event in profiled.events() if event.device_type == kind and not event.is_user_annotation]
+    if not events:
         raise RuntimeError("the profiler has seen no kernel")
-    return 1e-6 * covered((event.time_range.start, event.time_range.end) for event in ran)
+    return [(event.name, 1e-6 * event.time_range.start, 1e-6 * event.time_range.end) for event in events]
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:

@@ -141,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model = task.build(seed, encoding=encoding, **fields)
             *_, (step, recalled) = task.train(model, seed, options.steps)
             seconds = time.perf_counter() - started
-            rows.append({"encoding": encoding, "seed": seed, "steps": step, "recalled": recalled, "seconds": seconds})
+            of_run = {"steps": step, "recalled": recalled, "learned": recalled >= RECALLED, "seconds": seconds}
+            rows.append({"encoding": encoding, "seed": seed, **of_run})
             print(f"| {encoding} | {seed} | {step} | {recalled:.1%} | {seconds:.0f} |", flush=True)
             if options.json is not None:
                 written = {

@@ -147,17 +147,33 @@ def study_table(name: str) -> str:
 
 
 def seeds_table(name: str) -> str:
-    """A study whose budgets are seeds: the loss of each variant, and what it loses to no writes of the same seed."""
+    """A study whose budgets are seeds: the loss of each variant, and what it loses to two others of the same seed."""
     cells, seeds = study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
-    lines = [*_header("", *(seed.replace("_", " ") for seed in seeds), "mean", "to *no writes*")]
-    for variant, title in VARIANTS.items():
-        if all((seed, variant) in cells for seed in seeds):
-            losses, control = ([float(cells[seed, of]["best loss"]) for seed in seeds] for of in (variant, "no_writes"))
-            gains = [loss - other for loss, other in zip(losses, control, strict=True)]
-            gained = "-" if variant == "no_writes" else f"{statistics.fmean(gains):+.3f} ± {statistics.stdev(gains):.3f}"
-            shown = [f"{loss:.3f}" for loss in (*losses, statistics.fmean(losses))]
-            lines.append(_line(title, *shown, gained))
+    controls = {"group_8": "groups of 8", "no_writes": "*no writes*"}
+    names = [seed.replace("_", " ") for seed in seeds]
+    lines = [*_header("", *names, "mean", *(f"to {title}" for title in controls.values()))]
+    losses = {
+        variant: [float(cells[seed, variant]["best loss"]) for seed in seeds]
+        for variant in VARIANTS
+        if all((seed, variant) in cells for seed in seeds)
+    }
+    for variant, of_seeds in losses.items():
+        more = []
+        for control in controls:
+            gains = [loss - other for loss, other in zip(of_seeds, losses[control], strict=True)]
+            more.append("-" if variant == control else f"{statistics.fmean(gains):+.4f} ± {statistics.stdev(gains):.4f}")
+        lines.append(_line(VARIANTS[variant], *(f"{loss:.3f}" for loss in (*of_seeds, statistics.fmean(of_seeds))), *more))
     return "\n".join(lines)
+
+
+def recall_table() -> str:
+    """When trainings of the recall task had learned it, by encoding and seed."""
+    rows = read("recall_cpu")["rows"]
+    seeds = sorted({row["seed"] for row in rows})
+    steps = {(row["encoding"], row["seed"]): row["steps"] if row["learned"] else "never" for row in rows}
+    encodings = sorted({row["encoding"] for row in rows})
+    lines = [_line(f"`{name}`", *(str(steps[name, seed]) for seed in seeds)) for name in encodings]
+    return "\n".join([*_header("seed", *map(str, seeds)), *lines, "", _measured_on("recall_cpu")])
 
 
 def budgets_table(operation: str) -> str:
@@ -186,6 +202,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "stdlib": stdlib_sentence,
     "study": study_table,
     "seeds": seeds_table,
+    "recall": recall_table,
     "comparison": publish_study.section,
     "budgets": budgets_table,
     "claims": claims.as_markdown,

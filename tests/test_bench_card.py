@@ -97,10 +97,22 @@ def test_nothing_begins_after_the_time_is_up_and_what_was_measured_is_kept(load,
     assert [row["case"] for row in json.loads((tmp_path / "card.json").read_text())["rows"]] == ["0", "1"]
 
 
-def test_without_a_gpu_it_says_so_and_measures_nothing(load, monkeypatch, capsys):
+@pytest.mark.parametrize("script", ["bench_card", "profile_memory"])
+def test_without_a_gpu_it_says_so_and_measures_nothing(script, load, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load("bench_card").main([]) == 1
+    assert load(script).main([]) == 1
     assert "there is none here" in capsys.readouterr().err
+
+
+def test_a_profile_counts_every_launch_of_the_writes_and_adds_up_their_times(load, suite):
+    """Operators in place of kernels, which a CPU does not launch."""
+    lines = load("profile_memory").table(suite.writes(2, 48, write_group=2), suite.device).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    *kernels, total = cells
+    assert any(name == "`aten::mm`" for name, *_ in kernels) and total[0] == "all"
+    assert sum(int(launches.replace(",", "")) for _, launches, *_ in kernels) == int(total[1].replace(",", ""))
+    together = [float(time.removesuffix(" ms")) for *_, time in kernels]
+    assert together == sorted(together, reverse=True)
 
 
 def test_times_of_calls_are_medians_and_means_of_what_the_clock_said(load):
