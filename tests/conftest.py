@@ -41,7 +41,7 @@ INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import smt_kernels.testing.interpreter  # noqa: F401  (bfloat16 is wrong without it)
 
-# Two workers run the tests side by side: a thread each is faster than two threads in turns.
+# Workers run the tests side by side: a thread each is faster than two threads in turns.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network
@@ -70,8 +70,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two; where kernels are compiled for a GPU, which is most of the time there, as many as there are cores for."""
-    return 2 if DEVICE == "cpu" else max(2, min(14, (os.cpu_count() or 2) - 2))
+    """From two to four, as there are cores; where kernels are compiled for a GPU, which is most of the time there, up to 14."""
+    cores = os.cpu_count() or 2
+    return max(2, min(4, cores) if DEVICE == "cpu" else min(14, cores - 2))
 
 
 def pytest_report_header() -> str:
