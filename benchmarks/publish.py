@@ -161,7 +161,8 @@ def seeds_table(name: str) -> str:
         more = []
         for control in controls:
             gains = [loss - other for loss, other in zip(of_seeds, losses[control], strict=True)]
-            more.append("-" if variant == control else f"{statistics.fmean(gains):+.4f} ± {statistics.stdev(gains):.4f}")
+            error = statistics.stdev(gains) / len(gains) ** 0.5
+            more.append("-" if variant == control else f"{statistics.fmean(gains):+.4f} ± {error:.4f}")
         lines.append(_line(VARIANTS[variant], *(f"{loss:.3f}" for loss in (*of_seeds, statistics.fmean(of_seeds))), *more))
     return "\n".join(lines)
 
@@ -245,7 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measured_on(name: str) -> str:
     described = read(name)["environment"]
-    return f"{described['processor']}, {described['threads']} threads, PyTorch {described['torch']}, {described['date']}."
+    threads = f"{described['threads']} thread{'s' * (described['threads'] != 1)}"
+    return f"{described['processor']}, {threads}, PyTorch {described['torch']}, {described['date']}."
 
 
 def _difference(cell: dict[str, str]) -> str:
