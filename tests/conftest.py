@@ -60,7 +60,9 @@ _deselected: Counter[str] = Counter()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="other inputs for every test; a failure prints its seed")
-    parser.addoption("--every-target", action="store_true", help="compile kernels for all four targets, not for sm_90 alone")
+    parser.addoption(
+        "--every-target", action="store_true", help="compile kernels of all sizes for all four targets, not for sm_90"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
