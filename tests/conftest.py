@@ -66,6 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Of triton 3.6's interpreter, for every number that it takes out of a block: 16,000, each sent from process to process.
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning:triton")
     for line in deprecations.filters():
         config.addinivalue_line("filterwarnings", line)
 
