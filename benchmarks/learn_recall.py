@@ -85,12 +85,17 @@ class Task:
         return (predicted == targets[targets >= 0]).double().mean().item()
 
     def train(
-        self, model: StrideMemoryTransformer, seed: int, steps: int = STEPS, first: int = 20
+        self,
+        model: StrideMemoryTransformer,
+        seed: int,
+        steps: int = STEPS,
+        first: int = 20,
+        ssm_rate: float = SSM_LEARNING_RATE,
     ) -> Iterator[tuple[int, float]]:
         """Train for ``steps`` at most; yields step and accuracy every 20 steps from ``first`` on, until it has learned."""
         generator = torch.Generator().manual_seed(seed)
         parts = model.parts()
-        groups = [{"params": parts.pop("ssm").parameters(), "lr": SSM_LEARNING_RATE}]
+        groups = [{"params": parts.pop("ssm").parameters(), "lr": ssm_rate}]
         groups += [{"params": part.parameters()} for part in parts.values()]
         optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
         warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=WARMUP)
@@ -126,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--length", type=int, default=256, help="tokens of a row; the question is one of the last 56 (default: 256)"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of a training at most (default: {STEPS})")
+    of_ssm = f"learning rate of the SSM, where that of the rest is {LEARNING_RATE:g} (default: {SSM_LEARNING_RATE:g})"
+    parser.add_argument("--ssm_learning_rate", type=float, default=SSM_LEARNING_RATE, help=of_ssm)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of SMTConfig")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -139,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in map(int, options.seeds.split(",")):
             started = time.perf_counter()
             model = task.build(seed, encoding=encoding, **fields)
-            *_, (step, recalled) = task.train(model, seed, options.steps)
+            *_, (step, recalled) = task.train(model, seed, options.steps, ssm_rate=options.ssm_learning_rate)
             seconds = time.perf_counter() - started
             of_run = {"steps": step, "recalled": recalled, "learned": recalled >= RECALLED, "seconds": seconds}
             rows.append({"encoding": encoding, "seed": seed, **of_run})

@@ -90,10 +90,10 @@ def relative_error(results, exact):
     return torch.stack(errors).norm().item()
 
 
-# The compiler sees the same operators on either backend (test_operators.py), and the same layers in ``token`` as in ``stride``.
+# The compiler sees the same operators on either backend (test_operators.py).
 @pytest.mark.parametrize(
     ("model", "backend"),
-    [on("blocked", {"encoding": "stride"}), on("triton", {"encoding": "stream"})],
+    [*(on("blocked", {"encoding": name}) for name in ENCODINGS), on("triton", {"encoding": "stream"})],
     indirect=["model"],
 )
 def test_a_training_step_compiles_whole_on_every_backend(model, backend, device):

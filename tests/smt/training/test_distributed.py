@@ -30,7 +30,7 @@ def settings(texts: Path, rows: int) -> dict:
             "eval_chunk_length": 32,
         },
         "training": {
-            "device": "cpu", "steps": 12, "evaluations": 2, "save_steps": 6, "sample_tokens": 4, "learning_rate": 0.01,
+            "device": "cpu", "steps": 20, "evaluations": 2, "save_steps": 10, "sample_tokens": 4, "learning_rate": 0.01,
             "gradient_accumulation_steps": 2,
         },
     }  # fmt: skip
@@ -61,7 +61,7 @@ def run_two(folder: Path, texts: Path) -> None:
 
 def assert_same_losses(folder: Path, expected: Path) -> None:
     mine, theirs = (json.loads((path / "metrics_history.json").read_text()) for path in (folder, expected))
-    assert mine["train_steps"] == theirs["train_steps"] == [1, 10] and mine["eval_steps"] == theirs["eval_steps"]
+    assert mine["train_steps"] == theirs["train_steps"] == [1, 10, 20] and mine["eval_steps"] == theirs["eval_steps"]
     for name in ("train_loss", "val_loss"):
         assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
     results, others = (json.loads((path / "results.json").read_text())["results"] for path in (folder, expected))

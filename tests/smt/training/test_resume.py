@@ -17,7 +17,7 @@ from smt.training.run import resume, run_in
 from smt.training.settings import RunConfig
 from smt.training.trainer import Trainer
 
-KILLS = 2
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
@@ -114,30 +114,31 @@ def test_a_checkpoint_that_was_being_written_is_not_taken_for_one(config, undist
 
 def test_a_run_killed_at_random_moments_ends_as_one_that_is_not(config, tmp_path, seed):
     draw = random.Random(seed)
+    longer = replace(config, training=replace(config.training, steps=48))
     processes = multiprocessing.get_context("forkserver")  # new ones, without the seconds that imports take
     processes.set_forkserver_preload(["accelerate", "matplotlib", "tokenizers", "tqdm", "smt.training.run"])
-    killed, reached = tmp_path / "killed", [""]
 
     def begin(folder: Path) -> multiprocessing.Process:
-        process = processes.Process(target=run_in, args=(folder, config))
+        process = processes.Process(target=run_in, args=(folder, longer))
         process.start()
         return process
 
-    def newest() -> str:
-        return max((path.name for path in (killed / "checkpoints").glob("step_*[0-9]")), default="")
+    def newest(folder: Path) -> str:
+        return max((path.name for path in (folder / "checkpoints").glob("step_*[0-9]")), default="")
 
     undisturbed = begin(tmp_path / "undisturbed")
     undisturbed.join()
     assert undisturbed.exitcode == 0
+    killed, reached = tmp_path / "killed", [""]
     for _ in range(KILLS):
         process = begin(killed)
-        while newest() == reached[-1]:
+        while newest(killed) == reached[-1]:
             assert process.is_alive()
             time.sleep(0.01)  # and leaves the core to the run
-        process.join(draw.uniform(0.0, 0.06))  # a step takes 0.03 s, and every second writes a checkpoint
+        process.join(draw.uniform(0.0, 0.15))  # a step takes 0.03 s, and every second writes a checkpoint
         process.kill()
         process.join()
-        reached.append(newest())
+        reached.append(newest(killed))
     assert not (killed / "results.json").is_file(), reached
     process = begin(killed)
     process.join()

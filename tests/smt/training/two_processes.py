@@ -91,7 +91,7 @@ if __name__ == "__main__":
     train_the_same(folder / "same.pt")
     run_in(folder / "ddp", config)
     shard_on_cpu()
-    interrupt(folder / "fsdp", config, 8)
+    interrupt(folder / "fsdp", config, 13)
     run_in(folder / "fsdp", config)
     if second:
         _, status = os.waitpid(second, 0)
