@@ -139,8 +139,8 @@ def _layers_backward(
     """From the gradients of the slots of one group to those of what is pooled."""
     _, inner, n_state = run.weights.a.shape
     n_writes, batch = len(place.group.writes), grads.ssm.shape[1]
-    blocks = ceil_div(inner, scan_block("scan_backward", n_state, grads.x.device))
     chunks = place.chunks.stop - place.chunks.start
+    blocks = ceil_div(inner, scan_block("scan_backward", chunks * batch, inner, n_state, grads.x.device))
     gate = None if run.inputs.gate is None else run.inputs.gate[:, place.writes]
     d_slots = grads.slots[run.n_slots :][place.writes].flatten(0, 1)
     d_x, d_normed = torch.empty_like(d_slots), grads.x.new_empty(d_slots.shape)

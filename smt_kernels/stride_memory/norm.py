@@ -55,11 +55,12 @@ def _norm_backward_kernel(
         b_residual = tl.zeros([D], dtype=tl.float32)
         if residual is not None:
             b_residual = load(residual + o_row, m_d)
-        b_inverse = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / WIDTH + EPS)
-        b_x *= b_inverse
-        b_dweight += b_grad * b_x
-        b_grad *= b_weight
-        b_dx = (b_grad - b_x * (tl.sum(b_grad * b_x, axis=0) / WIDTH)) * b_inverse + b_residual
+        b_dx = b_grad * b_weight
+        # Neither sum waits for the other.
+        b_square, b_product = tl.sum(b_x * b_x, axis=0), tl.sum(b_dx * b_x, axis=0)
+        b_inverse = tl.rsqrt(b_square / WIDTH + EPS)
+        b_dweight += b_grad * b_x * b_inverse
+        b_dx = (b_dx - b_x * (b_inverse * b_inverse * b_product / WIDTH)) * b_inverse + b_residual
         store(d_x + o_row, b_dx, m_d)
         store(d_x_narrow + o_row, b_dx, m_d)
         o_row += tl.num_programs(0) * WIDTH

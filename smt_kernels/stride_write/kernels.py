@@ -103,7 +103,7 @@ def backward(
     (batch, n_writes, width), (wide, n_state) = x.shape, (len(weights.x_proj_weight), weights.a.shape[1])
     kept = kept_of("triton", buffer, x, conv_state, wide, n_state)
     starts = kept.starts.mT if len(kept.starts) else ssm_state[None]
-    blocks = ceil_div(width, scan_block("scan_backward", n_state, x.device))
+    blocks = ceil_div(width, scan_block("scan_backward", len(starts) * batch, width, n_state, x.device))
     d_x, d_z = (model.new_empty(model.shape) for model in (x, z))
     grads = ScanGradients(
         z=d_z.transpose(0, 1),

@@ -74,16 +74,16 @@ def gated_of(x, strides_x, i_first, all_on, i_batch, o_e, m_e, T: tl.constexpr):
 
 
 @triton.jit
-def columns_of(p_columns, i_first, n_steps, i_batch, n_batch, m_n, o_n, stride, T: tl.constexpr):
-    """Pointers to N columns of T rows [T, N], the first of which is ``p_columns``, and which of them there are."""
-    o_step = i_first + tl.arange(0, T)
+def columns_of(p_columns, i_first, n_steps, i_batch, n_batch, m_column, o_column, stride, ROWS: tl.constexpr):
+    """Pointers to columns of rows [ROWS, columns], the first of which is ``p_columns``, and which of them there are."""
+    o_step = i_first + tl.arange(0, ROWS)
     o_row = (o_step * n_batch + i_batch).to(tl.int64)
-    return p_columns + o_row[:, None] * stride + o_n[None, :], (o_step < n_steps)[:, None] & m_n[None, :]
+    return p_columns + o_row[:, None] * stride + o_column[None, :], (o_step < n_steps)[:, None] & m_column[None, :]
 
 
 @triton.jit
 def rows_of(p_columns, i_first, n_steps, i_batch, n_batch, m_n, o_n, stride, T: tl.constexpr):
-    """N columns of T rows, a tuple of [N]; 0 where there is no row."""
+    """N columns of T rows, a tuple of [Q, S]; 0 where there is no row."""
     rows = ()
     for t in tl.static_range(T):
         i_step = i_first + t
@@ -92,32 +92,45 @@ def rows_of(p_columns, i_first, n_steps, i_batch, n_batch, m_n, o_n, stride, T: 
 
 
 @triton.jit
+def states_of(STATE: tl.constexpr, S: tl.constexpr, Q: tl.constexpr):
+    """The numbers of states [Q, S], and which of them exist."""
+    o_n = tl.arange(0, Q)[:, None] * S + tl.arange(0, S)[None, :]
+    return o_n, o_n < STATE
+
+
+@triton.jit
 def matrix_at(states, strides, o_e, o_n):
-    """Pointers to a matrix [N, E], in whichever order it lies in memory, of which every thread is to have one channel.
+    """Pointers to a matrix [Q, S, E], in whichever order it lies in memory, of which every thread is to have one channel.
 
     The compiler deals out what it finds contiguous, in vectors: several channels to a thread, and a few of the states of each.
     Two channels at a time, but aligned for one, makes it one.
     """
-    pointers = states + o_e[None, :] * strides[0] + o_n[:, None] * strides[1]
-    return tl.multiple_of(tl.max_contiguous(pointers, [1, 2]), [2, 2])
+    pointers = states + o_e[None, None, :] * strides[0] + o_n[:, :, None] * strides[1]
+    return tl.multiple_of(tl.max_contiguous(pointers, [1, 1, 2]), [1, 2, 2])
 
 
 @triton.jit
 def state_at(states, strides, i_chunk, i_batch, o_e, o_n):
-    """Pointers to the state [N, E] of a chunk and batch row."""
+    """Pointers to the state [Q, S, E] of a chunk and batch row."""
     return matrix_at(states + i_chunk * strides[0] + i_batch * strides[1], (strides[2], strides[3]), o_e, o_n)
 
 
 @triton.jit
+def over_states(b_x):
+    """The sum of [Q, S, E] over states: those of a thread, then those of Q threads."""
+    return tl.sum(tl.sum(b_x, axis=1), axis=0)
+
+
+@triton.jit
 def decay(b_dt, b_a):
-    """What a write leaves of the state before it [N, E]."""
-    return tl.exp2((b_dt * LOG2_E)[None, :] * b_a)
+    """What a write leaves of the state before it [Q, S, E]."""
+    return tl.exp2((b_dt * LOG2_E)[None, None, :] * b_a)
 
 
 @triton.jit
 def after(b_h, b_dt, b_u, b_b, b_a):
-    """The state [N, E] after a write."""
-    return decay(b_dt, b_a) * b_h + (b_dt * b_u)[None, :] * b_b[:, None]
+    """The state [Q, S, E] after a write."""
+    return decay(b_dt, b_a) * b_h + (b_dt * b_u)[None, None, :] * b_b[:, :, None]
 
 
 # What varies from call to call, or tells how states lie.
@@ -130,7 +143,7 @@ def scan_kernel(
     z, gate, u, dt_proj_weight, dt_proj_bias, a, d, starts, projected, dt_product, y, ends, sums,
     strides_z, strides_gate, strides_a, strides_starts, strides_ends, strides_y, n_batch, n_writes, width,
     RANK: tl.constexpr, STATE: tl.constexpr, R: tl.constexpr, PROJECTS: tl.constexpr,
-    CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, S: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one batch row and block of E.
 
@@ -140,13 +153,12 @@ def scan_kernel(
     i_chunk, i_batch = tl.program_id(0) // n_batch, (tl.program_id(0) % n_batch).to(tl.int64)
     i_place = i_chunk.to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n = tl.arange(0, N)
-    m_n = o_n < STATE
-    m_state = m_n[:, None] & m_e[None, :]
+    o_n, m_n = states_of(STATE, S, Q)
+    m_state = m_n[:, :, None] & m_e[None, None, :]
     WIDE: tl.constexpr = RANK + 2 * STATE
     b_bias = load(dt_proj_bias + o_e, m_e)  # [E]
-    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [N, E]
-    b_h = tl.zeros([N, E], dtype=tl.float32)
+    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [Q, S, E]
+    b_h = tl.zeros([Q, S, E], dtype=tl.float32)
     if starts is not None:
         b_h = load(state_at(starts, strides_starts, i_place, i_batch, o_e, o_n), m_state)
     b_sum = tl.zeros([E], dtype=tl.float32)
@@ -177,7 +189,7 @@ def scan_kernel(
             if sums is not None:
                 b_sum += all_dt[t]
             if y is not None:
-                b_inner = tl.sum(b_h * all_c[t][:, None], axis=0) + b_d * all_u[t]  # [E]
+                b_inner = over_states(b_h * all_c[t][:, :, None]) + b_d * all_u[t]  # [E]
                 b_y = tl.where(all_on[t], b_inner * silu(all_z[t]), 0.0)
                 p_y = y + wide(i_first + t) * strides_y[0] + i_batch * strides_y[1] + o_e
                 store(p_y, b_y, m_e & (i_first + t < n_steps))
@@ -191,7 +203,7 @@ def scan_kernel(
 def carry_kernel(
     first, ends, sums, a, starts, last, strides_first, strides_ends, strides_a, strides_starts, strides_last,
     n_batch, n_chunks, width,
-    STATE: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    STATE: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr, E: tl.constexpr, S: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """From what each chunk makes of zeros, ``ends``, and the sum of its dt: what each begins with, and what the last leaves.
 
@@ -199,10 +211,10 @@ def carry_kernel(
     """
     i_batch = tl.program_id(0).to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n = tl.arange(0, N)
-    m_state = (o_n < STATE)[:, None] & m_e[None, :]
-    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [N, E]
-    b_h = tl.zeros([N, E], dtype=tl.float32)
+    o_n, m_n = states_of(STATE, S, Q)
+    m_state = m_n[:, :, None] & m_e[None, None, :]
+    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [Q, S, E]
+    b_h = tl.zeros([Q, S, E], dtype=tl.float32)
     if first is not None:
         b_h = load(state_at(first, strides_first, 0, i_batch, o_e, o_n), m_state)
     for i_first in range(0, n_chunks, T):
@@ -212,7 +224,7 @@ def carry_kernel(
             exists = i_first + t < n_chunks
             all_places += (i_place,)
             all_sums += (load(sums + (i_place * n_batch + i_batch) * width + o_e, m_e & exists),)  # [E]
-            all_ends += (load(state_at(ends, strides_ends, i_place, i_batch, o_e, o_n), m_state & exists),)  # [N, E]
+            all_ends += (load(state_at(ends, strides_ends, i_place, i_batch, o_e, o_n), m_state & exists),)  # [Q, S, E]
         for t in tl.static_range(T):
             p_start = state_at(starts, strides_starts, all_places[t], i_batch, o_e, o_n)
             store(p_start, b_h, m_state & (i_first + t < n_chunks))
@@ -260,11 +272,10 @@ def states_named(name: str, states: Tensor | None) -> dict[str, object]:
 def carry(first: Tensor | None, ends: Tensor, sums: Tensor, a: Tensor, starts: Tensor, last: Tensor, *, reverse: bool) -> None:
     """From ``first`` (B, E, N) and what chunks make of zeros (chunks, B, E, N) to ``starts`` of each and ``last``."""
     n_chunks, batch, width, n_state = ends.shape
-    chosen, states = settings("carry", a.device), power_of_two(n_state)
-    block = chosen.width(states)
+    sizes = scan_sizes("carry", n_chunks, batch, width, n_state, a.device)
     launch(
         carry_kernel,
-        (batch, ceil_div(width, block)),
+        (batch, ceil_div(width, sizes["E"])),
         a.device,
         **states_named("first", first),
         **states_named("ends", ends),
@@ -278,10 +289,8 @@ def carry(first: Tensor | None, ends: Tensor, sums: Tensor, a: Tensor, starts: T
         width=width,
         STATE=n_state,
         REVERSE=reverse,
-        T=chosen.steps_of(n_chunks),
-        E=block,
-        N=states,
-        **chosen.options,
+        **sizes,
+        **settings("carry", a.device).options,
     )
 
 
@@ -305,20 +314,25 @@ def scan_inputs(z: Tensor, gate: Tensor | None, kept: Kept, weights: Weights, ke
         "RANK": rank,
         "STATE": n_state,
         "CHUNK": CHUNK,
-        "N": power_of_two(n_state),
-        **scan_sizes(kernel, n_writes, n_state, z.device),
+        **scan_sizes(kernel, n_writes, ceil_div(n_writes, CHUNK) * batch, width, n_state, z.device),
     }
 
 
-def scan_sizes(kernel: str, n_writes: int, n_state: int, device: torch.device) -> dict[str, int]:
-    """How many writes and channels a program of ``kernel`` loads at once."""
-    return {"T": settings(kernel, device).steps_of(n_writes), "E": scan_block(kernel, n_state, device)}
+def scan_sizes(kernel: str, n_writes: int, rows: int, width: int, n_state: int, device: torch.device) -> dict[str, int]:
+    """How many channels and writes a program of ``kernel`` loads at once, and how many threads share a channel's states."""
+    chosen, states = settings(kernel, device), power_of_two(n_state)
+    block = scan_block(kernel, rows, width, n_state, device)
+    shared = min(max(32 * chosen.num_warps // block, 1), states)
+    return {"T": min(chosen.steps, power_of_two(n_writes)), "E": block, "S": states // shared, "Q": shared}
 
 
-def scan_block(kernel: str, n_state: int, device: torch.device) -> int:
-    """How many of the E channels a program of ``kernel`` has."""
-    block = settings(kernel, device).width(power_of_two(n_state))
-    return max(min(block, 64), 16)  # at least what a dot takes, and no more than keeps a GPU busy
+def scan_block(kernel: str, rows: int, width: int, n_state: int, device: torch.device) -> int:
+    """How many of the E channels a program of ``kernel`` has; there is one for each block of E and each of ``rows``."""
+    chosen, least = settings(kernel, device), ROWS.value  # what a dot takes
+    block = max(min(chosen.width(power_of_two(n_state)), 64), least)  # no more than keeps a GPU busy
+    while block > least and rows * ceil_div(width, block) < chosen.programs:
+        block //= 2
+    return block
 
 
 def launch_scan(kernel: triton.JITFunction, name: str, n_chunks: int, **arguments: object) -> None:

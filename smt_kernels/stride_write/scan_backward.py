@@ -29,11 +29,13 @@ from smt_kernels.stride_write.scan import (
     gated_of,
     launch_scan,
     matrix_at,
+    over_states,
     rows_of,
     scan_inputs,
     scan_sizes,
     state_at,
     states_named,
+    states_of,
     wide,
     writes_of,
 )
@@ -44,19 +46,19 @@ from smt_kernels.tiles import dot
 def local_backward_kernel(
     grad_y, z, gate, u, projected, dt_product, dt_proj_bias, a, ends, sums,
     strides_grad_y, strides_z, strides_gate, strides_a, strides_ends, n_batch, n_writes, width,
-    RANK: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    RANK: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr,
+    E: tl.constexpr, S: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """What one chunk adds to the gradient of the state before it, and the sum of its dt."""
     i_chunk, i_batch = tl.program_id(0) // n_batch, (tl.program_id(0) % n_batch).to(tl.int64)
     i_place = i_chunk.to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n = tl.arange(0, N)
-    m_n = o_n < STATE
-    m_state = m_n[:, None] & m_e[None, :]
+    o_n, m_n = states_of(STATE, S, Q)
+    m_state = m_n[:, :, None] & m_e[None, None, :]
     WIDE: tl.constexpr = RANK + 2 * STATE
     b_bias = load(dt_proj_bias + o_e, m_e)  # [E]
-    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [N, E]
-    b_dh = tl.zeros([N, E], dtype=tl.float32)
+    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [Q, S, E]
+    b_dh = tl.zeros([Q, S, E], dtype=tl.float32)
     b_sum = tl.zeros([E], dtype=tl.float32)
     n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
     n_blocks = tl.cdiv(n_steps - i_chunk * CHUNK, T)
@@ -70,7 +72,7 @@ def local_backward_kernel(
         all_c = rows_of(projected + RANK + STATE, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
         for t in tl.static_range(T - 1, -1, -1):
             b_dinner = all_dy[t] * silu(all_z[t])  # [E], 0 where nothing is written
-            b_dh += all_c[t][:, None] * b_dinner[None, :]
+            b_dh += all_c[t][:, :, None] * b_dinner[None, None, :]
             b_dh *= decay(all_dt[t], b_a)
             b_sum += all_dt[t]
     store(state_at(ends, strides_ends, i_place, i_batch, o_e, o_n), b_dh, m_state)
@@ -84,7 +86,7 @@ def scan_backward_kernel(
     strides_grad_y, strides_grad_ends, strides_z, strides_gate, strides_a, strides_starts, strides_d_z, strides_d_starts,
     strides_d_a, n_batch, n_writes, width,
     RANK: tl.constexpr, STATE: tl.constexpr, R: tl.constexpr, ADDS: tl.constexpr,
-    CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    CHUNK: tl.constexpr, T: tl.constexpr, E: tl.constexpr, S: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk of one batch row and block of E.
 
@@ -95,17 +97,16 @@ def scan_backward_kernel(
     i_chunk, i_batch = tl.program_id(0) // n_batch, (tl.program_id(0) % n_batch).to(tl.int64)
     i_place = i_chunk.to(tl.int64)
     o_e, m_e = channels(tl.program_id(1), width, E)
-    o_n = tl.arange(0, N)
-    m_n = o_n < STATE
-    m_state = m_n[:, None] & m_e[None, :]
+    o_n, m_n = states_of(STATE, S, Q)
+    m_state = m_n[:, :, None] & m_e[None, None, :]
     WIDE: tl.constexpr = RANK + 2 * STATE
     b_bias, b_d = load(dt_proj_bias + o_e, m_e), load(d + o_e, m_e)  # [E]
-    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [N, E]
-    b_h = load(state_at(starts, strides_starts, i_place, i_batch, o_e, o_n), m_state)  # [N, E]
-    b_dh = tl.zeros([N, E], dtype=tl.float32)
+    b_a = load(matrix_at(a, strides_a, o_e, o_n), m_state)  # [Q, S, E]
+    b_h = load(state_at(starts, strides_starts, i_place, i_batch, o_e, o_n), m_state)  # [Q, S, E]
+    b_dh = tl.zeros([Q, S, E], dtype=tl.float32)
     if grad_ends is not None:
         b_dh += load(state_at(grad_ends, strides_grad_ends, i_place, i_batch, o_e, o_n), m_state)
-    b_da = tl.zeros([N, E], dtype=tl.float32)
+    b_da = tl.zeros([Q, S, E], dtype=tl.float32)
     b_dd = tl.zeros([E], dtype=tl.float32)
     b_dbias = tl.zeros([E], dtype=tl.float32)
     o_sums = tl.program_id(0).to(tl.int64) * width + o_e
@@ -141,29 +142,29 @@ def scan_backward_kernel(
         all_z = gated_of(z, strides_z, i_first, all_on, i_batch, o_e, m_e, T)
         all_dy = gated_of(grad_y, strides_grad_y, i_first, all_on, i_batch, o_e, m_e, T)
         all_b = rows_of(projected + RANK, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
-        all_c = rows_of(projected + RANK + STATE, i_first, n_steps, i_batch, n_batch, m_n, o_n, WIDE, T)
         states = (b_h,)  # before each write, and after the last
         for t in tl.static_range(T):
             states += (after(states[t], all_dt[t], all_u[t], all_b[t], b_a),)
         for t in tl.static_range(T - 1, -1, -1):
-            on, b_dt, b_u, b_z, b_dy, b_b, b_c = all_on[t], all_dt[t], all_u[t], all_z[t], all_dy[t], all_b[t], all_c[t]
+            on, b_dt, b_u, b_z, b_dy, b_b = all_on[t], all_dt[t], all_u[t], all_z[t], all_dy[t], all_b[t]
             m_row = m_e & (i_first + t < n_steps)
             i_step = wide(i_first + t)
             i_row = i_step * n_batch + i_batch
-            b_inner = tl.sum(states[t + 1] * b_c[:, None], axis=0) + b_d * b_u  # [E]
+            m_columns = m_n & (i_first + t < n_steps)
+            b_c = load(projected + i_row * WIDE + RANK + STATE + o_n, m_columns)  # [Q, S]
+            b_inner = over_states(states[t + 1] * b_c[:, :, None]) + b_d * b_u  # [E]
             b_dinner = b_dy * silu(b_z)
             p_dz = d_z + i_step * strides_d_z[0] + i_batch * strides_d_z[1] + o_e
             store(p_dz, b_dy * b_inner * silu_gradient(b_z), m_row)
             p_columns = p_partials + i_row * WIDE + RANK + o_n
-            m_columns = m_n & (i_first + t < n_steps)
-            store(p_columns + STATE, tl.sum(states[t + 1] * b_dinner[None, :], axis=1), m_columns)
-            b_dh += b_c[:, None] * b_dinner[None, :]  # now of the state after the write, from all that follows
-            store(p_columns, tl.sum(b_dh * (b_dt * b_u)[None, :], axis=1), m_columns)
-            b_dwritten = tl.sum(b_dh * b_b[:, None], axis=0)  # [E], of dt u
+            store(p_columns + STATE, tl.sum(states[t + 1] * b_dinner[None, None, :], axis=2), m_columns)
+            b_dh += b_c[:, :, None] * b_dinner[None, None, :]  # now of the state after the write, from all that follows
+            store(p_columns, tl.sum(b_dh * (b_dt * b_u)[None, None, :], axis=2), m_columns)
+            b_dwritten = over_states(b_dh * b_b[:, :, None])  # [E], of dt u
             b_dh *= decay(b_dt, b_a)  # of the state before it
             b_ddecay = b_dh * states[t]  # of dt a
-            b_da += b_ddecay * b_dt[None, :]
-            b_ddt = tl.sum(b_ddecay * b_a, axis=0) + b_dwritten * b_u  # [E]
+            b_da += b_ddecay * b_dt[None, None, :]
+            b_ddt = over_states(b_ddecay * b_a) + b_dwritten * b_u  # [E]
             b_dinput = tl.where(on, b_ddt * tl.sigmoid(inputs[t]), 0.0)
             b_dd += b_dinner * b_u
             b_dbias += b_dinput
@@ -225,7 +226,7 @@ def scan_backward(
     else:
         ends, sums = torch.empty_like(starts), grads.a.new_empty(starts.shape[:3])
         grad_ends, d_starts = torch.empty_like(starts), None
-        local = inputs | scan_sizes("local_backward", n_writes, inputs["STATE"], z.device)
+        local = inputs | scan_sizes("local_backward", n_writes, n_chunks * batch, width, inputs["STATE"], z.device)
         launch_scan(local_backward_kernel, "local_backward", n_chunks, **local, **states_named("ends", ends), sums=sums)
         carry(grad_ssm, ends, sums, weights.a, grad_ends, grads.ssm_state, reverse=True)
     checkpoints = starts.new_empty((n_chunks * batch, CHUNK // inputs["T"] - 1, inputs["STATE"], width), dtype=grads.a.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -90,15 +91,18 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backen
 
 @pytest.mark.triton
 @pytest.mark.interpreter
-def test_the_blocks_of_a_gpu_compute_the_same(monkeypatch):
+@pytest.mark.parametrize(("programs", "backward"), [(512, 5), (0, 3)], ids=["few rows", "many rows"])
+def test_the_blocks_of_a_gpu_compute_the_same(programs, backward, monkeypatch):
     """Many small blocks, whose partial sums are added up; the interpreter's own are large."""
-    from smt_kernels.stride_write import fold
+    from smt_kernels.stride_write import blocks, fold
 
     sums = []
+    for kernel in ("scan", "scan_backward"):
+        monkeypatch.setitem(blocks._GPU, kernel, dataclasses.replace(blocks._GPU[kernel], programs=programs))
     monkeypatch.setattr(launch, "architecture_family", lambda device: "hopper")
     monkeypatch.setattr(fold, "launch", lambda *args, **named: sums.append(named["PARTIALS"]) or launch.launch(*args, **named))
     assert_problem_within_budget(make_problem(Case(2, 9, 80, 16, 4, 4), torch.float32, "cpu", "random"), "triton")
-    assert sums == [3, 3], "blocks of 32 channels forward and of 32 backward"
+    assert sums == [3, backward], "blocks of 32 channels forward; backward too, but of 16 where programs would be few"
 
 
 @pytest.mark.triton
