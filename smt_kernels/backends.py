@@ -50,7 +50,14 @@ class BackendChoice:
 
 _override: ContextVar[str | None] = ContextVar("smt_kernels backend", default=None)
 _override_of_compiled: str | None = None  # of the latest ``use_backend`` of any thread; old compilers trace no ContextVar
-_last: dict[str, BackendChoice] = {}
+
+
+class _Latest:
+    """The latest choice of each operation, an attribute each: compiled code that sets an entry of a dict is compiled anew
+    whenever another operation has added one."""
+
+
+_last = _Latest()
 
 
 class use_backend:
@@ -90,7 +97,7 @@ def _set_override(name: str | None) -> None:
 
 def last_choice(operation: str) -> BackendChoice | None:
     """The backend that the latest call of ``operation`` used and why; None before the first call."""
-    return _last.get(operation)
+    return getattr(_last, operation, None)
 
 
 def automatic_choice(operation: str, tensor: Tensor) -> BackendChoice:
@@ -109,7 +116,7 @@ def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: s
     """
     decide = _decide if torch.compiler.is_compiling() else _remembered  # compilers see through caches, and warn
     choice = decide(operation, tensor.device, tensor.dtype, tensor.shape[-1], requested, _current_override(), obstacle)
-    _last[operation] = choice
+    setattr(_last, operation, choice)
     return choice.backend
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,9 +123,7 @@ def _sample(model: torch.nn.Module, document: np.ndarray, config: RunConfig, tok
     prompt = torch.tensor(document[:length].tolist(), device=device)
     generator = torch.Generator(device).manual_seed(config.training.seed)
     options = {"temperature": SAMPLE_TEMPERATURE, "top_p": SAMPLE_TOP_P, "generator": generator}
-    # A compiled model would compile for this one prompt, which takes longer than the whole sample.
-    eager = torch.compiler.set_stance("force_eager") if config.training.compiles(device) else nullcontext()
-    with eager:
+    with config.training.uncompiled(device):
         (tokens,) = model.generate(prompt[None], config.training.sample_tokens, **options)
     read, drawn = prompt[1:].cpu(), tokens[len(prompt) :].cpu()
     return tokenizer.decode(read), tokenizer.decode(drawn, after=read)

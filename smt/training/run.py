@@ -246,11 +246,13 @@ def _train(
         sizes = {"batch_size": config.data.eval_batch_size, "length": config.data.eval_chunk_length}
         ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         batches = DocumentWalk(held_out, counted=counted, **sizes, **ranks, epochs=1, shuffle=False, together=True)
-        evaluation = evaluate(trainer.objective, batches, n_bytes, total=trainer.total)
+        with config.training.uncompiled(accelerator.device):
+            evaluation = evaluate(trainer.objective, batches, n_bytes, total=trainer.total)
         told = f"step {done.step}: held-out loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per byte"
         if pairs is not None:
             options = {"batch_size": config.data.eval_batch_size, "strength": config.training.orpo_lambda}
-            of_pairs = evaluate_pairs(trainer.objective, pairs.held_out, **options)
+            with config.training.uncompiled(accelerator.device):
+                of_pairs = evaluate_pairs(trainer.objective, pairs.held_out, **options)
             evaluation = replace(evaluation, pairs=of_pairs)
             told += f"; pairs: loss {of_pairs.loss:.4f}, accuracy {of_pairs.accuracy:.1%}, margin {of_pairs.margin:.3f}"
         evaluation_seconds = time.perf_counter() - started

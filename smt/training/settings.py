@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -153,6 +154,10 @@ class TrainingConfig:
     def compile_options(self) -> dict[str, str]:
         """Those of ``model.compile``."""
         return {"mode": "reduce-overhead"} if self.compile == "graphs" else {}
+
+    def uncompiled(self, device: torch.device) -> AbstractContextManager[None]:
+        """In it a model is not compiled for what has other shapes than training, which takes longer than it saves."""
+        return torch.compiler.set_stance("force_eager") if self.compiles(device) else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.model import transformer
+from smt_kernels import backends
 
 CHUNKS, LENGTH = 7, 16
 
@@ -64,6 +65,18 @@ def test_no_chunk_but_the_first_three_compiles_anything():
     for (loss, gradients), (expected_loss, expected_gradients) in zip(found, expected, strict=True):
         torch.testing.assert_close(loss, expected_loss)
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_what_other_operations_have_chosen_compiles_nothing_anew(monkeypatch):
+    monkeypatch.setattr(backends, "_last", type(backends._last)())  # as in a fresh process
+    programs = Programs()
+    model, ids = build(), torch.randint(37, (2, LENGTH))
+    model.compile(backend=programs, mode="reduce-overhead")
+    for _ in range(3):
+        model.loss(ids)[0].backward()
+        assert programs.count == 2, "one for three layers, one for the memory"
+    choices = [backends.last_choice(name).backend for name in ("stride_memory", "stream_attention", "linear_cross_entropy")]
+    assert choices == ["blocked"] * 3
 
 
 def test_with_graphs_the_state_lies_in_memory_that_no_graph_overwrites(monkeypatch):

@@ -1,5 +1,6 @@
 """A run from text to the folder that it leaves."""
 
+import importlib
 import json
 import math
 import time
@@ -21,8 +22,10 @@ from smt.evaluation.subjects import open_run
 from smt.training import ending
 from smt.training.clock import Clock
 from smt.training.run import run
-from smt.training.settings import RunConfig
+from smt.training.settings import RunConfig, TrainingConfig
 from smt.training.trainer import Trainer
+
+run_module = importlib.import_module("smt.training.run")  # its name in the package is that of the function
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,27 @@ class TestRun:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ValueError, match="device 'cuda' was asked for, but PyTorch finds no GPU"):
             run(run_config(tmp_path, device="cuda", steps=1), tmp_path / "out")
+
+    def test_neither_evaluations_nor_steps_behind_the_first_chunks_compile_anything(self, tmp_path, monkeypatch):
+        programs, compiled = [], []
+        own, options = run_module.evaluate, TrainingConfig.compile_options
+
+        def with_stand_in(training):  # a compiler that runs what it is given
+            return {**options(training), "backend": lambda graph, inputs, **_: programs.append(graph) or graph.forward}
+
+        def counted(*args, **named):
+            before = len(programs)
+            try:
+                return own(*args, **named)
+            finally:
+                compiled.append((before, len(programs)))
+
+        torch._dynamo.reset()
+        monkeypatch.setattr(TrainingConfig, "compile_options", with_stand_in)
+        monkeypatch.setattr(run_module, "evaluate", counted)
+        run(run_config(tmp_path, compile="graphs", steps=12, evaluations=4), tmp_path / "out")
+        assert len(compiled) == 4 and all(before == after for before, after in compiled)
+        assert compiled[0][0] > 0 and compiled[2][0] == compiled[3][0], compiled
 
     def test_the_sample_at_the_end_of_a_compiled_run_compiles_nothing(self, tmp_path):
         config, programs = run_config(tmp_path, compile="true"), []
