@@ -3,8 +3,8 @@
     dt = softplus(W_dt low + bias);   h_k = exp(dt_k a) h_{k-1} + dt_k u_k b_k;   y_k = (c_k . h_k + d u_k) silu(z_k)
 
 A thread has the states of a channel, and walks over the writes: only h depends on the write before, so all that ``T`` writes
-load is asked for at once. Where that makes too few threads, ``Q`` share a channel, ``S`` states each: blocks are [Q, S, E]. A program has one block of E of one row, and at most ``CHUNK`` writes. More than that are three
-launches:
+load is asked for at once. Where that makes too few threads, ``Q`` share a channel, ``S`` states each: blocks are [Q, S, E]. A
+program has one block of E of one row, and at most ``CHUNK`` writes. More than that are three launches:
 
     every chunk from a state of zero: its last state, and the sum of its dt, since the product of its decays is exp(a sum dt)
     the state before each chunk, from those two: ``carry``
