@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -121,49 +123,58 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
             _launch_compiled(kernel, grid, device.index, arguments, named)
 
 
-# What launches have compiled: by kernel, device and all that Triton may specialise code for. Triton finds that out anew in
-# every launch, which takes about 40 us on the host for a kernel of 40 arguments; here the compiled kernel is called.
-_compiled: dict[tuple[Any, ...], Any] = {}
+class _Calls:
+    """The launches of one kernel with arguments of the same names: where in them to look, and what they have compiled.
+
+    Triton finds out anew in every launch what its code depends on, which takes about 40 us on the host for a kernel of 40
+    arguments. Here it is looked up: by the dtype and alignment of what is a tensor, not at all for integers that code does not
+    depend on (``free``), unless they need 64 bits, and by value for all else.
+    """
+
+    def __init__(self, kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        tensors = [name for name, value in named.items() if value is None or isinstance(value, Tensor)]
+        self.kernel = kernel  # whose identity is a key
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.ordered = _getter(kernel.arg_names[len(arguments) :])
+        self.tensors, self.free = _getter(tensors), _getter([name for name in named if name in free])
+        self.fixed = _getter([name for name in named if name not in free and name not in tensors])
+
+
+_calls: dict[tuple[Any, ...], _Calls] = {}
 _MOST_COMPILED = 2**14  # entries that differ in sizes alone share their code, but not for ever the memory of their keys
 
 
 def _launch_compiled(
     kernel: Any, grid: tuple[int, ...], index: int | None, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
-    open_names = _unspecialised(kernel)
-    if open_names is None or kernel.pre_run_hooks:
+    if not hasattr(kernel, "device_caches") or kernel.pre_run_hooks:  # interpreted, or not to be called without its hooks
         kernel[grid](*arguments, **named)
         return
+    place = id(kernel), len(arguments), *named
+    calls = _calls.get(place)
+    if calls is None:
+        calls = _calls[place] = _Calls(kernel, arguments, named)
     key = (
-        kernel,
         index,
-        *[_specialised(value) for value in arguments],
-        *[
-            name if name in open_names and type(value) is int and abs(value) < 2**31 else (name, _specialised(value))
-            for name, value in named.items()
-        ],
+        calls.fixed(named),
+        *[(v.dtype, v.data_ptr() % 16) if isinstance(v, Tensor) else v for v in (*arguments, *calls.tensors(named))],
+        *[(type(value) is int and -(2**31) <= value < 2**31) or (type(value), value) for value in calls.free(named)],
     )
-    compiled = _compiled.get(key)
+    compiled = calls.compiled.get(key)
     if compiled is None:
-        if len(_compiled) >= _MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = kernel[grid](*arguments, **named)
+        if len(calls.compiled) >= _MOST_COMPILED:
+            calls.compiled.clear()
+        calls.compiled[key] = kernel[grid](*arguments, **named)
         return
-    ordered = *arguments, *[named[name] for name in kernel.arg_names[len(arguments) :]]
-    compiled[(*grid, 1, 1)[:3]](*ordered)
+    compiled[(*grid, 1, 1)[:3]](*arguments, *calls.ordered(named))
 
 
-def _specialised(value: Any) -> Any:
-    """What compiled code may depend on: of a tensor its dtype and alignment, of all else the value."""
-    return (value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
-
-
-@functools.cache
-def _unspecialised(kernel: Any) -> frozenset[str] | None:
-    """The integer parameters of a kernel that code does not depend on; None: it is interpreted, not compiled."""
-    if not hasattr(kernel, "device_caches"):
-        return None
-    return frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
+def _getter(names: list[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """The values of ``names`` in a dict, as a tuple."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda named: tuple(named[name] for name in names)
 
 
 @functools.cache

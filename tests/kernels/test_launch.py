@@ -97,7 +97,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_calls", {})
     return Kernel()
 
 
@@ -121,12 +121,14 @@ def test_a_second_launch_calls_what_the_first_one_compiled_with_its_arguments_in
         {"width": 1},
         {"BLOCK": 32},
         {"num_warps": 8},
+        {"num_stages": 2},
+        {"width": None},
         {"n": 2**31},
         {"x": torch.zeros(2, 4).half()},
         {"x": torch.zeros(4, 2).T},
         {"x": torch.zeros(9)[1:].view(2, 4)},
     ],
-    ids=["a size", "a block", "an option", "64 bits", "a dtype", "strides", "an alignment"],
+    ids=["a size", "a block", "an option", "one more option", "no size", "64 bits", "a dtype", "strides", "an alignment"],
 )
 def test_whatever_code_may_depend_on_is_compiled_anew(kernel, change):
     x = torch.zeros(2, 4)

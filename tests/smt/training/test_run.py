@@ -198,7 +198,7 @@ class TestRun:
         monkeypatch.setattr(run_module, "evaluate", counted)
         run(run_config(tmp_path, compile="true", steps=9, evaluations=3), tmp_path / "out")
         assert len(compiled) == 3 and all(before == after for before, after in compiled)
-        assert 0 < compiled[0][0] and compiled[1][0] == compiled[2][0], compiled
+        assert compiled[0][0] > 0 and compiled[1][0] == compiled[2][0], compiled
 
     def test_the_sample_at_the_end_of_a_compiled_run_compiles_nothing(self, tmp_path):
         config, programs = run_config(tmp_path, compile="true"), []
