@@ -62,8 +62,8 @@ class TrainingConfig:
         gradient_checkpointing: keep only the input of every decoder block and recompute the rest in the backward pass.
         compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU, unless the run has so
             few ``steps`` that it would gain nothing (``LEAST_STEPS_TO_COMPILE``). ``graphs``: on a GPU record layers and memory
-            as CUDA graphs besides, which takes a minute or more; then a step waits for the host no more. Evaluations and the
-            sample are not compiled.
+            as CUDA graphs besides, which takes a minute or more; then a step waits for the host no more (steps have been timed
+            so, but no whole run has been seen to its end). Evaluations and the sample are not compiled.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU with bf16 tensor cores (Ampere and
             later), else none.
         evaluations: how many times the held-out documents are evaluated, evenly over the run, the last at its end; never
