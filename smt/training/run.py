@@ -246,19 +246,21 @@ def _train(
         sizes = {"batch_size": config.data.eval_batch_size, "length": config.data.eval_chunk_length}
         ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         batches = DocumentWalk(held_out, counted=counted, **sizes, **ranks, epochs=1, shuffle=False, together=True)
-        with config.training.uncompiled(accelerator.device):
-            evaluation = evaluate(trainer.objective, batches, n_bytes, total=trainer.total)
+        evaluation = evaluate(trainer.objective, batches, n_bytes, total=trainer.total)
         told = f"step {done.step}: held-out loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per byte"
         if pairs is not None:
             options = {"batch_size": config.data.eval_batch_size, "strength": config.training.orpo_lambda}
-            with config.training.uncompiled(accelerator.device):
-                of_pairs = evaluate_pairs(trainer.objective, pairs.held_out, **options)
+            of_pairs = evaluate_pairs(trainer.objective, pairs.held_out, **options)
             evaluation = replace(evaluation, pairs=of_pairs)
             told += f"; pairs: loss {of_pairs.loss:.4f}, accuracy {of_pairs.accuracy:.1%}, margin {of_pairs.margin:.3f}"
         evaluation_seconds = time.perf_counter() - started
         if accelerator.is_main_process:
             bar.write(told)
         return evaluation
+
+    def evaluated_uncompiled() -> Evaluation:
+        with config.training.uncompiled(accelerator.device):
+            return evaluated()
 
     def save_best() -> None:
         weights = trainer.weights()
@@ -271,4 +273,4 @@ def _train(
             folder.save_history(done.history)
 
     with closing(bar):
-        return trainer.train(evaluated, on_step=on_step, on_best=save_best, on_checkpoint=save_checkpoint)
+        return trainer.train(evaluated_uncompiled, on_step=on_step, on_best=save_best, on_checkpoint=save_checkpoint)

@@ -1,6 +1,5 @@
 """A run from text to the folder that it leaves."""
 
-import importlib
 import json
 import math
 import time
@@ -17,15 +16,13 @@ from tiny_training import run_config
 from smt import StrideMemoryTransformer
 from smt.data.local import read_text
 from smt.data.tokenizer import Tokenizer
-from smt.evaluation.perplexity import Evaluation
+from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.evaluation.subjects import open_run
 from smt.training import ending
 from smt.training.clock import Clock
 from smt.training.run import run
 from smt.training.settings import RunConfig, TrainingConfig
 from smt.training.trainer import Trainer
-
-run_module = importlib.import_module("smt.training.run")  # its name in the package is that of the function
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +178,7 @@ class TestRun:
 
     def test_neither_evaluations_nor_steps_behind_the_first_chunks_compile_anything(self, tmp_path, monkeypatch):
         programs, compiled = [], []
-        own, options = run_module.evaluate, TrainingConfig.compile_options
+        options = TrainingConfig.compile_options
 
         def with_stand_in(training):  # a compiler that runs what it is given
             return {**options(training), "backend": lambda graph, inputs, **_: programs.append(graph) or graph.forward}
@@ -189,13 +186,13 @@ class TestRun:
         def counted(*args, **named):
             before = len(programs)
             try:
-                return own(*args, **named)
+                return evaluate(*args, **named)
             finally:
                 compiled.append((before, len(programs)))
 
         torch._dynamo.reset()
         monkeypatch.setattr(TrainingConfig, "compile_options", with_stand_in)
-        monkeypatch.setattr(run_module, "evaluate", counted)
+        monkeypatch.setattr("smt.training.run.evaluate", counted)
         run(run_config(tmp_path, compile="true", steps=9, evaluations=3), tmp_path / "out")
         assert len(compiled) == 3 and all(before == after for before, after in compiled)
         assert compiled[0][0] > 0 and compiled[1][0] == compiled[2][0], compiled
