@@ -123,9 +123,9 @@ class BlockSettings:
 # Chosen by the rules of ``smt_kernels.launch``: no spills for N = 16 states of bf16 or fp32. Every kernel works on blocks of E,
 # whose size follows from what else a block holds: the scans (N, E) states, the convolutions (rows, E) inputs, a single write
 # (R + 2 N, E) products. The scans have one warp, whose threads hold all states of a channel each: sums over states then take
-# no other thread, and nothing that a channel has one of is computed twice. Where that makes too few warps to hide what each
-# waits for, two threads share a channel (8 writes of 8 rows, E 1,536, on an H200: forward 5.9 us for 7.1, backward 11.6 for
-# 14.4; of 255 writes more threads take longer).
+# no other thread, and nothing that a channel has one of is computed twice. Where that makes fewer warps than an H100 has
+# schedulers (528), so that some have nothing to do and none anything else to do, two threads share a channel: docs/log.md, 27
+# November, says what that gains. Between 384 warps and 1,536 nothing was measured.
 _GPU = {
     "single_write": BlockSettings(num_warps=8, elements=12288),
     "convolution": BlockSettings(num_warps=4, elements=1024),

@@ -74,9 +74,9 @@ def gated_of(x, strides_x, i_first, all_on, i_batch, o_e, m_e, T: tl.constexpr):
 
 
 @triton.jit
-def columns_of(p_columns, i_first, n_steps, i_batch, n_batch, m_column, o_column, stride, ROWS: tl.constexpr):
-    """Pointers to columns of rows [ROWS, columns], the first of which is ``p_columns``, and which of them there are."""
-    o_step = i_first + tl.arange(0, ROWS)
+def columns_of(p_columns, i_first, n_steps, i_batch, n_batch, m_column, o_column, stride, T: tl.constexpr):
+    """Pointers to columns of T rows [T, columns], the first of which is ``p_columns``, and which of them there are."""
+    o_step = i_first + tl.arange(0, T)
     o_row = (o_step * n_batch + i_batch).to(tl.int64)
     return p_columns + o_row[:, None] * stride + o_column[None, :], (o_step < n_steps)[:, None] & m_column[None, :]
 

@@ -106,6 +106,19 @@ def test_the_blocks_of_a_gpu_compute_the_same(programs, backward, monkeypatch):
 
 
 @pytest.mark.triton
+@pytest.mark.interpreter
+def test_the_softplus_of_kernels_errs_by_its_roundings_however_small_it_is():
+    """Of exp, sum, quotient, two steps of the polynomial, product and sum: seven halves of a unit in the last place."""
+    import toy_kernels
+
+    x = torch.cat([torch.linspace(-80, 80, 3840), torch.linspace(-1, 1, 256)])
+    out = torch.empty_like(x)
+    launch.launch(toy_kernels.softplus_of, (1,), x.device, x=x, out=out, N=len(x))
+    exact = torch.log1p(torch.exp(x.double()))
+    assert ((out - exact).abs() <= 3.5 * torch.finfo(torch.float32).eps * exact).all()
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("count", [1, 5, 70])
 def test_partial_sums_are_added_up_however_many(count, device):
     from smt_kernels.stride_write.fold import fold

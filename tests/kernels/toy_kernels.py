@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from smt_kernels.stride_write.blocks import softplus
+
 
 @triton.jit
 def dot(x, y, out, N: tl.constexpr):
@@ -97,3 +99,9 @@ def doubled_often(x, out, TIMES: tl.constexpr):
     for _ in tl.static_range(TIMES):
         b_x = _double(b_x)
     tl.store(out + tl.program_id(0), b_x)
+
+
+@triton.jit
+def softplus_of(x, out, N: tl.constexpr):
+    o_x = tl.arange(0, N)
+    tl.store(out + o_x, softplus(tl.load(x + o_x)))
