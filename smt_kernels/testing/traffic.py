@@ -98,9 +98,12 @@ class _Recorder:
     def __init__(self) -> None:
         self.traffic = Traffic()
         self.arguments: list[_Argument] = []
+        # Every tensor that a kernel got: were one freed, a later one could start there, and pass for it.
+        self.kept: list[Tensor] = []
 
     def begin(self, kernel: str, names: list[str], arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
         tensors = {name: arguments[name] for name in names if isinstance(arguments.get(name), Tensor)}
+        self.kept += tensors.values()
         self.arguments = [_Argument(name, tensor) for name, tensor in tensors.items() if tensor.numel()]
         self.traffic.addresses.update(argument.start for argument in self.arguments)
         self.traffic.launches.append(Launch(kernel, grid))

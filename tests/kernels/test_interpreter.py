@@ -125,6 +125,14 @@ def test_traffic_counts_the_bytes_of_unmasked_lanes_and_the_flops_of_dots(kernel
     assert traffic.dot_flops == 2 * 16**3 and [launch.grid for launch in traffic.launches] == [(1,)]
 
 
+def test_no_later_tensor_starts_where_one_given_to_a_kernel_was(kernels, count_traffic):
+    with count_traffic() as traffic:
+        for _ in range(4):
+            kernels.add_one[(1,)](torch.zeros(16), torch.zeros(16), 16, BLOCK=16)
+        later = [torch.zeros(16) for _ in range(16)]
+    assert len(traffic.addresses) == 8 and not traffic.addresses & {tensor.data_ptr() for tensor in later}
+
+
 @pytest.mark.parametrize("shift", [-1, 1], ids=["before", "after"])
 def test_an_access_outside_its_tensor_is_an_error(kernels, count_traffic, shift):
     buffer = torch.zeros(34)
