@@ -361,6 +361,6 @@ def release(device: torch.device) -> None:
 
     if "torch._dynamo" in sys.modules:  # else a program of two shapes would be one of any shape, and slower
         torch._dynamo.reset()
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Models of these tests have gates of their own for every head, and read slots out; fresh ones are all the same, and do not.
 
-Pictures are drawn without a layout, which is found by drawing all of it once more; ``laid_out`` draws as the product does.
+Pictures are blank, as most tests want their files alone; ``laid_out`` draws as the product does.
 """
 
 import pytest
@@ -39,10 +39,10 @@ def fresh_gates(monkeypatch):
 
 @pytest.fixture
 def laid_out():
-    """For tests of pictures themselves. What fixtures of a module make is laid out in any case."""
+    """For tests of pictures themselves. What fixtures of a module make is drawn in any case."""
 
 
 @pytest.fixture(autouse=True)
-def pictures_without_layout(request, monkeypatch):
+def blank_pictures(request, monkeypatch):
     if "laid_out" not in request.fixturenames:
-        monkeypatch.setattr("matplotlib.figure.Figure.get_layout_engine", lambda figure: None)
+        monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)

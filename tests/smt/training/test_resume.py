@@ -116,7 +116,8 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_is_not(config, tmp_path
     draw = random.Random(seed)
     longer = replace(config, training=replace(config.training, steps=48))
     processes = multiprocessing.get_context("forkserver")  # new ones, without the seconds that imports take
-    processes.set_forkserver_preload(["accelerate", "matplotlib", "tokenizers", "tqdm", "smt.training.run"])
+    imports = ["accelerate", "matplotlib.backends.backend_agg", "tokenizers", "torch._dynamo", "smt.training.run"]
+    processes.set_forkserver_preload(imports)
 
     def begin(folder: Path) -> multiprocessing.Process:
         process = processes.Process(target=run_in, args=(folder, longer))
