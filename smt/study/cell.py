@@ -34,13 +34,12 @@ from smt.study.preference import HELD_OUT_FILE, PAIRS_FILE, make_pairs, preferen
 from smt.training.objective import ChunkLoss
 from smt.training.run import run_in
 from smt.training.run_files import RESULTS_FILE, has_finished
+from smt.training.sample import continuation
 from smt.training.settings import RunConfig
 
 TRAINING, EQUAL_TIME, ORPO = "training", "equal_time", "orpo"
 # What a run says of the machine, which is the same in both stages.
 OF_THE_MACHINE = ("device", "compile", "mixed_precision")
-# Of samples, as at the end of a run.
-TEMPERATURE, TOP_P = 0.8, 0.95
 
 
 def main(folder: str) -> int:
@@ -97,7 +96,9 @@ def _stage(folder: Path, stage: str, config: RunConfig, text: TokenizedCorpus, w
     measured = {"peak_bytes": peak, **_losses(model, data, text, read_json(run / RESULTS_FILE)["results"])}
     if stage != EQUAL_TIME:
         prompt = torch.from_numpy(text.validation[0][: wanted["context"]].astype("int64")).to(device)
-        measured["sample"] = _sample(model, text, wanted, config.training.seed)
+        beginning = text.validation[0][: wanted["pairs"]["prompt_length"]]
+        sample = continuation(model, beginning, wanted["sample_tokens"], text.tokenizer, config.training.seed)
+        measured["sample"] = dict(zip(("prompt", "continuation"), sample, strict=True))
         measured["preference"] = None
         if stage == TRAINING:
             measured["decoding"] = decoding_speeds(model, prompt, wanted["decode_tokens"])
@@ -134,17 +135,6 @@ def _figures(evaluation: Evaluation) -> dict[str, float]:
     there = asdict(evaluation)
     counted = {name: there[name] for name in ("nats", "n_targets", "n_bytes")}
     return {**counted, **{name: getattr(evaluation, name) for name in ("loss", "perplexity", "bits_per_byte")}}
-
-
-def _sample(model: RunModel, text: TokenizedCorpus, wanted: dict[str, Any], seed: int) -> dict[str, str]:
-    """The beginning of a held-out document, and how the model goes on."""
-    device = model.embedding.weight.device
-    prompt = torch.from_numpy(text.validation[0][: wanted["pairs"]["prompt_length"]].astype("int64"))
-    generator = torch.Generator(device).manual_seed(seed)
-    options = {"temperature": TEMPERATURE, "top_p": TOP_P, "generator": generator}
-    (tokens,) = model.generate(prompt[None].to(device), wanted["sample_tokens"], **options)
-    read, drawn = prompt[1:], tokens[len(prompt) :].cpu()
-    return {"prompt": text.tokenizer.decode(read), "continuation": text.tokenizer.decode(drawn, after=read)}
 
 
 def _finite(values: Any) -> Any:

@@ -5,6 +5,6 @@ In reading order: ``settings`` (every field of a run), ``second_stage`` (fields 
 its batches), ``objective`` (the loss of a chunk, the log-probabilities of a pair), ``corpus_pairs`` (pairs out of documents),
 ``taken_step`` (what a device may still be computing), ``parameter_groups`` (what AdamW trains), ``clock`` (how far a run is),
 ``progress`` (what it has done), ``starting_point`` (where weights come from), ``checkpoints`` (from which a run goes on
-exactly), ``ending`` (what a run ends with, or how it goes on), ``run_folder`` and ``run_files`` (what is left), ``accelerate``
-and ``sharding`` (several processes), ``plots`` (curves of losses).
+exactly), ``ending`` (what a run ends with, or how it goes on), ``sample`` (how a model goes on with a text), ``run_folder`` and
+``run_files`` (what is left), ``accelerate`` and ``sharding`` (several processes), ``plots`` (curves of losses).
 """

@@ -6,13 +6,11 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
+from smt.baselines import RunModel
 from smt.config import SMTConfig
 from smt.data.tokenized import TokenizedCorpus
-from smt.data.tokenizer import Tokenizer
 from smt.evaluation.perplexity import Evaluation
 from smt.runtime.extras import optional
 from smt.runtime.files import write_files
@@ -20,15 +18,11 @@ from smt.training.checkpoints import Checkpoints
 from smt.training.plots import training_curves
 from smt.training.progress import Progress
 from smt.training.run_folder import RunFolder
+from smt.training.sample import continuation
 from smt.training.settings import RunConfig
 from smt.training.sharding import is_sharded
 from smt.training.starting_point import fresh_model
 from smt.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    import numpy as np
-
-SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.8, 0.95
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ def finish(
             if is_sharded(model):
                 model = fresh_model(config)
                 model.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
-            sample = _sample(model, text.validation[0], config, text.tokenizer)
+            sample = _sample(model, text, config)
         with optional(folder.curves.name):
             title = f"{config.experiment}: {evaluation.bits_per_byte:.3f} bits per byte"
             write_files({folder.curves: lambda path: training_curves(progress.history, path, title=title)})
@@ -115,15 +109,10 @@ def what_is_left(path: Path, checkpoints: Checkpoints, progress: Progress) -> st
     )
 
 
-def _sample(model: torch.nn.Module, document: np.ndarray, config: RunConfig, tokenizer: Tokenizer) -> tuple[str, str]:
+def _sample(model: RunModel, text: TokenizedCorpus, config: RunConfig) -> tuple[str, str]:
     """The beginning of a held-out document, and how the model goes on."""
-    device = model.embedding.weight.device
-    model_config = config.model
-    length = model_config.m_input_tokens if isinstance(model_config, SMTConfig) else max(1, config.data.chunk_length // 4)
-    prompt = torch.tensor(document[:length].tolist(), device=device)
-    generator = torch.Generator(device).manual_seed(config.training.seed)
-    options = {"temperature": SAMPLE_TEMPERATURE, "top_p": SAMPLE_TOP_P, "generator": generator}
-    with config.training.uncompiled(device):
-        (tokens,) = model.generate(prompt[None], config.training.sample_tokens, **options)
-    read, drawn = prompt[1:].cpu(), tokens[len(prompt) :].cpu()
-    return tokenizer.decode(read), tokenizer.decode(drawn, after=read)
+    of_model = config.model
+    length = of_model.m_input_tokens if isinstance(of_model, SMTConfig) else max(1, config.data.chunk_length // 4)
+    with config.training.uncompiled(model.embedding.weight.device):
+        prompt, n_tokens = text.validation[0][:length], config.training.sample_tokens
+        return continuation(model, prompt, n_tokens, text.tokenizer, config.training.seed)

@@ -201,6 +201,7 @@ class TestRun:
         config, programs = run_config(tmp_path, compile="true"), []
         model, tokenizer = StrideMemoryTransformer(config.model), SimpleNamespace(decode=lambda ids, **named: len(ids))
         model.compile(backend=lambda graph, inputs: programs.append(graph) or graph.forward)
-        assert ending._sample(model, np.arange(20), config, tokenizer) == (5, 5) and not programs
+        text = SimpleNamespace(validation=[np.arange(20)], tokenizer=tokenizer)
+        assert ending._sample(model, text, config) == (5, 5) and not programs
         model.generate(torch.arange(6)[None], 1)
         assert programs
