@@ -148,7 +148,8 @@ _MOST_COMPILED = 2**14  # entries that differ in sizes alone share their code, b
 def _launch_compiled(
     kernel: Any, grid: tuple[int, ...], index: int | None, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
-    if not hasattr(kernel, "device_caches") or kernel.pre_run_hooks:  # interpreted, or not to be called without its hooks
+    # Interpreted, not to be called without its hooks, or compiled by ROCm for the size of a tensor's storage, too.
+    if not hasattr(kernel, "device_caches") or kernel.pre_run_hooks or torch.version.hip:
         kernel[grid](*arguments, **named)
         return
     place = id(kernel), len(arguments), *named

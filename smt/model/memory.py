@@ -135,7 +135,7 @@ class StrideMemory(nn.Module):
                 write, and the slots of writes that it does not make mean nothing.
         """
         size = self.config.window_size
-        if not writes:
+        if writes.stop <= writes.start:  # compilers of torch 2.10 do not know whether a range of numbers that vary is empty
             empty = (tokens.new_zeros(tokens.shape[0], 0, width) for width in (self.config.d_model, size))
             new_slots, weights = empty
             return Written(new_slots, conv, ssm, weights if return_weights else None)

@@ -93,7 +93,6 @@ class StrideMemoryTransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.memory = StrideMemory(config)
         self.decoder = Decoder(config)
-        self._records_graphs = False
         nn.init.normal_(self.embedding.weight, std=config.initializer_std)
         self.memory.initialise()
         self.decoder.initialise()
@@ -190,8 +189,7 @@ class StrideMemoryTransformer(nn.Module):
         )
         made = self.config.window.writes_made if self.config.writes else lambda step: 0
         writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
-        next_state = encoded.state.clone() if self._records_graphs else encoded.state
-        return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, next_state)
+        return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
 
     def head(self) -> Tensor:
         """The matrix (V, d) of the head, which is the embedding, adapters included."""
@@ -228,16 +226,18 @@ class StrideMemoryTransformer(nn.Module):
         After two or three chunks of one length nothing is compiled again. With a ``mode`` that records CUDA graphs
         (``reduce-overhead``), the memory is a graph too: its hundreds of small launches become one, forward and backward. What
         a graph returns is overwritten when it runs again, all but the state: to add up the gradients of several passes, give
-        them tensors of their own first, by ``optimizer.zero_grad(set_to_none=False)`` after the first pass.
+        them tensors of their own first, by ``optimizer.zero_grad(set_to_none=False)`` after the first pass. Call
+        ``torch.compiler.cudagraph_mark_step_begin()`` at the beginning of a step, as every step is a graph of many parts. It
+        does not go with gradient checkpointing.
 
         Args:
-            options: of ``torch.compile``.
+            options: of ``torch.compile``; where graphs are recorded, ``dynamic`` is False unless given.
         """
+        records = options.get("mode") in GRAPH_MODES or (options.get("options") or {}).get("triton.cudagraphs", False)
+        if records:
+            options = {"dynamic": False, **options}  # a graph is of one shape: code for any would be compiled, and be slower
         self.decoder.compile(**options)
-        self._records_graphs = options.get("mode") in GRAPH_MODES or (options.get("options") or {}).get(
-            "triton.cudagraphs", False
-        )
-        if self._records_graphs:
+        if records:
             self.memory.compile(**options)
 
     def count_parameters(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,6 +40,7 @@ class Progress:
         n_positions: those and the padding.
         seconds: time spent in steps, evaluations and checkpoints left out.
         first_seconds, first_tokens: of the first step since the process began, which pays for allocations and caches.
+        pace: seconds per token of the latest ``LOSS_STEPS`` steps since that one.
         recent: nats and targets of the latest ``LOSS_STEPS`` steps whose losses are known.
         best: the evaluation with the lowest held-out loss of what is trained, and at which step (``best_val_loss``,
             ``best_val_ppl``, ``best_step``).
@@ -53,6 +55,7 @@ class Progress:
     seconds: float = 0.0
     first_seconds: float = 0.0
     first_tokens: int = 0
+    pace: list[float] = field(default_factory=list)
     recent: list[tuple[float, int]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
     unimproved: int = 0
@@ -71,9 +74,12 @@ class Progress:
             self.history.train_loss.append(self.loss)
             self.history.train_steps.append(step)
 
-    def end_first(self) -> None:
-        """What has been counted so far was the first step of this process."""
-        self.first_seconds, self.first_tokens = self.seconds, self.n_tokens
+    def end_step(self, seconds: float, n_tokens: int, *, is_first: bool) -> None:
+        """Note what a step took; ``is_first``: what has been counted so far was the first step of this process."""
+        if is_first:
+            self.first_seconds, self.first_tokens, self.pace = self.seconds, self.n_tokens, []
+        elif n_tokens:
+            self.pace = [*self.pace[1 - LOSS_STEPS :], seconds / n_tokens]
 
     @property
     def loss(self) -> float:
@@ -84,16 +90,15 @@ class Progress:
     @property
     def tokens_per_second(self) -> float:
         """Tokens read per second of training; of a process with more steps than one without the first, in which it compiles."""
-        per_token = self.seconds_per_token
-        if per_token:
-            return 1 / per_token
+        n_tokens, seconds = self.n_tokens - self.first_tokens, self.seconds - self.first_seconds
+        if self.first_tokens and n_tokens and seconds:
+            return n_tokens / seconds
         return self.n_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def seconds_per_token(self) -> float:
-        """Of this process's steps but its first; 0 before the second."""
-        n_tokens = self.n_tokens - self.first_tokens
-        return (self.seconds - self.first_seconds) / n_tokens if self.first_tokens and n_tokens else 0.0
+        """The median of the latest steps, of which some may have compiled; 0 before the second of this process."""
+        return statistics.median(self.pace) if self.pace else 0.0
 
     @property
     def padding(self) -> float:

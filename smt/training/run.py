@@ -14,6 +14,7 @@ import torch
 
 from smt.config import SMTConfig
 from smt.data.pairs import TokenizedPairs, read_pairs
+from smt.data.settings import DataConfig
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
 from smt.data.tokenizer import TRAINED
 from smt.data.walk import DocumentWalk
@@ -43,6 +44,8 @@ CLOSING_SECONDS = 4.0
 SAMPLE_COST = 40
 # An evaluation without gradients against training, per token, until one has been measured.
 EVALUATION_COST = 0.5
+# Most kinds of chunks that are compiled, each by itself: PyTorch then gives up (``torch._dynamo.config.recompile_limit``).
+MOST_KINDS = 8
 # What a run takes from its text or its starting point, and writes down instead of what it was given.
 ADOPTED = ("vocab_size", "tokenizer")
 
@@ -131,6 +134,8 @@ def _run(config: RunConfig, out: Path | None, path: Path | None, started: float 
         for warning in filter(None, (*_warnings(config, text, accelerator), changed)):
             if accelerator.is_main_process:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if config.training.compile == "graphs" and isinstance(config.model, SMTConfig) and pairs is None:
+            _check_graphs(config.model, config.data, max(text.train.lengths) - 1)
         if config.data.tokenizer in TRAINED:
             config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
         model = fresh_model(config)
@@ -186,6 +191,17 @@ def _warnings(config: RunConfig, text: TokenizedCorpus, accelerator: Accelerator
     rows = config.data.batch_size * accelerator.num_processes
     short = text.warning(config.model.window_size) if isinstance(config.model, SMTConfig) else None
     return [short, text.idle_rows(rows, config.data.part_length)]
+
+
+def _check_graphs(model: SMTConfig, data: DataConfig, longest: int) -> None:
+    """Raise if chunks of documents of ``longest`` steps are of more kinds than PyTorch compiles before it gives up."""
+    steps = range(0, min(longest, data.part_length or longest), data.chunk_length)
+    kinds = {model.window.canonical_step(step, model.write_group) for step in steps}
+    if len(kinds) > MOST_KINDS:
+        raise ValueError(
+            f"compile = graphs records at most {MOST_KINDS} kinds of chunks, and chunk_length = {data.chunk_length} makes "
+            f"{len(kinds)}: take a multiple of stride * write_group = {model.stride * model.write_group}"
+        )
 
 
 def _stage(

@@ -32,7 +32,7 @@ from smt.runtime.fields import (
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 # Compiling takes up to a minute or two, and saves a few hundredths of a second of each step.
-LEAST_STEPS_TO_COMPILE = 1000
+LEAST_STEPS_TO_COMPILE, LEAST_MINUTES_TO_COMPILE = 1000, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,11 @@ class TrainingConfig:
         clip: largest norm of the gradient, to which it is clipped.
         gradient_accumulation_steps: batches of each optimiser step.
         gradient_checkpointing: keep only the input of every decoder block and recompute the rest in the backward pass.
-        compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU, unless the run has so
-            few ``steps`` that it would gain nothing (``LEAST_STEPS_TO_COMPILE``). ``graphs``: on a GPU record layers and memory
-            as CUDA graphs besides, which takes a minute or more; then a step waits for the host no more (steps have been timed
-            so, but no whole run has been seen to its end). Evaluations and the sample are not compiled.
+        compile: compile the model's layers before training: ``true``, ``false``, or ``auto``: on a GPU, unless the run is so
+            short that it would gain nothing (``LEAST_STEPS_TO_COMPILE``, ``LEAST_MINUTES_TO_COMPILE``). ``graphs``: on a GPU
+            record layers and memory as CUDA graphs besides, which takes a minute or more; then a step waits for the host no
+            more (steps have been timed so, but no whole run has been seen to its end). Evaluations and the sample are not
+            compiled.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU with bf16 tensor cores (Ampere and
             later), else none.
         evaluations: how many times the held-out documents are evaluated, evenly over the run, the last at its end; never
@@ -145,12 +146,19 @@ class TrainingConfig:
                 "compile = graphs needs gradient_accumulation_steps = 1, got "
                 f"{self.gradient_accumulation_steps}: a graph overwrites the gradients of the pass before"
             )
+        if self.compile == "graphs" and self.gradient_checkpointing:
+            raise ValueError(
+                "compile = graphs cannot be with gradient_checkpointing: what is computed again overwrites a graph's"
+            )
         check_seed("seed", self.seed)
 
     def compiles(self, device: torch.device) -> bool:
         """Whether a model is compiled that is trained on ``device``."""
-        is_worth_it = device.type == "cuda" and (self.steps is None or self.steps >= LEAST_STEPS_TO_COMPILE)
-        return {"auto": is_worth_it, "false": False}.get(self.compile, True)
+        if self.steps is not None:
+            is_long = self.steps >= LEAST_STEPS_TO_COMPILE
+        else:
+            is_long = self.epochs is not None or self.minutes >= LEAST_MINUTES_TO_COMPILE
+        return {"auto": device.type == "cuda" and is_long, "false": False}.get(self.compile, True)
 
     def compile_options(self) -> dict[str, str]:
         """Those of ``model.compile``."""

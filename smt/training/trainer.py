@@ -161,6 +161,8 @@ class Trainer:
                 in it and since, and the walk and the states are those before it.
         """
         started, device = time.perf_counter(), self.accelerator.device
+        if self.training.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # what graphs returned in the step before is not used any more
         place, states = self._walk.state_dict(), self._states.copy()
         share = schedule(self.training, progress)
         for group in self._optimiser.param_groups:
@@ -199,8 +201,7 @@ class Trainer:
         self.clock.steps, self.clock.targets = self.progress.step, self.progress.n_targets
         self.progress.seconds += time.perf_counter() - started
         self._read(unread=1 if self._reads_late and not is_first else 0)
-        if is_first:
-            self.progress.end_first()
+        self.progress.end_step(time.perf_counter() - started, n_steps, is_first=is_first)
 
     def _read(self, unread: int = 0) -> None:
         """Wait for the steps that have been taken, but the latest ``unread``, and note their losses.

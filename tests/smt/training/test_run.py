@@ -176,6 +176,16 @@ class TestRun:
         with pytest.raises(ValueError, match="device 'cuda' was asked for, but PyTorch finds no GPU"):
             run(run_config(tmp_path, device="cuda", steps=1), tmp_path / "out")
 
+    def test_graphs_of_more_kinds_than_are_compiled_are_refused_before_anything_is_left(self, tmp_path):
+        config = run_config(tmp_path, compile="graphs", steps=1)
+        config = replace(config, model=replace(config.model, write_group=32), data=replace(config.data, chunk_length=9))
+        multiple = 32 * config.model.stride
+        with pytest.raises(
+            ValueError, match=rf"at most 8 kinds of chunks.* take a multiple of stride \* write_group = {multiple}"
+        ):
+            run(config, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
     def test_neither_evaluations_nor_steps_behind_the_first_chunks_compile_anything(self, tmp_path, monkeypatch):
         programs, compiled = [], []
         options = TrainingConfig.compile_options

@@ -168,10 +168,24 @@ class TestLoop:
         done = Progress(seconds=60.0)
         done.add(8, 8, 8)
         assert done.tokens_per_second == 8 / 60.0
-        done.end_first()
+        done.end_step(60.0, 8, is_first=True)
         done.seconds += 1.0
         done.add(8, 8, 8)
         assert done.tokens_per_second == 8.0
+
+    def test_one_slow_step_does_not_change_what_the_rest_is_expected_to_take(self):
+        done = Progress()
+        for seconds in (60.0, 1.0, 2.0, 90.0, 1.0, 1.0):
+            done.end_step(seconds, 4, is_first=seconds == 60.0)
+        assert done.seconds_per_token == 0.25
+
+    def test_what_graphs_return_is_of_one_step(self, monkeypatch):
+        begun = []
+        monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: begun.append(1))
+        train_tiny(steps=3, evaluations=1, compile="graphs")
+        assert len(begun) == 3
+        train_tiny(steps=3, evaluations=1)
+        assert len(begun) == 3
 
     def test_evaluations_may_be_every_so_many_steps(self):
         assert train_tiny(steps=7, eval_steps=3, evaluations=1)[2] == [3, 6, 7]

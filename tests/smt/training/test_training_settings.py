@@ -54,7 +54,7 @@ class TestSettings:
         [
             *(({}, True, False), ({"steps": 60}, False, False), ({"steps": 4000}, True, False), ({"epochs": 1}, True, False)),
             *(({"compile": "true", "steps": 1}, True, True), ({"compile": "false"}, False, False)),
-            ({"compile": "graphs"}, True, True),
+            *(({"compile": "graphs"}, True, True), ({"minutes": 1.0}, False, False), ({"minutes": 30.0}, True, False)),
         ],
     )
     def test_a_gpu_compiles_what_is_trained_long_enough_to_gain_by_it(self, fields, on_gpu, on_cpu):
@@ -66,6 +66,8 @@ class TestSettings:
         assert TrainingConfig(compile="true").compile_options() == TrainingConfig().compile_options() == {}
         with pytest.raises(ValueError, match="graphs needs gradient_accumulation_steps = 1, got 2"):
             TrainingConfig(compile="graphs", gradient_accumulation_steps=2)
+        with pytest.raises(ValueError, match="graphs cannot be with gradient_checkpointing"):
+            TrainingConfig(compile="graphs", gradient_checkpointing=True)
 
     def test_overrides_find_their_part_and_are_read_as_its_types(self):
         overrides = {"stride": "10", "encoding": "token", "writes": "false", "steps": "none", "learning_rate": "1e-3"}
