@@ -65,15 +65,17 @@ def speed_table() -> str:
         lines.append(_line("decoding a token, `stream`", f"GPT-2, {name}", *cells))
     carried = [f"{_mib(ours)}, not {_mib(theirs)}" for theirs, ours in pairs]
     lines.append(_line("state, in place of a KV cache", "GPT-2, KV cache", *carried))
-    cells = study("memory")
+    cells, (losses, _) = study("memory"), _losses_by_seed("groups")
     tokens, time = (cells[budget, "stream"] for budget in ("equal_tokens", "equal_time"))
+    mean, error = _paired(losses["group_8"], losses["no_writes"])
     return "\n".join(
         [
             *lines,
             "",
-            "Loss with memory minus loss without, on source code: "
-            f"**{_difference(tokens)}** nats per token after equal tokens, "
-            f"**{_difference(time)}** after equal time (one seed, ± over documents; below 0 is better).",
+            "Loss with memory minus loss without, on source code, in nats per token (below 0 is better): "
+            f"**{mean:+.3f} ± {error:.3f}** with the default's window ({len(losses['group_8'])} seeds, ± over them); with 8 "
+            f"slots and 32 tokens **{_difference(tokens)}** after equal tokens, **{_difference(time)}** after equal time (one "
+            "seed, ± over documents).",
         ]
     )
 
@@ -111,12 +113,12 @@ def training_table() -> str:
 def decoding_table() -> str:
     """Decoding."""
     rows = [row for row in read("decoding_cpu")["rows"] if row["task"].startswith("Decoding")]
-    names = ("context", "batch", "GPT-2, default cache", "GPT-2, static cache", "`stream`", "`stride`", "`token`")
+    names = ("context", "batch", "GPT-2, default cache", "GPT-2, static cache", "Mamba", "`stream`", "`stride`", "`token`")
     lines = [*_header(*names, "KV cache of GPT-2", "state of `stream`")]
     for length, batch in sorted({(row["length"], row["batch"]) for row in rows}, key=lambda pair: pair[::-1]):
         of = {row["case"]: row for row in rows if (row["length"], row["batch"]) == (length, batch)}
-        times = [_per_token(of[case]) for case in (CACHE, STATIC_CACHE, STREAM, STRIDE, TOKEN)]
-        times[2] += _in_brackets(*(_ratio(of[case], of[STREAM]) for case in (CACHE, STATIC_CACHE)))
+        times = [_per_token(of[case]) for case in (CACHE, STATIC_CACHE, "Mamba", STREAM, STRIDE, TOKEN)]
+        times[3] += _in_brackets(*(_ratio(of[case], of[STREAM]) for case in (CACHE, STATIC_CACHE)))
         lines.append(_line(f"{length:,}", str(batch), *times, _mib(of[CACHE]), _mib(of[STREAM])))
     return "\n".join([*lines, "", _measured_on("decoding_cpu")])
 
@@ -127,7 +129,8 @@ def stdlib_sentence() -> str:
     minutes, seconds = divmod(round(results["seconds"]), 60)
     return (
         f"`smt train` ends at **{results['val_bits_per_byte']:.2f} bits per byte** on held-out packages after "
-        f"{results['steps']:,} steps, {minutes} min {seconds} s in all, at {results['tokens_per_second']:,.0f} tokens/s."
+        f"{results['steps']:,} steps, {minutes} min {seconds} s in all, at {results['tokens_per_second']:,.0f} tokens/s "
+        f"({_measured_on('stdlib')[:-1]})."
     )
 
 
@@ -148,23 +151,34 @@ def study_table(name: str) -> str:
 
 def seeds_table(name: str) -> str:
     """A study whose budgets are seeds: the loss of each variant, and what it loses to two others of the same seed."""
-    cells, seeds = study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
+    losses, seeds = _losses_by_seed(name)
     controls = {"group_8": "groups of 8", "no_writes": "*no writes*"}
     names = [seed.replace("_", " ") for seed in seeds]
     lines = [*_header("", *names, "mean", *(f"to {title}" for title in controls.values()))]
+    for variant, of_seeds in losses.items():
+        more = []
+        for control in controls:
+            mean, error = _paired(of_seeds, losses[control])
+            more.append("-" if variant == control else f"{mean:+.4f} ± {error:.4f}")
+        lines.append(_line(VARIANTS[variant], *(f"{loss:.3f}" for loss in (*of_seeds, statistics.fmean(of_seeds))), *more))
+    return "\n".join(lines)
+
+
+def _losses_by_seed(name: str) -> tuple[dict[str, list[float]], list[str]]:
+    """The losses of every variant that a study whose budgets are seeds has with all of them; and the seeds."""
+    cells, seeds = study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
     losses = {
         variant: [float(cells[seed, variant]["best loss"]) for seed in seeds]
         for variant in VARIANTS
         if all((seed, variant) in cells for seed in seeds)
     }
-    for variant, of_seeds in losses.items():
-        more = []
-        for control in controls:
-            gains = [loss - other for loss, other in zip(of_seeds, losses[control], strict=True)]
-            error = statistics.stdev(gains) / len(gains) ** 0.5
-            more.append("-" if variant == control else f"{statistics.fmean(gains):+.4f} ± {error:.4f}")
-        lines.append(_line(VARIANTS[variant], *(f"{loss:.3f}" for loss in (*of_seeds, statistics.fmean(of_seeds))), *more))
-    return "\n".join(lines)
+    return losses, [*seeds]
+
+
+def _paired(of_seeds: list[float], others: list[float]) -> tuple[float, float]:
+    """The mean of the differences, seed by seed, and its standard error."""
+    gains = [loss - other for loss, other in zip(of_seeds, others, strict=True)]
+    return statistics.fmean(gains), statistics.stdev(gains) / len(gains) ** 0.5
 
 
 def recall_table() -> str:

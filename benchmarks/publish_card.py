@@ -15,7 +15,6 @@ SPEED = (
     ("card_h100", "training step, groups of 32 writes", "training step", "SMT stream, groups of 32", GPT2),
     ("card_h100", "training step, pools tokens", "training step", "SMT stream, pools tokens", GPT2),
     ("card_h100", "training step, no writes", "training step", "SMT stream, no writes", GPT2),
-    ("card_h200", "training step, `stream`, *older kernels, no graphs*", "training step", "SMT stream", GPT2),
     ("card_h200", "attention, forward", "attention, forward", "stream_attention", "SDPA, full causal"),
     ("card_h200", "attention, forward + backward", "attention, forward + backward", "stream_attention", "SDPA, full causal"),
     (
