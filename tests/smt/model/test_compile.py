@@ -10,7 +10,7 @@ import torch
 from smt import SMTConfig, StrideMemoryTransformer
 from smt_kernels import backends
 
-CHUNKS, LENGTH = 7, 16
+CHUNKS, LENGTH = 20, 16
 
 
 def build(**switches):
@@ -78,7 +78,7 @@ def test_what_other_operations_have_chosen_compiles_nothing_anew(monkeypatch):
     assert choices == ["blocked"] * 3
 
 
-@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
+@pytest.mark.parametrize("encoding", ["stride", "stream"])
 def test_with_graphs_the_state_lies_in_memory_that_no_graph_overwrites(encoding):
     returned = []  # by compiled code, whose next run overwrites it where it is a graph
 
