@@ -137,6 +137,13 @@ def test_whatever_code_may_depend_on_is_compiled_anew(kernel, change):
     assert len(kernel.compilations) == 2 and not kernel.calls
 
 
+def test_rocm_decides_by_itself_what_code_depends_on(kernel, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for _ in range(2):
+        launched(kernel, torch.zeros(2, 4))
+    assert len(kernel.compilations) == 2 and not kernel.calls
+
+
 @pytest.mark.triton(launches=False)
 def test_the_installed_triton_has_what_launches_rely_on():
     from triton.compiler import CompiledKernel
