@@ -104,6 +104,7 @@ class Suite:
         yield case("SMT stream, no writes", lambda ids: self._smt(ids, mode=LAYERS, writes=False), "layers compiled")
         yield case("SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), GRAPHS)
         yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), GRAPHS)
+        yield case("GPT-2, as above, with graphs", lambda ids: self._gpt2(ids, length, mode=RECORDS), "blocks as CUDA graphs")
 
     def _without_graphs(self, length: int) -> Iterator[Case]:
         """What the host costs: the same steps with kernels launched one by one."""
@@ -155,18 +156,21 @@ class Suite:
         step.model = model
         return step
 
-    def _gpt2(self, ids: Tensor, length: int) -> Callable[[], Tensor]:
+    def _gpt2(self, ids: Tensor, length: int, *, mode: str = LAYERS) -> Callable[[], Tensor]:
+        """Blocks and loss compiled; or blocks recorded as CUDA graphs besides."""
         config = dataclasses.replace(self.sizes.config, vocab_size=self.sizes.padded_vocabulary)
         with self.device:  # where weights are drawn in no time
             model = build_gpt2(config, n_positions=length).train()
         for block in model.transformer.h:
-            block.compile()
+            block.compile(**({} if mode == LAYERS else {"mode": mode}))
 
         @torch.compile
         def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
         def step() -> Tensor:
+            if mode == RECORDS:
+                torch.compiler.cudagraph_mark_step_begin()
             hidden = model.transformer(ids, use_cache=False).last_hidden_state
             return loss(hidden[:, :-1].flatten(0, 1), model.transformer.wte.weight, ids[:, 1:].flatten())
 
