@@ -22,7 +22,8 @@ LARGEST_SEED = 2**63 - 1
 
 
 def kind_of(settings: type, name: str) -> str:
-    """The annotation of a field, such as ``int | None``."""
+    """The annotation of a field, such as ``int | None``; a field that is not there is a ValueError."""
+    check_known(settings, [name])
     return next(str(field.type) for field in fields(settings) if field.name == name)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from smt import SMTConfig
+from smt.runtime.fields import parse
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,8 @@ def test_bad_fields_are_named(fields, error, message):
 def test_an_unknown_field_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="no field 'stirde'; did you mean 'stride'"):
         SMTConfig.from_dict({"stirde": 16})
+    with pytest.raises(ValueError, match="no field 'stirde'; did you mean 'stride'"):
+        parse(SMTConfig, "stirde", "3")
 
 
 @pytest.mark.parametrize("stride", [4, 40])
