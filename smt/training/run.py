@@ -59,7 +59,7 @@ def run(config: RunConfig, out: str | Path = "results", *, started: float | None
     Raises:
         MissingExtraError: a package of the ``train`` extra is not installed.
         ValueError: a text or pairs that cannot be read, weights to start from that do not fit, no GPU where one is asked for,
-            or a folder that cannot be written.
+            chunks of too many kinds for graphs, or a folder that cannot be written.
         DivergedError: a loss or a gradient that is not finite; the folder has the results until then, and can be resumed.
         Interrupted: as it says; so can the folder, where the run had begun.
     """
