@@ -149,12 +149,7 @@ class Suite:
     def _gpt2_as_it_is(self, ids: Tensor, length: int) -> Callable[[], Tensor]:
         with self.device:
             model = build_gpt2(self.sizes.config, n_positions=length).train()
-
-        def step() -> Tensor:
-            return model(ids, labels=ids).loss
-
-        step.model = model
-        return step
+        return _step(model, lambda: model(ids, labels=ids).loss)
 
     def _gpt2(self, ids: Tensor, length: int, *, mode: str = LAYERS) -> Callable[[], Tensor]:
         """Blocks and loss compiled; or blocks recorded as CUDA graphs besides."""
@@ -162,34 +157,24 @@ class Suite:
         with self.device:  # where weights are drawn in no time
             model = build_gpt2(config, n_positions=length).train()
         for block in model.transformer.h:
-            block.compile(**({} if mode == LAYERS else {"mode": mode}))
+            block.compile(**_options(mode))
 
         @torch.compile
         def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
-        def step() -> Tensor:
-            if mode == RECORDS:
-                torch.compiler.cudagraph_mark_step_begin()
+        def of_batch() -> Tensor:
             hidden = model.transformer(ids, use_cache=False).last_hidden_state
             return loss(hidden[:, :-1].flatten(0, 1), model.transformer.wte.weight, ids[:, 1:].flatten())
 
-        step.model = model
-        return step
+        return _step(model, of_batch, mode)
 
     def _smt(self, ids: Tensor, *, mode: str = RECORDS, **changes: Any) -> Callable[[], Tensor]:
         """Layers and memory as CUDA graphs, or ``LAYERS`` compiled, or ``EAGER``."""
         model = self._model(**changes).train()
         if mode != EAGER:
-            model.compile(**({} if mode == LAYERS else {"mode": mode}))
-
-        def step() -> Tensor:
-            if mode == RECORDS:
-                torch.compiler.cudagraph_mark_step_begin()
-            return model.loss(ids)[0]
-
-        step.model = model
-        return step
+            model.compile(**_options(mode))
+        return _step(model, lambda: model.loss(ids)[0], mode)
 
     def _train(self, loss: Callable[[], Tensor]) -> None:
         loss.model.zero_grad(set_to_none=True)
@@ -359,6 +344,23 @@ class Suite:
         """Token ids, of our vocabulary or another."""
         generator = torch.Generator().manual_seed(length)
         return torch.randint(vocabulary or self.sizes.config.vocab_size, (rows, length), generator=generator).to(self.device)
+
+
+def _options(mode: str) -> dict[str, str]:
+    """Those of ``compile`` for ``LAYERS`` or ``RECORDS``."""
+    return {} if mode == LAYERS else {"mode": mode}
+
+
+def _step(model: torch.nn.Module, loss: Callable[[], Tensor], mode: str = LAYERS) -> Callable[[], Tensor]:
+    """``loss``, with its ``model`` as an attribute; where graphs are recorded, what they returned before may be overwritten."""
+
+    def step() -> Tensor:
+        if mode == RECORDS:
+            torch.compiler.cudagraph_mark_step_begin()
+        return loss()
+
+    step.model = model
+    return step
 
 
 def release(device: torch.device) -> None:
