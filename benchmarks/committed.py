@@ -11,7 +11,7 @@ RESULTS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "studi
 
 FULL, FLEX, STREAM_ATTENTION = "full causal (SDPA)", "FlexAttention, compiled", "stream_attention, blocked"
 GPT2, CACHE, STATIC_CACHE = "GPT-2, full attention (Hugging Face)", "GPT-2, KV cache", "GPT-2, static KV cache"
-STREAM, STRIDE, TOKEN, POOLS_TOKENS = "SMT stream", "SMT stride", "SMT token", "SMT stream, pools tokens"
+MAMBA, STREAM, STRIDE, TOKEN, POOLS_TOKENS = "Mamba", "SMT stream", "SMT stride", "SMT token", "SMT stream, pools tokens"
 
 # Variants of the studies in words.
 VARIANTS = {

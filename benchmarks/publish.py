@@ -26,6 +26,7 @@ from committed import (
     FLEX,
     FULL,
     GPT2,
+    MAMBA,
     POOLS_TOKENS,
     ROOT,
     STATIC_CACHE,
@@ -117,7 +118,7 @@ def decoding_table() -> str:
     lines = [*_header(*names, "KV cache of GPT-2", "state of `stream`")]
     for length, batch in sorted({(row["length"], row["batch"]) for row in rows}, key=lambda pair: pair[::-1]):
         of = {row["case"]: row for row in rows if (row["length"], row["batch"]) == (length, batch)}
-        times = [_per_token(of[case]) for case in (CACHE, STATIC_CACHE, "Mamba", STREAM, STRIDE, TOKEN)]
+        times = [_per_token(of[case]) for case in (CACHE, STATIC_CACHE, MAMBA, STREAM, STRIDE, TOKEN)]
         times[3] += _in_brackets(*(_ratio(of[case], of[STREAM]) for case in (CACHE, STATIC_CACHE)))
         lines.append(_line(f"{length:,}", str(batch), *times, _mib(of[CACHE]), _mib(of[STREAM])))
     return "\n".join([*lines, "", _measured_on("decoding_cpu")])

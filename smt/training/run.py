@@ -44,8 +44,6 @@ CLOSING_SECONDS = 4.0
 SAMPLE_COST = 40
 # An evaluation without gradients against training, per token, until one has been measured.
 EVALUATION_COST = 0.5
-# Most kinds of chunks that are compiled, each by itself: PyTorch then gives up (``torch._dynamo.config.recompile_limit``).
-MOST_KINDS = 8
 # What a run takes from its text or its starting point, and writes down instead of what it was given.
 ADOPTED = ("vocab_size", "tokenizer")
 
@@ -197,9 +195,10 @@ def _check_graphs(model: SMTConfig, data: DataConfig, longest: int) -> None:
     """Raise if chunks of documents of ``longest`` steps are of more kinds than PyTorch compiles before it gives up."""
     steps = range(0, min(longest, data.part_length or longest), data.chunk_length)
     kinds = {model.window.canonical_step(step, model.write_group) for step in steps}
-    if len(kinds) > MOST_KINDS:
+    most = torch._dynamo.config.recompile_limit
+    if len(kinds) > most:
         raise ValueError(
-            f"compile = graphs records at most {MOST_KINDS} kinds of chunks, and chunk_length = {data.chunk_length} makes "
+            f"compile = graphs records at most {most} kinds of chunks, and chunk_length = {data.chunk_length} makes "
             f"{len(kinds)}: take a multiple of stride * write_group = {model.stride * model.write_group}"
         )
 

@@ -1,6 +1,6 @@
 """Models of these tests have gates of their own for every head, and read slots out; fresh ones are all the same, and do not.
 
-Pictures are blank, as most tests want their files alone; ``laid_out`` draws as the product does.
+Pictures are blank, as most tests want their files alone, but for tests that use ``drawn``.
 """
 
 import pytest
@@ -38,11 +38,11 @@ def fresh_gates(monkeypatch):
 
 
 @pytest.fixture
-def laid_out():
-    """For tests of pictures themselves. What fixtures of a module make is drawn in any case."""
+def drawn():
+    """For tests of pictures, which are drawn as the product does. What fixtures of a module make is, in any case."""
 
 
 @pytest.fixture(autouse=True)
 def blank_pictures(request, monkeypatch):
-    if "laid_out" not in request.fixturenames:
+    if "drawn" not in request.fixturenames:
         monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)

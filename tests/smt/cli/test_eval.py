@@ -42,7 +42,7 @@ def evaluate(folders, out, *arguments):
     return main(["eval", *arguments, "--data", str(folders / "text"), "--out", str(out), "--trials", "1", "--device", "cpu"])
 
 
-@pytest.mark.usefixtures("laid_out")
+@pytest.mark.usefixtures("drawn")
 def test_every_task_runs_on_both_kinds_of_model_and_leaves_table_json_and_plots(folders, tmp_path, capsys):
     assert evaluate(folders, tmp_path, str(folders / "ours"), "--hf", str(folders / "gpt2")) == 0
     printed = capsys.readouterr().out

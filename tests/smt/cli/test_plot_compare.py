@@ -9,7 +9,7 @@ import pytest
 from smt import StrideMemoryTransformer
 from smt.cli import main
 
-pytestmark = pytest.mark.usefixtures("laid_out")
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 @pytest.fixture

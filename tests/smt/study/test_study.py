@@ -220,7 +220,7 @@ def test_what_would_end_a_study_later_is_refused_before_it_begins(changes, messa
         run_module.prepare(settings, tmp_path)
 
 
-@pytest.mark.usefixtures("laid_out")
+@pytest.mark.usefixtures("drawn")
 def test_maps_are_drawn_of_what_has_finished_and_nothing_is_trained(made, tmp_path, capsys):
     file, folder = made
     assert main(["study", "--config", str(file), "--out", str(tmp_path), "--maps"]) == 1

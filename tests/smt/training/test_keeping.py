@@ -242,7 +242,7 @@ class TestFolder:
 NAME = "cost $x_{$ [a-c] 100% *'\"_ é"  # between the dollars is no formula
 
 
-@pytest.mark.usefixtures("laid_out")
+@pytest.mark.usefixtures("drawn")
 def test_a_run_of_any_name_and_text_of_any_path_trains_resumes_and_is_compared_from_any_folder(tmp_path, monkeypatch, recwarn):
     config = run_config(tmp_path, steps=4, evaluations=2, sample_tokens=2)
     (tmp_path / "there").mkdir()
