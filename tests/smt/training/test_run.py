@@ -179,10 +179,9 @@ class TestRun:
     def test_graphs_of_more_kinds_than_are_compiled_are_refused_before_anything_is_left(self, tmp_path):
         config = run_config(tmp_path, compile="graphs", steps=1)
         config = replace(config, model=replace(config.model, write_group=32), data=replace(config.data, chunk_length=9))
-        multiple = 32 * config.model.stride
-        with pytest.raises(
-            ValueError, match=rf"at most 8 kinds of chunks.* take a multiple of stride \* write_group = {multiple}"
-        ):
+        message = rf"at most 5 kinds of chunks.* take a multiple of stride \* write_group = {32 * config.model.stride}"
+        limited = torch._dynamo.config.patch(recompile_limit=5)  # a Hymba that was compiled before has raised it
+        with limited, pytest.raises(ValueError, match=message):
             run(config, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
