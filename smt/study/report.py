@@ -119,8 +119,8 @@ def report(study: Study) -> str:
     if timed := sorted({run["seed"] for run in study["runs"] if run["stage"] == EQUAL_TIME}):
         parts += [
             "## Equal time",
-            f"{_named(timed)}: trained anew, for as many steps as take the time of the middle one of all models, each with its "
-            "whole schedule.",
+            f"{_named(timed)}: trained anew, for as many steps as should take the time of the middle one of all models, "
+            "each with its whole schedule.",
             quality_table(study, EQUAL_TIME),
         ]
     parts += [

@@ -109,8 +109,9 @@ def run_study(prepared: Prepared, tell: Callable[[str], None] = print) -> list[S
         _check_same(cell.folder, wanted[cell.label])
         wanted[cell.label][EQUAL_TIME_STEPS] = _there(cell.folder).get(EQUAL_TIME_STEPS)  # decided when it ran before
     ended = {cell.label: _run(cell, wanted[cell.label], f"[{i}/{len(cells)}]", tell) for i, cell in enumerate(cells, 1)}
-    timed = [cell for cell in cells if cell.seed in seeds and ended[cell.label].error is None]
-    steps = _steps_of_equal_time(timed, {label: asked[EQUAL_TIME_STEPS] for label, asked in wanted.items()})
+    finished = [cell for cell in cells if ended[cell.label].error is None]
+    timed = [cell for cell in finished if cell.seed in seeds]
+    steps = _steps_of_equal_time(finished, {label: asked[EQUAL_TIME_STEPS] for label, asked in wanted.items()})
     for index, cell in enumerate(timed, 1):
         more = {**wanted[cell.label], EQUAL_TIME_STEPS: steps[cell.label]}
         ended[cell.label] = _run(cell, more, f"[equal time {index}/{len(timed)}]", tell)
@@ -135,15 +136,19 @@ def _run(cell: StudyCell, wanted: dict[str, Any], place: str, tell: Callable[[st
 def _steps_of_equal_time(cells: Sequence[StudyCell], decided: Mapping[str, int | None]) -> dict[str, int]:
     """By label, how many steps of a model take as long as the whole training of the middle one.
 
-    Where some have been decided before, others, of further seeds or of models that had failed, are given the same time.
+    A step of a model takes what it takes in the middle one of its seeds: one that the machine was slow for says little. Where
+    steps have been decided before, others, of further seeds or of models that had failed, are given the same time.
     """
     told = {cell.label: read_json(measured_file(cell.folder, TRAINING)) for cell in cells}
-    # Without the time in which a model is compiled, which is no matter of its layout.
-    of_step = {label: of["train_tokens"] / of["tokens_per_second"] / of["steps"] for label, of in told.items()}
+    seconds: dict[str, list[float]] = {}
+    for cell in cells:
+        of = told[cell.label]  # without the time in which a model is compiled, which is no matter of its layout
+        seconds.setdefault(cell.model, []).append(of["train_tokens"] / of["tokens_per_second"] / of["steps"])
+    of_step = {cell.label: statistics.median(seconds[cell.model]) for cell in cells}
     before = {label: steps for label, steps in decided.items() if steps is not None and label in told}
     whole = {label: of["steps"] for label, of in told.items()}
     times = [steps * of_step[label] for label, steps in (before or whole).items()]
-    return {label: before.get(label) or max(1, round(statistics.median(times) / seconds)) for label, seconds in of_step.items()}
+    return {label: before.get(label) or max(1, round(statistics.median(times) / of)) for label, of in of_step.items()}
 
 
 def _wanted(prepared: Prepared, cell: StudyCell) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class StudySettings:
         models: layouts of a Hymba, ``smt`` and ``smt_carried``, which is the same model and carries its memory in training.
         seeds: each model is trained with every one of them.
         equal_time_seeds: with so many of the seeds, the first of them, each model is trained once more, for as many steps as
-            take the time of the middle one of all models.
+            should take the time of the middle one of all models, by the speeds of all seeds.
         run: ``data`` and ``training`` of stage 1, as in the configuration of a run.
         hymba: fields that all layouts share; the width of their MLPs follows from the number of parameters.
         smt: fields of ours; its numbers of layers follow from the number of parameters.

@@ -73,24 +73,25 @@ def results_csv(study: Study) -> str:
 
 
 def quality_table(study: Study, stage: str = TRAINING) -> str:
-    """What each model has learned after equal tokens, or after ``stage``."""
+    """What each model has learned after equal tokens, or after ``stage``, and how long it trained."""
     rows = []
     for model, of_model in study["models"].items():
         figures = [over_seeds(study, model, stage, find) for find in (LOSS, at("held_out", "bits_per_byte"))]
         perplexity = over_seeds(study, model, stage, at("held_out", "perplexity"))
+        training = [over_seeds(study, model, stage, at(name)) for name in ("steps", "training_seconds")]
         rows.append(
             [
                 NAMES[model],
                 f"{of_model['parameters']:,}",
                 f"{of_model['embedding'] / of_model['parameters']:.0%}",
-                _shown(over_seeds(study, model, stage, at("steps")), "{:,.0f}".format),
+                *(_shown(figure, "{:,.0f}".format) for figure in training),
                 _shown(figures[0], "{:.3f}".format),
                 _shown(perplexity, "{:,.1f}".format),
                 _shown(figures[1], "{:.3f}".format),
             ]
         )
-    header = ["model", "parameters", "embedding", "steps", "validation loss", "perplexity per token", "bits per byte"]
-    return markdown(header, rows)
+    header = ["model", "parameters", "embedding", "steps", "seconds"]
+    return markdown([*header, "validation loss", "perplexity per token", "bits per byte"], rows)
 
 
 def carried_table(study: Study) -> str:

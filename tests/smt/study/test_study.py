@@ -177,6 +177,23 @@ def test_ours_may_carry_its_memory_through_longer_parts_in_training(made, tmp_pa
     assert "32 after 32 of parts of 64 tokens, through which it carries its memory" in "\n".join(conditions(told))
 
 
+def test_a_seed_for_which_the_machine_was_slow_says_little_of_equal_time(made, tmp_path, monkeypatch):
+    file, _ = made
+    settings = replace(StudySettings.from_yaml(file), models=("global", "local"), seeds=(1, 2, 3), equal_time_seeds=1)
+
+    def trains(folder):
+        speed = 2 if folder.name == "local,seed=1" else 10
+        of_training = {"steps": 20, "train_tokens": 200, "tokens_per_second": speed}
+        (folder / "training.json").write_text(json.dumps(of_training))
+        return None
+
+    monkeypatch.setattr(run_module, "attempt_apart", by(trains))
+    prepared = run_module.prepare(settings, tmp_path)
+    run_module.run_study(prepared, lambda line: None)
+    asked = [yaml.safe_load((cell.folder / "cell.yaml").read_text())["equal_time_steps"] for cell in prepared.cells]
+    assert [steps for steps in asked if steps is not None] == [20, 20]
+
+
 def test_models_that_had_failed_and_further_seeds_are_given_the_time_of_the_first(made, tmp_path, monkeypatch):
     """The middle one of all models would be another now, and the time no longer equal."""
     file, _ = made
