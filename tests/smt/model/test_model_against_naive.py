@@ -1,8 +1,8 @@
-"""The model equals a naive loop over ``docs/model.md``, built from Hugging Face's GPT-2 and Mamba."""
+"""The model equals a naive loop over ``docs/model.md``, built from Hugging Face's GPT-2 and Mamba, or written out."""
 
 import pytest
 import torch
-from naive import naive_forward
+from naive import Stream, naive_forward
 from transformers import GPT2Config, GPT2Model, MambaConfig, MambaModel
 
 from smt import SMTConfig, StrideMemoryTransformer
@@ -11,7 +11,10 @@ D_MODEL, VOCAB = 32, 61
 
 
 def build(seed, n, m, stride, **switches):
-    """The model and the Hugging Face modules it was loaded from, with slots of the scale of the embeddings."""
+    """The model and the Hugging Face modules it was loaded from, with slots of the scale of the embeddings.
+
+    GPT-2's weights do not fit ``stream``: there every parameter of the decoder is drawn.
+    """
     torch.manual_seed(seed)
     gpt2 = GPT2Model(GPT2Config(n_embd=D_MODEL, n_layer=2, n_head=4, n_positions=128, vocab_size=VOCAB)).eval()
     mamba = MambaModel(MambaConfig(hidden_size=D_MODEL, num_hidden_layers=2, state_size=8, vocab_size=VOCAB)).eval()
@@ -31,23 +34,53 @@ def build(seed, n, m, stride, **switches):
         **{"encoding": "stride", **switches},
     )
     model = StrideMemoryTransformer(config).eval()
-    model.load_gpt2(gpt2)
+    if config.encoding == "stream":
+        for parameter in model.decoder.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.05))
+        model.embedding.weight.data.normal_(std=0.3)
+    else:
+        model.load_gpt2(gpt2)
     model.load_mamba(mamba)
     model.memory.pooling.w_q.weight.data.normal_(std=0.4)
     model.memory.pooling.w_k.weight.data.normal_(std=0.4)
     return model, gpt2, mamba
 
 
+def stream_of(model, gates):
+    """The naive decoder with the weights of ours."""
+
+    def of(module):
+        return module.weight, module.bias
+
+    layers = [
+        {
+            "gate": gate,
+            "qkv": of(block.attention.qkv),
+            "proj": of(block.attention.proj),
+            **{name: of(getattr(block, name)) for name in ("norm_1", "norm_2", "up", "down")},
+        }
+        for block, gate in zip(model.decoder.blocks, gates, strict=True)
+    ]
+    config, decoder = model.config, model.decoder
+    sizes = {"n": config.n_ssm_outputs, "m": config.m_input_tokens, "stride": config.stride, "theta": config.rope_theta}
+    heads = {"heads": config.transformer_n_heads, "kv_heads": config.n_kv_heads}
+    return Stream(layers, decoder.slot_type, of(decoder.norm), **heads, **sizes)
+
+
 def compare(
-    length, n, m, stride, encoding, empty_slots, pool_source, pooling_norm, write_group, slot_gate="learned", slot_readout=True
-):
+    length, n, m, stride, encoding, empty_slots, pool_source, pooling_norm, write_group, slot_gate="learned", slot_readout=True,
+    **switches,
+):  # fmt: skip
     model, gpt2, mamba = build(
         length, n, m, stride, encoding=encoding, empty_slots=empty_slots, pool_source=pool_source,
-        pooling_norm=pooling_norm, write_group=write_group, slot_gate=slot_gate, slot_readout=slot_readout,
+        pooling_norm=pooling_norm, write_group=write_group, slot_gate=slot_gate, slot_readout=slot_readout, **switches,
     )  # fmt: skip
-    gates = None if slot_gate == "open" else [torch.zeros(4) for _ in model.decoder.blocks]
+    n_gates = model.config.n_kv_heads
+    gates = None if slot_gate == "open" else [torch.zeros(n_gates) for _ in model.decoder.blocks]
     if slot_gate == "learned":
         gates = [20 * block.attention.slot_gate.detach()[:, 0] for block in model.decoder.blocks]
+    if encoding == "stream":
+        gpt2 = stream_of(model, gates or [torch.ones(n_gates)] * len(model.decoder.blocks))
     readout = None
     if slot_readout and slot_gate != "closed":
         readout = model.decoder.slot_readout.weight
@@ -81,16 +114,20 @@ def compare(
         (16, "zero", "tokens", False),
     ],
 )
-@pytest.mark.parametrize("encoding", ["token", "stride"])
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
 def test_forward_equals_the_naive_loop(encoding, empty_slots, pool_source, pooling_norm, write_group):
     # 71 steps of window 4 + 10: 17 writes, so that groups of 16 are passed and both halves fill up on the way.
     compare(71, 4, 10, 4, encoding, empty_slots, pool_source, pooling_norm, write_group)
 
 
 @pytest.mark.parametrize("length", [1, 17, 66, 200])
-@pytest.mark.parametrize("encoding", ["token", "stride"])
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
 def test_forward_equals_the_naive_loop_in_the_published_window(encoding, length):
     compare(length, 15, 50, 16, encoding, "mask", "window", True, 8)
+
+
+def test_a_stream_with_fewer_heads_of_keys_and_another_base_equals_the_naive_loop():
+    compare(71, 4, 10, 4, "stream", "mask", "window", True, 4, transformer_n_kv_heads=2, rope_theta=50.0)
 
 
 def test_the_published_configuration_equals_the_naive_loop():
@@ -103,7 +140,7 @@ def test_the_published_configuration_equals_the_naive_loop():
 
 @pytest.mark.parametrize("slot_readout", [True, False], ids=["readout", "no-readout"])
 @pytest.mark.parametrize("slot_gate", ["learned", "open", "closed"])
-@pytest.mark.parametrize("encoding", ["token", "stride"])
+@pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
 def test_gates_scale_what_heads_read_from_slots_and_closed_ones_close_the_readout(encoding, slot_gate, slot_readout):
     compare(40, 4, 10, 4, encoding, "mask", "window", True, 8, slot_gate, slot_readout)
 
