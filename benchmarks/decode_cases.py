@@ -96,13 +96,7 @@ class DecodeCases:
         return cases
 
     def _ours(self, encoding: str, context: int) -> Callable[[], object]:
-        model, read, remark = self.models[encoding], context, None
-        if context > self.max_prefill:
-            read = self.max_prefill - (self.max_prefill - context) % self.config.stride
-            remark = f"state after {read:,} tokens, moved on"
-        with torch.no_grad():
-            state = model(self._tokens(read), last_only=True)[1].state
-        state = dataclasses.replace(state, steps=(context,) * self.batch)
+        model, (state, remark) = self.models[encoding], self.state_at(encoding, context)
         self._note(f"SMT {encoding}", context, state.n_bytes(), remark)
         token = self._tokens(1)
 
@@ -116,6 +110,16 @@ class DecodeCases:
                 carried = step(carried)
 
         return call
+
+    def state_at(self, encoding: str, context: int) -> tuple[SMTState, str | None]:
+        """A state at the step ``context``, and how it came there where not all of that was read."""
+        read, remark = context, None
+        if context > self.max_prefill:
+            read = self.max_prefill - (self.max_prefill - context) % self.config.stride
+            remark = f"state after {read:,} tokens, moved on"
+        with torch.no_grad():
+            state = self.models[encoding](self._tokens(read), last_only=True)[1].state
+        return SMTState.from_tensors(state.config, (context,) * self.batch, state.tensors()), remark
 
     def _dynamic(self, context: int) -> Callable[[], object]:
         from transformers import DynamicCache

@@ -47,27 +47,32 @@ def store(p_rows, m_rows, i_chunk, b_value, HEAD_DIM: tl.constexpr, CHUNK: tl.co
 
 
 @constexpr_function
-def precision_of_single():
-    """How products of fp32 are formed: on NVIDIA's matrix units as three of tf32, which together err as little as one."""
-    return "tf32x3" if is_cuda() else "ieee"
+def precision_of_single(ordinary):
+    """How products of fp32 are formed: on NVIDIA's matrix units as three of tf32, which together err as little as one and take
+    a quarter of the time, or on ordinary units, where a kernel has no registers for the three. CDNA has ordinary ones alone.
+    """
+    return "tf32x3" if is_cuda() and not ordinary else "ieee"
 
 
 @triton.jit
-def dot(b_x, b_y):
-    """x y, accumulated in fp32; the precision changes nothing for fp16 and bf16."""
-    return tl.dot(b_x, b_y, input_precision=precision_of_single())
+def dot(b_x, b_y, ORDINARY: tl.constexpr = False):
+    """x y, accumulated in fp32; ``ORDINARY`` units are for fp32 alone."""
+    return tl.dot(b_x, b_y, input_precision=precision_of_single(ORDINARY))
 
 
 @triton.jit
-def products(b_x, p_x, m_x, b_y, p_y, m_y, i_chunk, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
+def products(
+    b_x, p_x, m_x, b_y, p_y, m_y, i_chunk,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, ORDINARY: tl.constexpr = False,
+):  # fmt: skip
     """x y^T over the whole head: the chunks at hand, then the others."""
-    b_products = dot(b_x, tl.trans(b_y))  # [rows of x, rows of y]
+    b_products = dot(b_x, tl.trans(b_y), ORDINARY)  # [rows of x, rows of y]
     CHUNKS: tl.constexpr = (HEAD_DIM + CHUNK - 1) // CHUNK
     for i in tl.static_range(1, CHUNKS):
         i_other = (i_chunk + i) % CHUNKS
         b_other_x = load(p_x, m_x, i_other, HEAD_DIM, CHUNK)  # [rows of x, CHUNK]
         b_other_y = load(p_y, m_y, i_other, HEAD_DIM, CHUNK)  # [rows of y, CHUNK]
-        b_products += dot(b_other_x, tl.trans(b_other_y))
+        b_products += dot(b_other_x, tl.trans(b_other_y), ORDINARY)
     return b_products
 
 

@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 # Older releases of transformers know no other names.
 pytestmark = pytest.mark.filterwarnings("ignore:`(past_key_values|cache_params)` is deprecated:FutureWarning")
@@ -86,3 +87,14 @@ def test_no_time_is_printed_when_decoding_is_wrong(load, monkeypatch, capsys):
 def test_a_folder_that_does_not_exist_is_refused_before_anything_runs(load, capsys):
     with pytest.raises(SystemExit):
         load("bench_decode").main(["--json", "no_such_folder/rows.json"])
+
+
+def test_a_state_that_is_moved_on_is_at_its_step_on_the_device_too(load):
+    sizes = {"d_model": 16, "d_k": 16, "transformer_n_layers": 1, "transformer_n_heads": 2, "ssm_n_layers": 1}
+    config = load("smt").SMTConfig(vocab_size=20, **sizes)
+    limits = {"longest": 900, "max_prefill": 100, "max_bytes": 0.0, "device": torch.device("cpu")}
+    cases = load("decode_cases").DecodeCases(config, 2, **limits)
+    for encoding in ("stream", "stride", "token"):
+        state, remark = cases.state_at(encoding, 900)
+        assert state.steps == (900, 900) and state.device_steps.tolist() == [900, 900]
+        assert remark == "state after 100 tokens, moved on"

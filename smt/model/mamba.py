@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.model.rms_norm import RMSNorm
-from smt.model.weights import is_plain, matrix_and_bias, parameters_of
+from smt.model.weights import is_plain, matrix_and_bias, matrix_of, parameters_of
 from smt_kernels import stride_write
 
 NORM_EPS = 1e-5
@@ -73,7 +73,7 @@ class SelectiveMixer(nn.Module):
             ValueError: a layer does more than its weight tells.
         """
         conv_weight, conv_bias = parameters_of(self.conv1d, nn.Conv1d, f"{name}.conv1d")
-        x_proj_weight, _ = matrix_and_bias(self.x_proj, self.d_inner, f"{name}.x_proj")
+        x_proj_weight = matrix_of(self.x_proj, self.d_inner, f"{name}.x_proj")
         dt_proj_weight, dt_proj_bias = matrix_and_bias(self.dt_proj, self.rank, f"{name}.dt_proj")
         wide = torch.promote_types(torch.promote_types(self.A_log.dtype, self.D.dtype), torch.float32)
         return {
@@ -164,7 +164,8 @@ class MambaLayer(nn.Module):
 
     def is_plain(self) -> bool:
         """As ``MambaMixer.is_plain``."""
-        return is_plain(self, MambaLayer) and is_plain(self.norm, RMSNorm) and self.mixer.is_plain()
+        own = is_plain(self, MambaLayer) and is_plain(self.norm, RMSNorm)
+        return own and isinstance(self.mixer, MambaMixer) and self.mixer.is_plain()  # what wraps it may hand ``is_plain`` on
 
 
 class MambaStack(nn.Module):
@@ -182,7 +183,13 @@ class MambaStack(nn.Module):
 
     def prepare(self) -> list[dict[str, Tensor]]:
         """What ``forward`` needs of each layer; errors as ``MambaMixer.prepare``."""
-        return [layer.mixer.prepare(f"memory.ssm.layers.{index}.mixer") for index, layer in enumerate(self.layers)]
+        prepared = []
+        for index, layer in enumerate(self.layers):
+            name, mixer = f"memory.ssm.layers.{index}.mixer", layer.mixer
+            if not hasattr(mixer, "prepare"):
+                raise ValueError(f"{name} must be a MambaMixer or hand on what it has, got {type(mixer).__name__}")
+            prepared.append(mixer.prepare(name))
+        return prepared
 
     def stacked(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights that ``stride_memory`` takes of the layers, (L, ...), matrices in ``dtype``; errors as ``prepare``."""

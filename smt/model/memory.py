@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.model.mamba import MambaStack
-from smt.model.weights import matrix_and_bias
+from smt.model.weights import matrix_of
 from smt.runtime.precision import dtype_of_products
 from smt_kernels import MemoryWeights, WindowSpec, attention_pool_sequence, stride_memory
 from smt_kernels.attention_pool.reference import Timeline
@@ -50,8 +50,8 @@ class AttentionPooling(nn.Module):
         Raises:
             ValueError: one of the layers does more than a matrix.
         """
-        w_q, _ = matrix_and_bias(self.w_q, self.d_model, "memory.pooling.w_q")
-        w_k, _ = matrix_and_bias(self.w_k, self.d_model, "memory.pooling.w_k")
+        w_q = matrix_of(self.w_q, self.d_model, "memory.pooling.w_q")
+        w_k = matrix_of(self.w_k, self.d_model, "memory.pooling.w_k")
         return w_q.to(dtype), w_k.to(dtype)
 
     def draw_mask(self, like: Tensor, n_writes: int, size: int) -> Tensor | None:
@@ -144,7 +144,7 @@ class StrideMemory(nn.Module):
         tokens, slots = tokens.to(dtype), slots.to(dtype) if pools_slots else None
         n_writes = writes.stop - writes.start  # ``len`` is a number that is fixed to compilers of torch 2.10
         mask = self.pooling.draw_mask(tokens, n_writes, size if pools_slots else self.config.m_input_tokens)
-        make = self._fused if self.ssm.is_plain() else self._by_parts
+        make = self._fused if isinstance(self.ssm, MambaStack) and self.ssm.is_plain() else self._by_parts
         new_slots, conv, ssm, weights = make(tokens, slots, conv, ssm, first_step, writes, gate, mask)
         return Written(new_slots, conv, ssm, F.pad(weights, (size - weights.shape[-1], 0)) if return_weights else None)
 

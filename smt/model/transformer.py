@@ -18,7 +18,7 @@ from smt.model.checkpoint import load_model, save_model
 from smt.model.decoder import Decoder
 from smt.model.generation import generate, stream
 from smt.model.loss import head_loss
-from smt.model.memory import StrideMemory
+from smt.model.memory import AttentionPooling, StrideMemory
 from smt.model.parallel import initial_state
 from smt.model.parameters import count_parameters
 from smt.model.weights import is_hooked, rows_of
@@ -280,9 +280,13 @@ class StrideMemoryTransformer(nn.Module):
         return logits[:, -1], aux.state
 
     def _check(self, input_ids: Tensor, state: SMTState | None) -> None:
-        for name, module in (("decoder", self.decoder), ("memory", self.memory), ("memory.pooling", self.memory.pooling)):
-            if is_hooked(module):  # they hold others, or a decoding step goes around them
-                raise ValueError(f"{name} is not called, or not at every step, and hooks on it have no effect: hook its parts")
+        # They hold others, or a decoding step goes around them.
+        pooling = "memory.pooling", self.memory.pooling, AttentionPooling
+        for name, module, kind in (("decoder", self.decoder, Decoder), ("memory", self.memory, StrideMemory), pooling):
+            if is_hooked(module) or not isinstance(module, kind):
+                raise ValueError(
+                    f"{name} is not called, or not at every step: wrappers and hooks have no effect on it; take its parts"
+                )
         device = self.embedding.weight.device
         check_tokens(input_ids, self.config.vocab_size, device)
         if state is not None:

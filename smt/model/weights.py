@@ -7,6 +7,8 @@ makes of the unit vectors. What acts on activations, a hook or a dropout, cannot
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -28,23 +30,56 @@ def matrix_and_bias(linear: nn.Module, n_inputs: int, name: str) -> tuple[Tensor
     """The matrix (out, in) and the bias (out,) that ``linear`` applies.
 
     Raises:
-        ValueError: it does what no matrix can do; the message names it.
+        ValueError: it does what no matrix and bias can do; the message names it.
     """
     if is_plain(linear, nn.Linear):
         return linear.weight, linear.bias
+    parameters = list(linear.parameters())
+    if not parameters:
+        raise ValueError(
+            f"{name} is never called, a fused operation takes its weight: {type(linear).__name__} has no parameters"
+        )
     for part in linear.modules():
         if is_hooked(part):
             raise ValueError(f"{name} is never called, a fused operation takes its weight: hooks and offloading have no effect")
         if isinstance(part, _DropoutNd) and part.training and part.p > 0:
             raise ValueError(f"{name} is never called, a fused operation takes its weight: dropout has no effect, set it to 0")
-    parameters = list(linear.parameters())
     device = parameters[0].device
     # A weight that is kept in integers is multiplied in the default format.
     dtype = next((each.dtype for each in parameters if each.is_floating_point()), torch.get_default_dtype())
     with torch.autocast(device.type, enabled=False):
         of_zero = linear(torch.zeros(1, n_inputs, device=device, dtype=dtype))
         of_units = linear(torch.eye(n_inputs, device=device, dtype=dtype))
-    return (of_units - of_zero).mT, of_zero[0]
+    matrix, bias = (of_units - of_zero).mT, of_zero[0]
+    if linear not in _linear and not torch.compiler.is_compiling():
+        _check_linear(linear, matrix.detach(), bias.detach(), name)
+        _linear.add(linear)
+    return matrix, bias
+
+
+def matrix_of(linear: nn.Module, n_inputs: int, name: str) -> Tensor:
+    """The matrix (out, in) that ``linear`` applies.
+
+    Raises:
+        ValueError: it does what no matrix can do, or has a bias; the message names it.
+    """
+    biases = [key for key, each in linear.named_parameters() if key.split(".")[-1] == "bias" and each is not None]
+    if biases:
+        raise ValueError(f"{name} is never called, a fused operation takes its weight: {biases[0]} has no effect")
+    return matrix_and_bias(linear, n_inputs, name)[0]
+
+
+_linear: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have been checked, which reads a number of the device
+
+
+@torch.no_grad()
+def _check_linear(linear: nn.Module, matrix: Tensor, bias: Tensor, name: str) -> None:
+    """Raise ValueError where unit vectors do not tell what ``linear`` makes of others."""
+    x = torch.linspace(-20, 30, 2 * matrix.shape[1], device=matrix.device, dtype=matrix.dtype).view(2, -1)
+    with torch.autocast(matrix.device.type, enabled=False):
+        given, told = linear(x), x @ matrix.mT + bias
+    if (given - told).abs().max() > 0.05 * told.abs().max():
+        raise ValueError(f"{name} is never called, a fused operation takes its weight: {type(linear).__name__} is not linear")
 
 
 def rows_of(embedding: nn.Module, n_rows: int) -> Tensor:

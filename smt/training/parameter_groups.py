@@ -12,9 +12,6 @@ from torch import nn
 
 from smt.training.settings import TrainingConfig
 
-# transformers calls the projections of a GPT-2 Conv1D.
-DECAYING = ("Linear", "Conv1d", "Conv1D")
-
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
     """Parameter groups for AdamW, two for each part that is trained: with and without weight decay.
@@ -44,6 +41,8 @@ def _split(part: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     decayed, others = [], []
     for module in part.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            decays = type(module).__name__ in DECAYING and name == "weight"
+            # transformers calls the projections of a GPT-2 Conv1D.
+            projects = isinstance(module, (nn.Linear, nn.Conv1d)) or type(module).__name__ == "Conv1D"
+            decays = projects and name == "weight"
             (decayed if decays else others).append(parameter)
     return decayed, others

@@ -211,7 +211,7 @@ def pool_settings(kernel: str, width: int, dtype: torch.dtype, device: torch.dev
 
     An entry longer than the longest chunk is read by several programs, whole by each. The longest is 1,024 in half precision,
     512 where two sums have to be held, entries are added to, or shared memory is small (CDNA), and 256 in fp32, whose products
-    on ordinary units take more registers. To ask for the next block of entries in advance (``num_stages``) gained nothing on an
+    take more registers. To ask for the next block of entries in advance (``num_stages``) gained nothing on an
     H100, and cost ``pool_kernel`` a fifth.
     """
     if dtype.itemsize == 4:

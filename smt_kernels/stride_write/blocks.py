@@ -130,7 +130,7 @@ _GPU = {
     "single_write": BlockSettings(num_warps=8, elements=12288),
     "convolution": BlockSettings(num_warps=4, elements=1024),
     "convolution_backward": BlockSettings(num_warps=4, elements=512),
-    # Products in fp32 run on ordinary units and take more registers.
+    # Products in fp32 take more registers.
     "convolution_fp32": BlockSettings(num_warps=4, elements=512),
     "convolution_backward_fp32": BlockSettings(num_warps=4, elements=512),
     "fold": BlockSettings(num_warps=4, elements=4096),

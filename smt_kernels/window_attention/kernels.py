@@ -62,6 +62,7 @@ def _forward_kernel(
     Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, Q_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v and lse = log(rowsum(exp(scale q k^T))) of one window and key/value head."""
+    ORDINARY: tl.constexpr = HEAD_DIM > 64  # in fp32: three products of tf32 spill
     i_window = (tl.program_id(0) // n_kv_heads).to(tl.int64)
     i_kv_head = tl.program_id(0) % n_kv_heads
     i_chunk = tl.program_id(1)
@@ -88,21 +89,21 @@ def _forward_kernel(
         o_position = o_q[:, None] + (window - n_queries)
         p_q = rows(q, strides_q, i_window, i_head, o_q)
         b_q = load(p_q, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
-        b_s = products(b_q, p_q, m_q, b_k, p_k, m_k, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [Q, K]
+        b_s = products(b_q, p_q, m_q, b_k, p_k, m_k, i_chunk, HEAD_DIM, CHUNK, ORDINARY) * log2_scale  # [Q, K]
         b_s = _hide(b_s, o_position, o_k[None, :], m_k[None, :])
         b_max = tl.max(b_s, axis=1)
         if KR > 0:
-            b_sr = products(b_q, p_q, m_q, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [Q, KR]
+            b_sr = products(b_q, p_q, m_q, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK, ORDINARY) * log2_scale  # [Q, KR]
             b_sr = _hide(b_sr, o_position, o_kr[None, :], m_kr[None, :])
             b_max = tl.maximum(b_max, tl.max(b_sr, axis=1))
         b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_p = tl.exp2(b_s - b_max[:, None])  # [Q, K]
         b_sum = tl.sum(b_p, axis=1)
-        b_out = dot(b_p.to(b_v.dtype), b_v)  # [Q, CHUNK]
+        b_out = dot(b_p.to(b_v.dtype), b_v, ORDINARY)  # [Q, CHUNK]
         if KR > 0:
             b_pr = tl.exp2(b_sr - b_max[:, None])  # [Q, KR]
             b_sum += tl.sum(b_pr, axis=1)
-            b_out += dot(b_pr.to(b_vr.dtype), b_vr)
+            b_out += dot(b_pr.to(b_vr.dtype), b_vr, ORDINARY)
         p_out = rows(out, strides_out, i_window, i_head, o_q)
         store_normalised(p_out, p_lse + o_q, m_q, b_out, b_max, b_sum, i_chunk, HEAD_DIM, CHUNK)
 
@@ -114,13 +115,13 @@ def _forward_kernel(
             m_qr = o_qr >= 0
             p_qr = rows(q, strides_q, i_window, i_head, o_qr)
             b_qr = load(p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
-            b_sr = products(b_qr, p_qr, m_qr, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [QR, KR]
+            b_sr = products(b_qr, p_qr, m_qr, b_kr, p_kr, m_kr, i_chunk, HEAD_DIM, CHUNK, ORDINARY) * log2_scale  # [QR, KR]
             o_position = o_qr[:, None] + (window - n_queries)
             b_sr = _hide(b_sr, o_position, o_kr[None, :], m_kr[None, :])
             b_max = tl.max(b_sr, axis=1)
             b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
             b_pr = tl.exp2(b_sr - b_max[:, None])  # [QR, KR]
-            b_out = dot(b_pr.to(b_vr.dtype), b_vr)  # [QR, CHUNK]
+            b_out = dot(b_pr.to(b_vr.dtype), b_vr, ORDINARY)  # [QR, CHUNK]
             p_out = rows(out, strides_out, i_window, i_head, o_qr)
             store_normalised(p_out, p_lse + o_qr, m_qr, b_out, b_max, tl.sum(b_pr, axis=1), i_chunk, HEAD_DIM, CHUNK)
 
@@ -134,6 +135,7 @@ def _backward_kernel(
     Q: tl.constexpr, QR: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, Q_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of one window and key/value head. Scores are (keys, queries), the transpose that dK and dV need."""
+    ORDINARY: tl.constexpr = True  # in fp32: three products of tf32 spill 331 registers for heads of 64 on sm_90
     i_window = (tl.program_id(0) // n_kv_heads).to(tl.int64)
     i_kv_head = tl.program_id(0) % n_kv_heads
     i_chunk = tl.program_id(1)
@@ -169,24 +171,24 @@ def _backward_kernel(
         b_q = load(p_q, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
         b_do = load(p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [Q, CHUNK]
         b_lse = base_two(tl.load(p_lse + o_q, mask=m_q, other=0.0))[None, :]  # [1, Q]
-        b_s = products(b_k, p_k, m_k, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [K, Q]
+        b_s = products(b_k, p_k, m_k, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK, ORDINARY) * log2_scale  # [K, Q]
         b_p = tl.exp2(_hide(b_s, o_position, o_k[:, None], m_k[:, None]) - b_lse)  # [K, Q]
-        b_dp = products(b_v, p_v, m_k, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [K, Q]
+        b_dp = products(b_v, p_v, m_k, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK, ORDINARY)  # [K, Q]
         b_delta = tl.sum(b_p * b_dp, axis=0)
         if KR > 0:
-            b_sr = products(b_kr, p_kr, m_kr, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [KR, Q]
+            b_sr = products(b_kr, p_kr, m_kr, b_q, p_q, m_q, i_chunk, HEAD_DIM, CHUNK, ORDINARY) * log2_scale  # [KR, Q]
             b_pr = tl.exp2(_hide(b_sr, o_position, o_kr[:, None], m_kr[:, None]) - b_lse)  # [KR, Q]
-            b_dpr = products(b_vr, p_vr, m_kr, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK)  # [KR, Q]
+            b_dpr = products(b_vr, p_vr, m_kr, b_do, p_do, m_q, i_chunk, HEAD_DIM, CHUNK, ORDINARY)  # [KR, Q]
             b_delta += tl.sum(b_pr * b_dpr, axis=0)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)  # [K, Q]
-        b_dv += dot(b_p.to(b_do.dtype), b_do)
-        b_dk += dot(b_ds, b_q)
-        b_dq = dot(tl.trans(b_ds), b_k)  # [Q, CHUNK]
+        b_dv += dot(b_p.to(b_do.dtype), b_do, ORDINARY)
+        b_dk += dot(b_ds, b_q, ORDINARY)
+        b_dq = dot(tl.trans(b_ds), b_k, ORDINARY)  # [Q, CHUNK]
         if KR > 0:
             b_dsr = (b_pr * (b_dpr - b_delta[None, :])).to(b_q.dtype)  # [KR, Q]
-            b_dvr += dot(b_pr.to(b_do.dtype), b_do)
-            b_dkr += dot(b_dsr, b_q)
-            b_dq += dot(tl.trans(b_dsr), b_kr)
+            b_dvr += dot(b_pr.to(b_do.dtype), b_do, ORDINARY)
+            b_dkr += dot(b_dsr, b_q, ORDINARY)
+            b_dq += dot(tl.trans(b_dsr), b_kr, ORDINARY)
         store(rows(dq, strides_dq, i_window, i_head, o_q), m_q, i_chunk, b_dq * scale, HEAD_DIM, CHUNK)
 
     if QR > 0:
@@ -201,13 +203,13 @@ def _backward_kernel(
             b_qr = load(p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
             b_dor = load(p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [QR, CHUNK]
             b_lse = base_two(tl.load(p_lse + o_qr, mask=m_qr, other=0.0))[None, :]  # [1, QR]
-            b_sr = products(b_kr, p_kr, m_kr, b_qr, p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [KR, QR]
+            b_sr = products(b_kr, p_kr, m_kr, b_qr, p_qr, m_qr, i_chunk, HEAD_DIM, CHUNK, ORDINARY) * log2_scale  # [KR, QR]
             b_pr = tl.exp2(_hide(b_sr, o_position, o_kr[:, None], m_kr[:, None]) - b_lse)  # [KR, QR]
-            b_dpr = products(b_vr, p_vr, m_kr, b_dor, p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK)  # [KR, QR]
+            b_dpr = products(b_vr, p_vr, m_kr, b_dor, p_dor, m_qr, i_chunk, HEAD_DIM, CHUNK, ORDINARY)  # [KR, QR]
             b_dsr = (b_pr * (b_dpr - tl.sum(b_pr * b_dpr, axis=0)[None, :])).to(b_qr.dtype)  # [KR, QR]
-            b_dvr += dot(b_pr.to(b_dor.dtype), b_dor)
-            b_dkr += dot(b_dsr, b_qr)
-            b_dqr = dot(tl.trans(b_dsr), b_kr)  # [QR, CHUNK]
+            b_dvr += dot(b_pr.to(b_dor.dtype), b_dor, ORDINARY)
+            b_dkr += dot(b_dsr, b_qr, ORDINARY)
+            b_dqr = dot(tl.trans(b_dsr), b_kr, ORDINARY)  # [QR, CHUNK]
             store(rows(dq, strides_dq, i_window, i_head, o_qr), m_qr, i_chunk, b_dqr * scale, HEAD_DIM, CHUNK)
 
     store(rows(dk, strides_dk, i_window, i_kv_head, o_k), o_k >= 0, i_chunk, b_dk * scale, HEAD_DIM, CHUNK)

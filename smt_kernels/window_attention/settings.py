@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from smt_kernels.launch import LaunchSettings, Table
 
-# Products of fp32 run on the ordinary units of NVIDIA chips, which unroll them whole: hence their small chunks.
+# Ordinary units, where most products of fp32 run here, unroll them whole: hence their small chunks.
 _FORWARD, _BACKWARD = "window_attention_forward", "window_attention_backward"
 _FORWARD_HALF = tuple(LaunchSettings(num_warps=4, head_chunk=chunk) for chunk in (16, 32, 64, 128, 64))
 _FORWARD_SINGLE = (LaunchSettings(num_warps=8, head_chunk=16),) * 5

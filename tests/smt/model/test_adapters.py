@@ -170,3 +170,78 @@ def test_another_convolution_is_refused():
     mixer.conv1d = nn.Sequential(mixer.conv1d)
     with pytest.raises(ValueError, match=f"^{MIXER}.conv1d is never called"):
         model(torch.randint(37, (1, 14)))
+
+
+class Around(nn.Module):
+    """A wrapper as those of activation checkpointing: it hands on what it is asked for, and counts its calls."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *arguments, **named):
+        self.calls += 1
+        return self.inner(*arguments, **named)
+
+
+@pytest.mark.parametrize("name", ["decoder", "memory.pooling", "memory.ssm", "memory.ssm.layers.0", MIXER])
+def test_what_wraps_a_module_is_called_or_refused_by_its_name(name):
+    model, ids = build(), torch.randint(37, (1, 26))
+    expected = run(model, ids)
+    parent, _, last = name.rpartition(".")
+    around = Around(model.get_submodule(name))
+    setattr(model.get_submodule(parent), last, around)
+    if name in ("decoder", "memory.pooling"):
+        with pytest.raises(ValueError, match=f"^{name} is not called"):
+            model(ids)
+        return
+    torch.testing.assert_close(run(model, ids), expected)
+    assert around.calls > 1
+
+
+def test_a_mixer_in_which_the_weights_are_not_found_is_refused():
+    model = build()
+    layer = model.get_submodule(MIXER.rpartition(".")[0])
+    layer.mixer = nn.Sequential(layer.mixer)
+    with pytest.raises(ValueError, match=f"^{MIXER} must be a MambaMixer or hand on what it has, got Sequential"):
+        model(torch.randint(37, (1, 14)))
+
+
+class Curved(LowRank):
+    """No matrix: it acts on what it gives."""
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x)).square()
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if not name.endswith("conv1d")])
+def test_what_no_matrix_can_do_is_refused(name):
+    model = build()
+    parent, _, last = name.rpartition(".")
+    curved = Curved(model.get_submodule(name))
+    setattr(model.get_submodule(parent), last, curved)
+    with pytest.raises(ValueError, match=f"^{name} is never called.*Curved is not linear"):
+        model(torch.randint(37, (1, 14)))
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if not name.endswith(("conv1d", "dt_proj"))])
+def test_a_bias_that_has_no_place_is_refused(name):
+    model = build()
+    replace(model, name)
+    adapter = model.get_submodule(name)
+    adapter.lora_B = nn.Linear(2, adapter.base_layer.out_features, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"^{name} is never called.*lora_B.bias has no effect"):
+        model(torch.randint(37, (1, 14)))
+
+
+def test_a_layer_without_parameters_is_refused():
+    model = build()
+    model.memory.pooling.w_q = nn.Identity()
+    with pytest.raises(ValueError, match=r"^memory\.pooling\.w_q is never called.*Identity has no parameters"):
+        model(torch.randint(37, (1, 14)))

@@ -34,7 +34,7 @@ def test_only_projections_and_convolutions_decay(model):
     groups = in_groups(model, parameter_groups(model, TrainingConfig(weight_decay=0.3)))
     assert groups.keys() == dict(model.named_parameters()).keys()
     decayed = {name for name, group in groups.items() if group["weight_decay"] == 0.3}
-    linear = ("qkv", "proj", "up", "down", "w_q", "w_k", "in_proj", "x_proj", "dt_proj", "out_proj", "conv1d")
+    linear = ("qkv", "proj", "up", "down", "w_q", "w_k", "in_proj", "x_proj", "dt_proj", "out_proj", "conv1d", "slot_readout")
     assert decayed == {name for name in groups if name.split(".")[-2] in linear and name.endswith(".weight")}
     assert {group["weight_decay"] for group in groups.values()} == {0.0, 0.3}
     for name in ("embedding.weight", "memory.ssm.layers.0.mixer.A_log", "memory.ssm.layers.0.mixer.D", "decoder.norm.weight"):
