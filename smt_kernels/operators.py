@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
@@ -117,6 +118,8 @@ class _Operation:
 
     def __call__(self, *arguments: Any, backend: str) -> Any:
         leaves = self._arguments.flat(arguments)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, leaves)):
+            raise NotImplementedError(f"{self._operator._name} has no derivatives in forward mode; use backend='reference'")
         if _observed(leaves):
             results = self._operator(*leaves, backend)
         elif is_transformed():
@@ -147,7 +150,7 @@ class _Operation:
 
     def _backward_straight(self, *leaves: Any) -> tuple[Tensor, ...]:
         # ``torch.func`` wraps tensors, and unwraps them for operators alone.
-        return (self._backward_operator if is_transformed() else self._backward)(*leaves)
+        return (self._backward_operator if is_transformed() or any(map(_is_wrapped, leaves)) else self._backward)(*leaves)
 
     def _fake(self, *leaves: Any) -> Any:
         *leaves, backend = leaves
@@ -265,6 +268,18 @@ def _observed(leaves: Iterable[Any]) -> bool:
 
 def _requires_gradient(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _is_wrapped(leaf: Any) -> bool:
+    """Whether a tensor stands for others: of a transform that has ended (``torch.func.vjp``), or of batched gradients."""
+    of_transforms = torch._C._functorch
+    return isinstance(leaf, Tensor) and (
+        of_transforms.is_functorch_wrapped_tensor(leaf) or of_transforms.is_legacy_batchedtensor(leaf)
+    )
+
+
+def _has_tangent(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None
 
 
 def _split(values: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:

@@ -23,7 +23,7 @@ LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
 @triton.jit
 def rows(pointer, strides, i_batch, i_head, o_row):
     """Pointers to the first element of each row, in 64 bits; ``strides`` are those of batch, row and head."""
-    return pointer + i_batch * strides[0] + i_head * strides[2] + o_row.to(tl.int64) * strides[1]
+    return pointer + i_batch * strides[0] + tl.cast(i_head, tl.int64) * strides[2] + o_row.to(tl.int64) * strides[1]
 
 
 @triton.jit

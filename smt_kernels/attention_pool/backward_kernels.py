@@ -24,12 +24,12 @@ from smt_kernels.attention_pool.strips import (
     strip,
     windows_that_see,
 )
-from smt_kernels.tiles import dot, load, store
+from smt_kernels.tiles import dot, load, row_products, store
 
 
 @triton.jit(do_not_specialize=VARYING)
 def query_backward_kernel(
-    tokens, slots, exists, grad_pooled, grad_weights, weights, dropout, du, d_weights, delta, share,
+    tokens, slots, exists, grad_pooled, grad_weights, weights, dropout, mean, du, d_weights, delta, share,
     strides_tokens, strides_slots, strides_place, stride_exists, strides_grad, scale,
     windows_of_strip, n_windows, n_tokens, n_memory, held_tokens, held_slots, token_start, stride, slot_start, phase, group,
     NORMALISE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
@@ -46,6 +46,11 @@ def query_backward_kernel(
     p_grad = rows(grad_pooled, strides_grad, i_row, o_window)
     b_grad = load(p_grad, m_window, i_chunk, WIDTH, CHUNK)  # [P, CHUNK]
     o_weights = (o_place * (n_memory + n_tokens))[:, None]
+    # dw less what it would be if all entries were their mean: du is a sum over differences from an average, which the rounding
+    # of a dw would drown where entries are alike.
+    p_mean = mean + o_place * WIDTH
+    b_mean = load(p_mean, m_window, i_chunk, WIDTH, CHUNK)  # [P, CHUNK]
+    b_common = row_products(b_grad, p_grad, b_mean, p_mean, m_window, i_chunk, WIDTH, CHUNK)  # [P]
     b_seen = tl.zeros([P, E], dtype=tl.float32)
     b_along = tl.zeros([P, E], dtype=tl.float32)  # a . dw
     b_du = tl.zeros([P, CHUNK], dtype=tl.float32)
@@ -65,6 +70,7 @@ def query_backward_kernel(
         if i_chunk == 0:
             tl.store(d_weights + o_weights + o_position, b_dw, mask=m_seen)
         b_a = tl.load(weights + o_weights + o_position, mask=m_seen, other=0.0)  # [P, E]
+        b_dw -= b_common[:, None]
         b_x = normalised(b_x, b_inverse, NORMALISE)
         b_seen += m_seen.to(tl.float32)
         b_along += b_a * b_dw
@@ -73,7 +79,7 @@ def query_backward_kernel(
     b_count, b_delta = tl.sum(b_seen, axis=1), tl.sum(b_along, axis=1)
     store(du + o_place * WIDTH, m_window, i_chunk, (b_du - b_delta[:, None] * b_average) * scale, WIDTH, CHUNK)
     if i_chunk == 0:
-        tl.store(delta + o_place, b_delta, mask=m_window)
+        tl.store(delta + o_place, b_delta + b_common, mask=m_window)
         tl.store(share + o_place, 1.0 / tl.maximum(b_count, 1.0), mask=m_window)
 
 

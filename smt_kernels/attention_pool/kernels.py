@@ -110,7 +110,8 @@ def query_backward(
 ) -> None:
     """Fill ``grads`` from those of pooled (B, n_writes, d; any strides) and of the weights (windows, W)."""
     named = _of_windows(grad_pooled, inputs, strides_place, kept, grads)
-    _launch(query_backward_kernel, inputs, strips, normalise, **named, grad_weights=_packed(grad_weights), du=grads.u)
+    more = {"grad_weights": _packed(grad_weights), "mean": kept.mean, "du": grads.u}
+    _launch(query_backward_kernel, inputs, strips, normalise, **named, **more)
     torch.mm(grads.u, inputs.w_k.T, out=grads.query)
     torch.mm(grads.query, inputs.w_q, out=grads.mean)
 

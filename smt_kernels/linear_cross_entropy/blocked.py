@@ -25,7 +25,7 @@ def forward(
         if not wants_gradient:
             return logits
         grad = log_probs.exp_()
-        grad.scatter_add_(1, target.clamp(min=0)[:, None], grad.new_full((len(grad), 1), -1.0))
+        grad.scatter_add_(1, target.clamp(0, grad.shape[1] - 1)[:, None], grad.new_full((len(grad), 1), -1.0))
         ignored = target == ignore_index
         if grad.device.type != "cpu" or ignored.any():  # other devices are not asked
             grad.masked_fill_(ignored[:, None], 0.0)

@@ -70,7 +70,7 @@ def stream_attention_decode(
         return reference(*tensors, n_tokens=n_tokens, n_slots=n_slots, scale=scale)
     if backend == "blocked":
         return blocked(*tensors, n_tokens, n_slots, scale)
-    return _run(*checks.unit_stride(*tensors), n_tokens, n_slots, scale, backend=backend)
+    return _run(*checks.unit_stride(*tensors), n_tokens.contiguous(), n_slots.contiguous(), scale, backend=backend)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, n_tokens: Tensor, n_slots: Tensor) -> None:

@@ -65,6 +65,7 @@ def window_attention(
     backend = backends.choose("window_attention", q, backend)
     if backend == "reference":
         return reference(q, k, v, n_memory=n_memory, valid_memory=valid_memory, valid_tokens=valid_tokens, scale=scale)
+    valid_memory, valid_tokens = (None if x is None else x.contiguous() for x in (valid_memory, valid_tokens))
     out, _ = _run(*checks.unit_stride(q, k, v), valid_memory, valid_tokens, n_memory, scale, backend=backend)
     return out
 

@@ -17,7 +17,7 @@ from attention_pool_problem import (
 )
 from torch import Tensor
 
-from smt_kernels import WindowSpec
+from smt_kernels import WindowSpec, attention_pool
 
 
 def small_windows(dtype: torch.dtype, device: str) -> Problem:
@@ -80,3 +80,21 @@ def test_two_runs_give_the_same_bits(backend, make, device):
     problem = make(torch.bfloat16, device)
     first, second = problem.results(backend), problem.results(backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_entries_that_are_alike_leave_gradients_of_the_projections_that_are_not_rounding(backend, device):
+    """The gradient of a query is a sum over what tells entries from their average, a tenth of each here."""
+    width, n_windows = 128, 2
+    entries = torch.randn(width, device=device) + 0.1 * torch.randn(n_windows, 65, width, device=device)
+    inputs = entries, 0.04 * torch.randn(width, width, device=device), 0.04 * torch.randn(width, width, device=device)
+    inputs, grad = [x.bfloat16() for x in inputs], torch.randn(n_windows, width, device=device).bfloat16()
+
+    def gradients(dtype, backend):
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        pooled, _ = attention_pool(*given, n_memory=15, backend=backend)
+        return torch.autograd.grad(pooled, given[1:], grad.to(dtype))
+
+    plain, exact = gradients(torch.bfloat16, "reference"), gradients(torch.float64, "reference")
+    for found, by_plain, right in zip(gradients(torch.bfloat16, backend), plain, exact, strict=True):
+        assert (found.double() - right).norm() <= (by_plain.double() - right).norm()

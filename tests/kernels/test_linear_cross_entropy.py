@@ -227,3 +227,13 @@ def test_bad_arguments_are_named(changed, error, message):
     arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "targets": torch.zeros(3).long()}
     with pytest.raises(error, match=re.escape(message)):
         linear_cross_entropy(**arguments | changed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_target_that_does_not_count_may_be_above_all_classes(backend, device):
+    hidden, weight = torch.randn(4, 8, device=device), torch.randn(10, 8, device=device)
+    targets = torch.tensor([3, 10, 1, 12], device=device)
+    targets[3] = 10
+    loss = linear_cross_entropy(hidden, weight, targets, ignore_index=10, backend=backend)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, ignore_index=10)
+    torch.testing.assert_close(loss, expected)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smt_kernels import (
@@ -329,3 +330,37 @@ def test_torch_func_maps_over_the_gradient(make):
     torch.testing.assert_close(torch.vmap(gradient)(values), expected)
     torch.testing.assert_close(torch.func.grad(lambda values: torch.vmap(loss)(values).sum())(values), expected)
     torch.testing.assert_close(torch.vmap(loss)(values), torch.stack([loss(value) for value in values]))
+
+
+@pytest.mark.parametrize("backend", ["blocked", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.mark.parametrize("make", [stream, sequence], ids=lambda make: make.__name__)
+def test_torch_func_keeps_a_function_of_gradients_and_autograd_takes_batches_of_them(make, backend, device):
+    call = make(device)
+    first, *others = call.inputs
+
+    def out(value: Tensor) -> Tensor:
+        return call({first: value} | {name: call.inputs[name] for name in others}, backend)[0]
+
+    value = call.inputs[first].clone().requires_grad_()
+    result = out(value)
+    grads = torch.randn(2, *result.shape, dtype=result.dtype, device=device)
+    expected = [torch.autograd.grad(result, value, grad, retain_graph=True)[0] for grad in grads]
+    _, pull_back = torch.func.vjp(out, call.inputs[first])
+    torch.testing.assert_close(pull_back(grads[0])[0], expected[0])
+    (batched,) = torch.autograd.grad(result, value, grads, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack(expected))
+
+
+@pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
+def test_forward_mode_is_refused_not_answered_with_zeros(make):
+    call = make("cpu")
+    first, *others = call.inputs
+
+    def out(value: Tensor) -> Tensor:
+        return call({first: value} | {name: call.inputs[name] for name in others}, "blocked")[0]
+
+    tangent = torch.ones_like(call.inputs[first])
+    with pytest.raises(NotImplementedError, match="has no derivatives in forward mode"):
+        torch.func.jvp(out, (call.inputs[first],), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no derivatives in forward mode"):
+        out(forward_ad.make_dual(call.inputs[first], tangent))

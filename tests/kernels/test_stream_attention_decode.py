@@ -188,3 +188,13 @@ def test_bad_arguments_are_named(bad):
     with pytest.raises(error, match=re.escape(message)):
         stream_attention_decode(**good | changes)
     stream_attention_decode(**good)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_counts_may_have_any_strides(backend, device):
+    inputs = make_inputs(Case((4, 4, 4), (2, 2, 2)), torch.float32, device)
+    expected = stream_attention_decode(**inputs, backend=backend)
+    counts = torch.tensor([[4, 99, 2, 99]] * 3, dtype=torch.int32, device=device)
+    for of in (counts, counts[:1].expand(3, 4)):
+        strided = inputs | {"n_tokens": of[:, 0], "n_slots": of[:, 2]}
+        assert torch.equal(stream_attention_decode(**strided, backend=backend), expected)

@@ -165,3 +165,14 @@ def test_two_runs_give_the_same_bits(backend, device):
     problem = make_problem(Case(heads=4), torch.bfloat16, device)
     first, second = problem.results(backend), problem.results(backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_counts_may_have_any_strides(backend, device):
+    problem = make_problem(Case(65, n_windows=3), torch.float32, device, ragged=False)
+    counts = torch.tensor([[4, 99], [2, 99], [3, 99]], dtype=torch.int32, device=device)
+    for valid in (counts[:, 0], counts[:1, 0].expand(3)):
+        given = {"n_memory": 15, "valid_memory": valid, "valid_tokens": valid, "backend": backend}
+        packed = {"valid_memory": valid.clone(), "valid_tokens": valid.clone()}
+        inputs = problem.q, problem.k, problem.v
+        assert torch.equal(window_attention(*inputs, **given), window_attention(*inputs, **given | packed))
