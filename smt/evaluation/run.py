@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from smt.config import SMTConfig
 from smt.data.documents import Corpus
 from smt.data.recall import RecallTask, words
 from smt.data.settings import DataConfig
@@ -29,9 +30,6 @@ from smt.evaluation.scorer import SMTScorer, TokenScores
 from smt.evaluation.subjects import Subject
 from smt.evaluation.text import HeldOutText, held_out_text, other_text
 from smt.runtime.fields import check_at_least, check_names, check_seed
-
-# Where loss by position names the window and the reach of the slots of a model that is none of ours.
-USUAL_WINDOW, USUAL_REACH, USUAL_SIZE = 50, 290, 65
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +78,9 @@ class EvaluationRun:
 
     @property
     def window(self) -> tuple[int, int, int]:
-        """Tokens and entries of the window, and the reach of its slots."""
-        for subject in self.subjects:
-            if subject.model is not None:
-                config = subject.model.config
-                return config.m_input_tokens, config.window_size, slot_reach(config)
-        return USUAL_WINDOW, USUAL_SIZE, USUAL_REACH
+        """Tokens and entries of the window, and the reach of its slots: of the first of our models, else those by default."""
+        config = next((subject.model.config for subject in self.subjects if subject.model is not None), SMTConfig())
+        return config.m_input_tokens, config.window_size, slot_reach(config)
 
     @property
     def marks(self) -> dict[str, int]:

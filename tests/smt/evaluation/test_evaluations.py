@@ -12,12 +12,15 @@ import torch
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.data.documents import Document
 from smt.data.recall import RecallTask, read_recall, words
+from smt.data.settings import DataConfig
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.needle import ENGLISH, needle_in_haystack, recall_style
 from smt.evaluation.perplexity import Evaluation
 from smt.evaluation.pooling import analyse_pooling, pooling_weights, summarise
 from smt.evaluation.position import fall_between, log_spaced, loss_by_position, mean_between
 from smt.evaluation.recall import encode_words, recall, usual_distances
+from smt.evaluation.report import Report
+from smt.evaluation.run import EvaluationConfig, EvaluationRun
 from smt.evaluation.scorer import TokenScores
 from smt.evaluation.statistics import Estimate, mean_difference, mean_of, mean_per_count, t_quantile, t_within
 
@@ -112,6 +115,14 @@ def test_an_estimate_weighs_samples_by_their_counts_and_pairs_by_what_they_diffe
     assert mean_per_count([3.0, 1.0], [3, 1]) == Estimate(1.0, 0.0, 2)
     assert mean_of([1.5]) == Estimate(1.5, None, 1) and mean_of([1.5]).margin is None
     assert math.isnan(mean_of([1.0, math.nan]).margin)
+
+
+def test_without_a_model_of_ours_the_window_is_that_of_the_default():
+    config = SMTConfig()
+    run = EvaluationRun([], DataConfig(), EvaluationConfig(), Report())
+    reach = config.n_ssm_outputs * config.stride + config.m_input_tokens
+    assert run.window == (config.m_input_tokens, config.window_size, reach)
+    assert run.marks == {"window's tokens": config.m_input_tokens, "reach of the slots": reach}
 
 
 def test_a_fall_is_measured_within_documents_that_are_long_enough():
