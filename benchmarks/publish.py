@@ -40,6 +40,8 @@ from committed import (
     study,
 )
 
+from smt.evaluation.statistics import mean_difference
+
 BLOCK = re.compile(r"(<!-- made by benchmarks/publish\.py: ([\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -69,15 +71,16 @@ def speed_table() -> str:
     cells, (losses, _) = study("memory"), _losses_by_seed("groups")
     tokens, time = (cells[budget, "stream"] for budget in ("equal_tokens", "equal_time"))
     layer = cells["equal_tokens", "no_writes_3_layers"]
-    mean, error = _paired(losses["group_8"], losses["no_writes"])
+    memory = mean_difference(losses["group_8"], losses["no_writes"])
     return "\n".join(
         [
             *lines,
             "",
             "Loss with memory minus loss without, on source code, in nats per token (below 0 is better): "
-            f"**{mean:+.3f} ± {error:.3f}** with the default's window ({len(losses['group_8'])} seeds); with 8 slots and 32 "
-            f"tokens **{_difference(tokens)}** after equal tokens (a third layer in the decoder alone: {_difference(layer)}), "
-            f"**{_difference(time)}** after equal time (one seed). ±: one standard error, over seeds, then over documents.",
+            f"**{memory.mean:+.3f} ± {memory.standard_error:.3f}** with the default's window ({memory.n_samples} seeds); "
+            f"with 8 slots and 32 tokens **{_difference(tokens)}** after equal tokens "
+            f"(a third layer in the decoder alone: {_difference(layer)}), **{_difference(time)}** after equal time "
+            "(one seed). ±: one standard error, over seeds, then over documents.",
         ]
     )
 
@@ -160,8 +163,8 @@ def seeds_table(name: str) -> str:
     for variant, of_seeds in losses.items():
         more = []
         for control in controls:
-            mean, error = _paired(of_seeds, losses[control])
-            more.append("-" if variant == control else f"{mean:+.4f} ± {error:.4f}")
+            more_than = mean_difference(of_seeds, losses[control])
+            more.append("-" if variant == control else f"{more_than.mean:+.4f} ± {more_than.standard_error:.4f}")
         lines.append(_line(VARIANTS[variant], *(f"{loss:.3f}" for loss in (*of_seeds, statistics.fmean(of_seeds))), *more))
     return "\n".join(lines)
 
@@ -175,12 +178,6 @@ def _losses_by_seed(name: str) -> tuple[dict[str, list[float]], list[str]]:
         if all((seed, variant) in cells for seed in seeds)
     }
     return losses, [*seeds]
-
-
-def _paired(of_seeds: list[float], others: list[float]) -> tuple[float, float]:
-    """The mean of the differences, seed by seed, and its standard error."""
-    gains = [loss - other for loss, other in zip(of_seeds, others, strict=True)]
-    return statistics.fmean(gains), statistics.stdev(gains) / len(gains) ** 0.5
 
 
 def recall_table() -> str:

@@ -111,7 +111,7 @@ def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: s
     ``obstacle`` says why this call, unlike others of the operation, cannot run its kernel; None: nothing stands against it.
 
     Raises:
-        ValueError: an unknown backend was asked for, or ``triton`` where the operation has no kernel or nothing can run it.
+        ValueError: an unknown backend was asked for, or ``triton`` where nothing can run the operation's kernel.
         TypeError: ``triton`` was asked for with a dtype that the kernel does not take.
     """
     decide = _decide if torch.compiler.is_compiling() else _remembered  # compilers see through caches, and warn
@@ -134,7 +134,7 @@ def _decide(
     if wanted is not None:
         _check_name(wanted)
         if wanted == "triton" and obstacle is not None:
-            error = TypeError if operation in TRITON_LIMITS and dtype not in TRITON_DTYPES else ValueError
+            error = TypeError if dtype not in TRITON_DTYPES else ValueError
             raise error(f"backend 'triton' was asked for by {source}, but {obstacle}")
         return BackendChoice(operation, wanted, f"asked for by {source}")
     if device.type != "cuda":
@@ -149,8 +149,6 @@ _remembered = functools.lru_cache(maxsize=256)(_decide)
 
 
 def _triton_obstacle(operation: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if operation not in TRITON_LIMITS:
-        return f"{operation} has no Triton kernel yet"
     if dtype not in TRITON_DTYPES:
         return f"dtype {dtype} is not one that its kernel takes: {', '.join(map(str, TRITON_DTYPES))}"
     longest = TRITON_LIMITS[operation]

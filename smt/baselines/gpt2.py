@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
-from smt.model.generation import sample
+from smt.model.generation import check_sampling, sample
 from smt.model.loss import head_loss
 from smt.model.parameters import count_parameters
 
@@ -117,7 +117,12 @@ class FullAttentionGPT2(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Prompts (B, T) and their continuations, (B, T + new), each token with the last ``context`` before it."""
+        """Prompts (B, T) and their continuations, (B, T + new), each token with the last ``context`` before it.
+
+        Raises:
+            ValueError: an option out of range, as in ``smt.model.generation.stream``.
+        """
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
         was_training = self.training
         self.eval()
         try:

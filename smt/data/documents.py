@@ -131,11 +131,6 @@ class DocumentsHash:
         return self._digest.hexdigest()
 
 
-def in_memory(documents: list[Document]) -> Documents:
-    """A split of documents that are already there."""
-    return Documents(lambda skipped: iter(documents), hash_documents(documents))
-
-
 def split(source: str, read: Read, split_of: Callable[[str], str], content: str, *, test: bool = False) -> Corpus:
     """Sort the documents of one stream into splits by their names.
 

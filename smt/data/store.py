@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 # Of the layout of the files; another one does not read what an earlier one wrote.
 LAYOUT = 4
-FILES = TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
+TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
 FIELDS = ("hash", "text_hash", "vocab_size", "dtype", "names", "n_bytes", "offsets", "names_targets", "n_targets", "skipped")
 LEFT_OUT_FILE = "left_out.txt"
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from smt_kernels.linear_cross_entropy import IGNORE_INDEX
+
 # A document is drawn from this many documents per row of similar length: enough to mix, similar enough to end together.
 BUCKET = 8
 WAITING = -1
-IGNORE_INDEX = -100  # a target that the loss does not count, as in PyTorch
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, in
     _draw_positions(axes, results, marks)
     axes.set_ylabel("loss (nats per token)", fontsize=12)
     axes.set_title("loss by position in the document (with 95 % intervals over documents)", fontsize=13)
-    _legend_below(figure, axes)
+    _legend_below(axes)
     _save(figure, path)
 
 
@@ -57,7 +57,7 @@ def plot_position_differences(results: Mapping[str, LossByPosition], control: st
     name = in_plot(control)
     axes.set_ylabel(f"loss minus that of {name}\n(nats per token; below 0 is better)", fontsize=12)
     axes.set_title(f"what each model gains or loses against {name}\n(with 95 % intervals over documents)", fontsize=13)
-    _legend_below(figure, axes)
+    _legend_below(axes)
     _save(figure, path)
 
 
@@ -138,7 +138,7 @@ def plot_recall(results: Mapping[str, Recall], marks: Mapping[str, int], path: s
     axes.set(xlabel="words since the pair was shown", ylabel="values recalled (%)", ylim=(-3, 103))
     axes.set_title("associative recall by distance", fontsize=11)
     axes.grid(alpha=0.3)
-    _legend_below(figure, axes)
+    _legend_below(axes)
     _save(figure, path)
 
 
@@ -162,7 +162,7 @@ def plot_ablations(results: Mapping[str, Ablation], spans: Mapping[str, str], pa
     )
     axes.set(xlabel="position in the document", ylabel="additional loss (nats per token)")
     axes.set_title("what the loss rises by when the memory is hindered", fontsize=11)
-    _legend_below(figure, axes)
+    _legend_below(axes)
     _save(figure, path)
 
 
@@ -183,7 +183,7 @@ def plot_pooling(result: PoolingAnalysis, path: str | Path) -> None:
         f"entropy {mean.entropy:.2f} nats",
         fontsize=11,
     )
-    _legend_below(figure, bars)
+    _legend_below(bars)
     x = range(result.first_write, result.first_write + len(result.by_write))
     lines.plot(x, [100 * write.ssm_total for write in result.by_write], color="tab:orange", linewidth=1, label="slots, all")
     lines.plot(x, [100 * write.ssm_max for write in result.by_write], color="tab:orange", linestyle=":", label="largest slot")
@@ -198,7 +198,7 @@ def plot_pooling(result: PoolingAnalysis, path: str | Path) -> None:
     entropy.set_ylabel("entropy (nats)")
     entropy.set_ylim(0, 1.15 * math.log(size))
     handles = [line for axes in (lines, entropy) for line in axes.get_lines()]
-    _legend_below(figure, lines, handles)
+    _legend_below(lines, handles)
     _save(figure, path)
 
 
@@ -207,7 +207,7 @@ def _figure(n_rows: int = 1, size: tuple[float, float] = (8, 4.8)) -> tuple[Figu
     return figure, figure.subplots(n_rows, 1)
 
 
-def _legend_below(figure: Figure, axes: Axes, handles: list[Any] | None = None) -> None:
+def _legend_below(axes: Axes, handles: list[Any] | None = None) -> None:
     """A legend outside the axes, where it covers no curve."""
     handles = handles or axes.get_legend_handles_labels()[0]
     labels = [handle.get_label() for handle in handles]

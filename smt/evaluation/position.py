@@ -3,7 +3,8 @@
 Positions count the tokens before the one that is predicted. Tokens up to m stand in the window themselves; those up to n S + m
 have been pooled into a slot of the window; whatever lies further back can only be known through the SSM's state.
 
-A bin's mean is over its tokens, and its interval over documents: tokens of one document are no independent samples.
+A bin's mean is over its tokens, and its interval over documents (``smt.evaluation.statistics``): tokens of one document are
+no independent samples.
 """
 
 from __future__ import annotations
@@ -13,13 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-
 from smt.evaluation.scorer import TokenScores
-
-# Half the width of an interval that holds the mean with 95 %, in standard errors of a normal distribution.
-Z_95 = 1.96
+from smt.evaluation.statistics import mean_of, mean_per_count
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,9 @@ def mean_between(scores: Sequence[TokenScores], start: int, stop: int | None = N
     pieces = [piece for piece in pieces if len(piece)]
     if not pieces:
         return None
-    nats = torch.stack([piece.sum() for piece in pieces])
-    counts = torch.tensor([len(piece) for piece in pieces], dtype=torch.float64, device="cpu")
-    mean = (nats.sum() / counts.sum()).item()
-    return Mean(mean, _margin(nats - mean * counts, counts), int(counts.sum()), len(pieces))
+    counts = [len(piece) for piece in pieces]
+    found = mean_per_count([piece.sum().item() for piece in pieces], counts)
+    return Mean(found.mean, found.margin, sum(counts), len(pieces))
 
 
 def fall_between(scores: Sequence[TokenScores], near: tuple[int, int], far: tuple[int, int]) -> Mean | None:
@@ -83,27 +78,13 @@ def fall_between(scores: Sequence[TokenScores], near: tuple[int, int], far: tupl
     reaching = [-score.log_probs for score in scores if len(score.log_probs) + 1 >= far[1]]
     if not reaching:
         return None
-    falls = torch.stack([loss[near[0] - 1 : near[1] - 1].mean() - loss[far[0] - 1 : far[1] - 1].mean() for loss in reaching])
-    mean = falls.mean().item()
+    falls = [(loss[near[0] - 1 : near[1] - 1].mean() - loss[far[0] - 1 : far[1] - 1].mean()).item() for loss in reaching]
+    found = mean_of(falls)
     n_tokens = len(reaching) * (near[1] - near[0] + far[1] - far[0])
-    return Mean(mean, _margin(falls - mean, torch.ones_like(falls)), n_tokens, len(reaching))
+    return Mean(found.mean, found.margin, n_tokens, len(reaching))
 
 
 def log_spaced(first: int, last: int, per_octave: int) -> tuple[int, ...]:
     """Distinct integers from ``first`` to ``last``, ``per_octave`` of them on each doubling."""
     count = math.ceil(per_octave * math.log2(last / first))
     return tuple(sorted({*(round(first * 2 ** (index / per_octave)) for index in range(count)), last}))
-
-
-def standard_error(residuals: Tensor, counts: Tensor) -> float | None:
-    """Of a ratio of sums over documents, by the linearised variance; None with fewer than two of them."""
-    n_documents = len(residuals)
-    if n_documents < 2:
-        return None
-    variance = residuals.square().sum() / counts.sum() ** 2 * n_documents / (n_documents - 1)
-    return variance.sqrt().item()
-
-
-def _margin(residuals: Tensor, counts: Tensor) -> float | None:
-    error = standard_error(residuals, counts)
-    return None if error is None else Z_95 * error

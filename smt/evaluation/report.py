@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from smt.runtime.extras import optional
-from smt.runtime.files import check_folder, text_writer, write_files
+from smt.runtime.files import check_folder, finite, text_writer, write_files
 from smt.runtime.names import in_one_line
 
 RESULTS_FILE = "evaluation.json"
@@ -54,7 +53,7 @@ class Report:
         """
         out = check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
-        values = _finite({**self.settings, "notes": self.notes, "results": self.results})
+        values = finite({**self.settings, "notes": self.notes, "results": self.results})
         text = json.dumps(values, indent=2, allow_nan=False) + "\n"
         files = [out / RESULTS_FILE]
         write_files({files[0]: text_writer(text)})
@@ -63,12 +62,3 @@ class Report:
                 write_files({out / name: draw})
                 files.append(out / name)
         return files
-
-
-def _finite(values: Any) -> Any:
-    """Without infinities, which are no JSON."""
-    if isinstance(values, dict):
-        return {name: _finite(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from smt.config import SMTConfig
 from smt.data.documents import Corpus
 from smt.data.recall import RecallTask, words
 from smt.data.settings import DataConfig
 from smt.data.sources import read_corpus
+from smt.data.tokenizer import Tokenizer
 from smt.evaluation import plots
 from smt.evaluation.ablation import NO_WRITES, Ablation, ablate, slot_reach, without_writes
 from smt.evaluation.needle import ENGLISH, needle_in_haystack, recall_style, usual_lengths
@@ -28,9 +30,6 @@ from smt.evaluation.scorer import SMTScorer, TokenScores
 from smt.evaluation.subjects import Subject
 from smt.evaluation.text import HeldOutText, held_out_text, other_text
 from smt.runtime.fields import check_at_least, check_names, check_seed
-
-# Where loss by position names the window and the reach of the slots of a model that is none of ours.
-USUAL_WINDOW, USUAL_REACH, USUAL_SIZE = 50, 290, 65
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class EvaluationRun:
     def __init__(self, subjects: Sequence[Subject], data: DataConfig, config: EvaluationConfig, report: Report) -> None:
         self.subjects, self.data, self.config, self.report = subjects, data, config, report
         self._corpus: Corpus | None = None
-        self._texts: dict[str, HeldOutText] = {}
+        self._texts: dict[Tokenizer, HeldOutText] = {}
         self._scores: dict[str, list[TokenScores]] = {}
 
     @property
@@ -79,12 +78,9 @@ class EvaluationRun:
 
     @property
     def window(self) -> tuple[int, int, int]:
-        """Tokens and entries of the window, and the reach of its slots."""
-        for subject in self.subjects:
-            if subject.model is not None:
-                config = subject.model.config
-                return config.m_input_tokens, config.window_size, slot_reach(config)
-        return USUAL_WINDOW, USUAL_SIZE, USUAL_REACH
+        """Tokens and entries of the window, and the reach of its slots: of the first of our models, else those by default."""
+        config = next((subject.model.config for subject in self.subjects if subject.model is not None), SMTConfig())
+        return config.m_input_tokens, config.window_size, slot_reach(config)
 
     @property
     def marks(self) -> dict[str, int]:
@@ -98,10 +94,10 @@ class EvaluationRun:
         return RecallTask(**self.data.recall)
 
     def text(self, subject: Subject) -> HeldOutText:
-        """The held-out documents in the subject's tokens."""
-        if subject.name not in self._texts:
-            self._texts[subject.name] = held_out_text(self.corpus, subject.tokenizer, self.config.documents)
-        return self._texts[subject.name]
+        """The held-out documents in the subject's tokens, made once with each tokenizer: a control has its model's."""
+        if subject.tokenizer not in self._texts:
+            self._texts[subject.tokenizer] = held_out_text(self.corpus, subject.tokenizer, self.config.documents)
+        return self._texts[subject.tokenizer]
 
     def scores(self, subject: Subject) -> list[TokenScores]:
         """The scores of these documents."""
@@ -201,9 +197,7 @@ def _needle(run: EvaluationRun) -> None:
             fillers = random.Random(run.config.seed).choices(words("f", run.recall_task.fillers), k=32 * size)
             haystack = encode_words(fillers, subject.tokenizer)[0][1:]
         else:
-            # The control reads its model's text.
-            text = held_out_text(run.corpus, subject.tokenizer, run.config.documents)
-            haystack = torch.cat([document[1:-1] for document in text.documents])
+            haystack = torch.cat([document[1:-1] for document in run.text(subject).documents])
         lengths = usual_lengths(size, len(haystack))
         if not lengths:
             raise ValueError(f"a needle needs a haystack of {size} tokens, the held-out text has {len(haystack)}")

@@ -193,12 +193,12 @@ class CausalLMScorer(WindowScorer):
         )
 
 
-def windows(length: int, context: int | None) -> list[tuple[int, int, int]]:
+def windows(length: int, context: int) -> list[tuple[int, int, int]]:
     """Cut ``length`` steps into (start, first, stop): the steps [start, stop) are read, those from ``first`` on scored.
 
     Windows of ``context`` steps overlap by half; together they score every step once.
     """
-    if context is None or length <= context:
+    if length <= context:
         return [(0, 0, length)]
     advance = max(1, context // 2)
     stops = [context, *range(context + advance, length, advance), length]

@@ -14,7 +14,7 @@ from typing import Any
 
 from smt.experiments.record import RunRecord
 from smt.runtime.extras import optional
-from smt.runtime.files import check_folder, text_writer, write_files
+from smt.runtime.files import check_folder, finite, text_writer, write_files
 from smt.runtime.names import in_markdown, in_one_line
 from smt.training import plots
 
@@ -90,7 +90,7 @@ class Comparison:
         for record in self.records:
             values = {"run": record.name, **{name: getattr(record, name) for name in own}}
             difference = self.differences.get(record.name, {})
-            rows.append(_finite({**values, **{name: difference.get(name) for name in more}}))
+            rows.append(finite({**values, **{name: difference.get(name) for name in more}}))
         return rows
 
     def text(self) -> str:
@@ -152,10 +152,6 @@ class Comparison:
         rows = self.rows()
         shown = [["-" if row[key] is None else in_one_line(COLUMNS[key][1](row[key])) for key in row] for row in rows]
         return [[COLUMNS[key][0] for key in rows[0]], *shown]
-
-
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def _last_if_nan(value: float) -> float:

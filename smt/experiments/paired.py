@@ -11,11 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from smt.evaluation.position import standard_error
 from smt.evaluation.scorer import TokenScores
+from smt.evaluation.statistics import mean_per_count
 
 # Below this many documents, blocks of this many tokens of them are compared.
 FEW_DOCUMENTS, BLOCK = 10, 512
@@ -54,8 +51,6 @@ def paired_difference(scores: Sequence[TokenScores], control: Sequence[TokenScor
     if len(differences) < FEW_DOCUMENTS:
         differences = [block for difference in differences for block in difference.split(BLOCK)]
         unit = f"blocks of {BLOCK} tokens"
-    nats = torch.stack([difference.sum() for difference in differences])
-    counts = torch.tensor([len(difference) for difference in differences], dtype=nats.dtype)
-    mean: Tensor = nats.sum() / counts.sum()
-    error = standard_error(nats - mean * counts, counts)
-    return PairedDifference(mean.item(), error, int(counts.sum()), len(counts), unit)
+    counts = [len(difference) for difference in differences]
+    found = mean_per_count([difference.sum().item() for difference in differences], counts)
+    return PairedDifference(found.mean, found.standard_error, sum(counts), len(counts), unit)

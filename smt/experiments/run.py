@@ -39,13 +39,11 @@ class CellOutcome:
         cell: which.
         folder: where its run is.
         error: why it failed; None: it did not.
-        reused: its run was there already.
     """
 
     cell: Cell
     folder: Path
     error: str | None = None
-    reused: bool = False
 
 
 def run_study(
@@ -76,7 +74,7 @@ def run_study(
             folder = folders[cell.label]
             if has_finished(folder):
                 tell(f"{place[cell.label]}: finished before, not run again")
-                outcomes[cell.label] = CellOutcome(cell, folder, reused=True)
+                outcomes[cell.label] = CellOutcome(cell, folder)
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             (folder / FAILURE_FILE).unlink(missing_ok=True)

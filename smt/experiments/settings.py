@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from smt.runtime.fields import check_folder_name, check_names, nearest
+from smt.runtime.files import read_yaml
 from smt.training.settings import RunConfig
 
 STUDY_FOLDER = Path(__file__).parent.parent / "studies"
@@ -105,12 +104,7 @@ class Study:
         if not file.is_file():
             names = ", ".join(sorted(example.stem for example in STUDY_FOLDER.glob("*.yaml")))
             raise ValueError(f"study must be a YAML file or one of those packaged ({names}), got {str(path)!r}")
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} must hold a mapping with {', '.join(PARTS_OF_A_STUDY)}, got {type(values).__name__}")
+        values = read_yaml(file, f"a mapping with {', '.join(PARTS_OF_A_STUDY)}")
         for part in values:
             if part not in PARTS_OF_A_STUDY:
                 raise ValueError(f"a study has no part {part!r}; did you mean {nearest(part, PARTS_OF_A_STUDY)!r}?")

@@ -6,6 +6,7 @@ pass of their own of one row, and what they leave in each layer is the state tha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -269,12 +270,17 @@ class Hymba(nn.Module):
         """Compile in place what repeats alone: a layer over a sequence, once for all layers of a kind.
 
         There are up to four kinds, each on meta tokens and on tokens, with gradients and without, and in few lengths: more than
-        the compiler makes of one function unless it is told to.
+        the compiler makes of one function unless it is told to. Older releases of PyTorch know one limit for all functions of
+        the process (``torch._dynamo.config.recompile_limit``): there it is raised, and stays so, as it counts in later calls.
 
         Args:
             options: of ``torch.compile``.
         """
-        torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+        limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            options = {"recompile_limit": limit, **options}
+        else:
+            torch._dynamo.config.recompile_limit = limit
         self._compiled = torch.compile(sequence_layer, **options)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -115,13 +115,11 @@ def read_fields(path: str | Path, settings: type = SMTConfig) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    given = values.get("model", values) if isinstance(values, dict) else values
+    what = f"a mapping of {settings.__name__} fields"
+    values = read_yaml(path, what)
+    given = values.get("model", values)
     if not isinstance(given, dict):
-        raise ValueError(f"{path} must hold a mapping of {settings.__name__} fields, got {type(given).__name__}")
+        raise ValueError(f"{path} must hold {what}, got {type(given).__name__}")
     return given
 
 

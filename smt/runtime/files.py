@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import tempfile
@@ -159,6 +160,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return _mapping(path, values)
+
+
+def finite(values: Any) -> Any:
+    """Values for a JSON file, None in place of infinities and of what is no number: JSON has neither."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def read_yaml(path: Path, what: str = "a mapping") -> dict[str, Any]:

@@ -11,7 +11,6 @@ What is there already is not done again.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from smt.experiments.cell import CELL_FILE
 from smt.model.checkpoint import CONFIG_FILE, load_weights
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.device import find_device
-from smt.runtime.files import read_json, read_yaml, text_writer, write_files
+from smt.runtime.files import finite, read_json, read_yaml, text_writer, write_files
 from smt.runtime.process import keep_freed_memory
 from smt.study.measure import decoding_speeds, held_out_loss, kept_bytes, peak_bytes
 from smt.study.preference import HELD_OUT_FILE, PAIRS_FILE, make_pairs, preferences, second_stage
@@ -110,7 +109,7 @@ def _stage(folder: Path, stage: str, config: RunConfig, text: TokenizedCorpus, w
                 when: preferences(each, text.tokenizer, folder / HELD_OUT_FILE, **of_pairs)
                 for when, each in (("before", load(folder / TRAINING, config)), ("after", model))
             }
-    content = json.dumps(_finite(measured), indent=2, allow_nan=False) + "\n"
+    content = json.dumps(finite(measured), indent=2, allow_nan=False) + "\n"
     write_files({measured_file(folder, stage): text_writer(content)})
 
 
@@ -135,10 +134,3 @@ def _figures(evaluation: Evaluation) -> dict[str, float]:
     there = asdict(evaluation)
     counted = {name: there[name] for name in ("nats", "n_targets", "n_bytes")}
     return {**counted, **{name: getattr(evaluation, name) for name in ("loss", "perplexity", "bits_per_byte")}}
-
-
-def _finite(values: Any) -> Any:
-    """Without infinities, which are no JSON."""
-    if isinstance(values, dict):
-        return {name: _finite(value) for name, value in values.items()}
-    return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -29,6 +29,7 @@ from smt.runtime.fields import (
     nearest,
     parse,
 )
+from smt.runtime.files import read_yaml
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 # Compiling takes up to a minute or two, and saves a few hundredths of a second of each step.
@@ -274,13 +275,7 @@ class RunConfig:
             ValueError: no such file, not a mapping, or as ``from_dict``.
         """
         file = packaged_or_file(path)
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} must hold a mapping with {', '.join(PARTS)}, got {type(values).__name__}")
-        return cls.from_dict(values, overrides)
+        return cls.from_dict(read_yaml(file, f"a mapping with {', '.join(PARTS)}"), overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as ``from_dict`` takes them."""

@@ -20,7 +20,7 @@ from smt_kernels.linear_cross_entropy.reference import linear_cross_entropy as r
 from smt_kernels.operators import is_transformed, register
 from smt_kernels.precision import accumulation_dtype
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # a target that the loss does not count, as in PyTorch
 
 
 def linear_cross_entropy(

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from smt_kernels.launch import ceil_div, launch
 from smt_kernels.stride_write.blocks import channels, load, settings, store
-from smt_kernels.stride_write.order import Order, fields_of
+from smt_kernels.stride_write.order import Order
 
 
 @triton.jit(do_not_specialize=["n_total"])
 def conv_state_kernel(
-    x, conv_state, rank, place, count, new_conv_state, strides_x, strides_conv, n_batch, n_total, width,
+    x, conv_state, place, count, new_conv_state, strides_x, strides_conv, n_batch, n_total, width,
     HISTORY: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """The last C - 1 inputs of one row of one layer: of writes that happened, or the older ones of the conv state."""
@@ -36,7 +36,7 @@ def conv_state_kernel(
 
 @triton.jit(do_not_specialize=["n_total"])
 def conv_state_backward_kernel(
-    d_conv, grad_conv, rank, place, count, conv_weight, d_conv_state, strides_grad_conv, n_batch, n_total, width,
+    d_conv, grad_conv, place, count, conv_weight, d_conv_state, strides_grad_conv, n_batch, n_total, width,
     HISTORY: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the conv state of one row of one layer: from the first writes, and from what is left of it behind all."""
@@ -98,5 +98,6 @@ def _launch_states(
     chosen = settings("conv_state", state.device)
     block = chosen.width(1)
     sizes = {"n_batch": batch, "n_total": n_total, "width": width, "HISTORY": state.shape[3], "E": block}
+    sizes |= {"place": None, "count": None} if order is None else {"place": order.place, "count": order.count}
     grid = layers * batch, ceil_div(width, block)
-    launch(kernel, grid, state.device, **fields_of(order), **arguments, **sizes, **chosen.options)
+    launch(kernel, grid, state.device, **arguments, **sizes, **chosen.options)

@@ -25,10 +25,6 @@ def dtype_id(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def setting_id(settings: dict[str, object]) -> str:
-    return "-".join(f"{name}={value}" for name, value in settings.items()) or "plain"
-
-
 def symmetric(*shape: int, device: str = "cpu") -> Tensor:
     """Numbers in (-1, 1): bounded, so that the largest error of a result is not that of one outlier."""
     return 2 * torch.rand(shape, device=device) - 1

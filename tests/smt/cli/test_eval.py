@@ -14,6 +14,7 @@ from smt.cli import main
 from smt.data.documents import Document, hash_documents
 from smt.data.local import read_text
 from smt.data.tokenizer import Tokenizer
+from smt.evaluation import run as run_module
 from smt.evaluation.run import TASKS
 
 SIZES = dict(
@@ -75,6 +76,14 @@ def test_the_ablation_without_writes_is_a_checkpoint_that_never_writes(folders, 
     perplexity = json.loads((tmp_path / "b" / "evaluation.json").read_text())["results"]["perplexity"]["SMT"]
     assert ablation["no writes"]["all"]["nats"] == pytest.approx(perplexity["loss"], rel=1e-6)
     assert ablation["whole"]["all"]["nats"] != pytest.approx(perplexity["loss"], rel=1e-6)
+
+
+def test_the_text_is_tokenised_once_for_all_tasks_of_a_model_and_its_control(folders, tmp_path, monkeypatch):
+    read, made = run_module.held_out_text, []
+    monkeypatch.setattr(run_module, "usual_lengths", lambda size, available: (size,))  # one, for speed
+    monkeypatch.setattr(run_module, "held_out_text", lambda *arguments: made.append(arguments) or read(*arguments))
+    assert evaluate(folders, tmp_path, str(folders / "ours"), "--tasks", "perplexity,needle") == 0
+    assert len(made) == 1
 
 
 def test_what_was_measured_is_printed_and_kept_whatever_becomes_of_plots_and_later_tasks(

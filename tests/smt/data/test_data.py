@@ -8,9 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from splits import in_memory
 
 from smt.data import shakespeare
-from smt.data.documents import Document, LeftOut, hash_documents, hold_out, in_memory
+from smt.data.documents import Document, LeftOut, hash_documents, hold_out
 from smt.data.local import read_text
 from smt.data.settings import DataConfig
 from smt.data.shakespeare import PLAYS, TEST_PLAYS, VALIDATION_PLAYS, WHEEL, read_plays

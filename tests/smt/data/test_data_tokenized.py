@@ -1,9 +1,10 @@
 """From settings to tokens: what was done before is reused, and what was left out is told."""
 
 import pytest
+from splits import in_memory
 
 from smt.data import tokenized
-from smt.data.documents import Document, in_memory
+from smt.data.documents import Document
 from smt.data.parts import Parts
 from smt.data.settings import DataConfig
 from smt.data.tokenized import tokenize_corpus

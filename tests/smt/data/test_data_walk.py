@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from splits import in_memory
 from torch.utils.data import DataLoader
 
-from smt.data.documents import Document, in_memory
+from smt.data.documents import Document
 from smt.data.parts import Parts
 from smt.data.store import tokenise
 from smt.data.tokenizer import Tokenizer

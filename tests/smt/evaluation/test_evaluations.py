@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,13 +12,17 @@ import torch
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.data.documents import Document
 from smt.data.recall import RecallTask, read_recall, words
+from smt.data.settings import DataConfig
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation.needle import ENGLISH, needle_in_haystack, recall_style
 from smt.evaluation.perplexity import Evaluation
 from smt.evaluation.pooling import analyse_pooling, pooling_weights, summarise
 from smt.evaluation.position import fall_between, log_spaced, loss_by_position, mean_between
 from smt.evaluation.recall import encode_words, recall, usual_distances
+from smt.evaluation.report import Report
+from smt.evaluation.run import EvaluationConfig, EvaluationRun
 from smt.evaluation.scorer import TokenScores
+from smt.evaluation.statistics import Estimate, mean_difference, mean_of, mean_per_count, t_quantile, t_within
 
 TASK = RecallTask(keys=6, values=5, fillers=4, pairs=2, length=90, longest=20, spacing=10, documents=6)
 
@@ -79,8 +84,45 @@ def test_the_interval_over_documents_of_one_length_is_that_of_their_means():
     scores = random_scores((50,) * 12)
     means = torch.stack([-score.log_probs.mean() for score in scores])
     mean = mean_between(scores, 1)
-    assert mean.margin == pytest.approx((1.96 * means.std() / math.sqrt(12)).item())
+    assert mean.margin == pytest.approx((2.200985 * means.std() / math.sqrt(12)).item())  # t of 11 degrees of freedom
     assert mean_between(scores[:1], 1).margin is None
+
+
+# Two-sided critical values of t at 5 %, of any table.
+CRITICAL = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 9: 2.26216, 52: 2.00665, 10_000: 1.96020}
+
+
+@pytest.mark.parametrize(("degrees", "critical"), CRITICAL.items())
+def test_quantiles_are_those_of_the_t_distribution(degrees, critical):
+    assert t_quantile(degrees) == pytest.approx(critical, abs=1e-4)
+    assert t_within(t_quantile(degrees), degrees) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_95_of_100_intervals_over_few_documents_hold_the_true_mean(n):
+    draw = random.Random(0)
+    means = [mean_of([draw.gauss() for _ in range(n)]) for _ in range(4000)]
+    held = sum(abs(found.mean) <= found.margin for found in means) / len(means)
+    assert abs(held - 0.95) < 5 * math.sqrt(0.95 * 0.05 / 4000)  # 5 standard errors
+
+
+def test_an_estimate_weighs_samples_by_their_counts_and_pairs_by_what_they_differ():
+    values = [0.5, 2.0, 0.25]
+    error = pytest.approx(statistics.stdev(values) / math.sqrt(3))
+    assert mean_of(values) == Estimate(pytest.approx(2.75 / 3), error, 3)
+    assert mean_per_count([8 * value for value in values], [8, 8, 8]) == Estimate(pytest.approx(2.75 / 3), error, 3)
+    assert mean_difference([value + 9.0 for value in values], [9.0] * 3) == Estimate(pytest.approx(2.75 / 3), error, 3)
+    assert mean_per_count([3.0, 1.0], [3, 1]) == Estimate(1.0, 0.0, 2)
+    assert mean_of([1.5]) == Estimate(1.5, None, 1) and mean_of([1.5]).margin is None
+    assert math.isnan(mean_of([1.0, math.nan]).margin)
+
+
+def test_without_a_model_of_ours_the_window_is_that_of_the_default():
+    config = SMTConfig()
+    run = EvaluationRun([], DataConfig(), EvaluationConfig(), Report())
+    reach = config.n_ssm_outputs * config.stride + config.m_input_tokens
+    assert run.window == (config.m_input_tokens, config.window_size, reach)
+    assert run.marks == {"window's tokens": config.m_input_tokens, "reach of the slots": reach}
 
 
 def test_a_fall_is_measured_within_documents_that_are_long_enough():

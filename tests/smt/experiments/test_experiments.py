@@ -165,7 +165,7 @@ class TestRunning:
         (folder / "results.json").write_text('{"stopped": "the training loss is nan in step 3"}')
         monkeypatch.setattr("smt.experiments.run.attempt", lambda folder: "again")
         (outcome,) = run_study(study, tmp_path, tell=lambda line: None)
-        assert outcome.error == "again" and not outcome.reused
+        assert outcome.error == "again"
         records, unfinished = read_records([folder])
         assert not records and "stopped before its end: the training loss is nan in step 3" in unfinished[0]
 

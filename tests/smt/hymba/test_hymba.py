@@ -1,6 +1,7 @@
 """Every layout is what its equations say, sees what it should, and owns what it should."""
 
 import copy
+import inspect
 
 import plain
 import pytest
@@ -13,6 +14,7 @@ from smt import SMTConfig
 from smt.hymba import Hymba, HymbaConfig, attention_map
 from smt.hymba.cost import n_parameters, products_per_token
 from smt.hymba.layers import ParallelMixer
+from smt.hymba.model import PROGRAMS
 from smt.model.cost import ssm_parameters, ssm_products
 
 
@@ -186,6 +188,26 @@ def test_compiling_makes_one_program_of_each_kind_of_layer_and_changes_no_gradie
     assert_gradients_equal(plainly, compiled, ids)
     assert len(programs) == 3  # local layers with and without keys of their own, and a global one
     assert copy.deepcopy(compiled)._compiled is None
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["of its own", "of the process"])
+def test_compiling_makes_all_its_programs_and_leaves_the_limit_of_others_where_it_can(own, monkeypatch):
+    if own and "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this release of PyTorch knows one limit for all functions")
+    if not own:
+        whole = torch.compile
+
+        def of_older_releases(model, *, fullgraph, backend):
+            return whole(model, fullgraph=fullgraph, backend=backend)
+
+        monkeypatch.setattr(torch, "compile", of_older_releases)
+    model, programs = model_of(configuration("parallel-no-metas", n_layers=2, global_layers=(1,))), []
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        model.compile(backend=lambda graph, inputs: programs.append(graph) or graph.forward, fullgraph=True)
+        assert torch._dynamo.config.recompile_limit == (1 if own else PROGRAMS)
+        model(tokens(2, 7))
+    assert len(programs) == 2
 
 
 def assert_gradients_equal(plainly, other, ids):

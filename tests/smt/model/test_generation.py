@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.baselines import FullAttentionGPT2
 from smt.model.generation import sample
 
 VOCAB = 37
@@ -96,6 +97,22 @@ def test_ends_and_padding_leave_the_prompt_as_it_is():
 def test_bad_options_are_explained_before_anything_runs(options, message):
     with pytest.raises(ValueError, match=message):
         build().stream(torch.ones(2, 2, dtype=torch.long), 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -2}, "max_new_tokens must be at least 0, got -2"),
+        ({"temperature": -1.0}, "temperature must be 0, or finite and at least 1e-06, got -1.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 2.0}, r"top_p must lie in \(0, 1\], got 2.0"),
+    ],
+)
+def test_the_gpt2_of_comparisons_explains_bad_options_as_ours_does(options, message):
+    config = SMTConfig(d_model=16, vocab_size=VOCAB, transformer_n_layers=1, transformer_n_heads=2)
+    for model in (FullAttentionGPT2(config, context=4), build()):
+        with pytest.raises(ValueError, match=message):
+            model.generate(torch.ones(1, 2, dtype=torch.long), **{"max_new_tokens": 1, **options})
 
 
 def test_tokens_are_drawn_with_their_probabilities():

@@ -1,6 +1,7 @@
 """Files are whole or not there, open to whom the umask says, and named in what goes wrong with them."""
 
 import errno
+import math
 import os
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from safetensors import SafetensorError
 
 from smt.runtime import files
-from smt.runtime.files import check_folder, read_json, read_yaml, remove_partial, tensors_writer, text_writer, write_files
+from smt.runtime.files import (
+    check_folder,
+    finite,
+    read_json,
+    read_yaml,
+    remove_partial,
+    tensors_writer,
+    text_writer,
+    write_files,
+)
 
 
 @pytest.fixture
@@ -114,3 +124,8 @@ def test_a_damaged_file_is_named(read, content, tmp_path):
     (tmp_path / "results.txt").write_bytes(content)
     with pytest.raises(ValueError, match=r"results\.txt (is damaged|is not YAML|must hold a mapping)"):
         read(tmp_path / "results.txt")
+
+
+def test_values_for_json_have_none_where_it_has_no_number():
+    values = {"losses": [1.5, math.inf, (math.nan, 2)], "n": 3, "name": "inf", "none": None}
+    assert finite(values) == {"losses": [1.5, None, [None, 2]], "n": 3, "name": "inf", "none": None}
