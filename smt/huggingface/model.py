@@ -16,6 +16,7 @@ from smt.huggingface.model_card import CARD_FILE, model_card
 from smt.huggingface.padding import right_padding_taken
 from smt.huggingface.special_tokens import ends_of_text
 from smt.huggingface.versions import STATE_NAME, STATE_NAMES, SMTOutput, in_library_terms, pop_state
+from smt.model.batch import check_targets
 from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
 from smt.model.loss import head_loss
 from smt.model.transformer import StrideMemoryTransformer
@@ -145,8 +146,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             options: ``num_items_in_batch``, by which the sum of losses is divided instead of by their number.
 
         Raises:
-            TypeError, ValueError: as ``StrideMemoryTransformer.forward``; an input that the model does not know, or cannot give
-                a meaning.
+            TypeError, ValueError: as ``StrideMemoryTransformer.forward``, of whose ``targets`` labels are; an input that the
+                model does not know, or cannot give a meaning.
         """
         past_key_values = pop_state({"past_key_values": past_key_values, "cache": cache})
         self._refuse(input_ids, past_key_values, labels, logits_to_keep, skip_logits, options)
@@ -163,6 +164,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill((given == 0) | behind, IGNORE_INDEX)
             if padded and (use_cache or past_key_values is not None):
                 raise ValueError("attention_mask must be padded on the left to keep a state, some rows end with padding")
+        if labels is not None:  # the first of a row is nobody's
+            check_targets("labels", labels[:, 1:], input_ids[:, 1:], self.model.config.vocab_size)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and not padded
         hidden, aux = self.model.encode(

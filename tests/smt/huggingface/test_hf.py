@@ -255,11 +255,16 @@ def test_a_larger_vocabulary_keeps_what_was_learnt():
         ({"past_key_values": ()}, TypeError, "past_key_values must be an SMTCache, got tuple"),
         ({"labels": torch.ones(1, 3, dtype=torch.long), "logits_to_keep": 1}, ValueError, "labels need all logits"),
         ({"labels": torch.ones(3, dtype=torch.long)}, ValueError, r"labels must have the shape of input_ids, \(1, 3\)"),
+        (
+            {"labels": torch.tensor([[1, VOCAB, 1]])},
+            ValueError,
+            "labels must lie in 0..vocab_size - 1 = 0..36 or be -100, got 37",
+        ),
         ({"attention_mask": torch.ones(1, 1, 3, 3)}, ValueError, r"attention_mask must have shape \(B, T\)"),
         ({"attention_mask": torch.ones(1, 4)}, ValueError, "attention_mask must have the shape of input_ids"),
         ({"input_ids": None}, ValueError, "input_ids must be given"),
     ],
-    ids=["embeds", "positions", "attentions", "past", "logits", "labels", "4d", "width", "none"],
+    ids=["embeds", "positions", "attentions", "past", "logits", "labels", "range", "4d", "width", "none"],
 )
 def test_inputs_without_a_meaning_are_refused(options, error, message):
     with pytest.raises(error, match=message):
