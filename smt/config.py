@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from smt.runtime.fields import check_above, check_at_least, check_fields, check_fraction, check_known
+from smt.runtime.fields import check_above, check_at_least, check_fields, check_fraction, check_known, parse
 from smt.runtime.files import read_yaml
 from smt_kernels import WindowSpec
 from smt_kernels.window_attention import MAX_WINDOW
@@ -187,7 +187,8 @@ class SMTConfig:
         Raises:
             ValueError: damaged, not a mapping, or an unknown field.
         """
-        return cls.from_dict(read_yaml(Path(path), "a mapping of SMTConfig fields"))
+        given = read_yaml(Path(path), "a mapping of SMTConfig fields")
+        return cls.from_dict({name: parse(cls, name, value) for name, value in given.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as ``from_dict`` takes them."""

@@ -56,6 +56,11 @@ def head_groups(n_query_heads: int, n_kv_heads: int) -> None:
         raise ValueError(f"q has {n_query_heads} heads, which is not a multiple of the {n_kv_heads} heads of k and v")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether reading values waits for nothing: they are on the CPU, and no compiler or mode of fake tensors hides them."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
+
+
 def counts(name: str, tensor: Tensor, rows: int, upper: int, model: Tensor, *, dim: str = "N") -> None:
     """Check a per-row count: int32 of shape (``dim``=rows,) on the device of ``model``; on CPU also that it lies in 0..upper.
 
@@ -66,8 +71,7 @@ def counts(name: str, tensor: Tensor, rows: int, upper: int, model: Tensor, *, d
         raise TypeError(f"{name} must be int32, got {tensor.dtype}")
     if tensor.device != model.device:
         raise ValueError(f"{name} must be on {model.device}, got {tensor.device}")
-    readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable:
+    if readable(tensor):
         values = tensor.tolist()
         if min(values) < 0 or max(values) > upper:
             raise ValueError(f"{name} must lie in 0..{upper}, got {values}")

@@ -71,7 +71,7 @@ def unaffected_by_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_autocast(device: str, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which does not know the former
         return function(*arguments, **settings)
     with torch.autocast(device, enabled=False):
         return function(*arguments, **settings)
@@ -258,11 +258,11 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _observed(leaves: Iterable[Any]) -> bool:
-    """Whether somebody looks at operators: a compiler, a dispatch mode, or a tensor of a class of its own."""
+    """Whether somebody looks at operators: a compiler, a dispatch mode, or a tensor of a class of its own or without values."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(leaf, Tensor) and type(leaf) not in (Tensor, Parameter) for leaf in leaves)
+        or any(isinstance(leaf, Tensor) and (type(leaf) not in (Tensor, Parameter) or leaf.is_meta) for leaf in leaves)
     )
 
 

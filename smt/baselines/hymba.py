@@ -17,7 +17,7 @@ class ChunkedHymba(Hymba):
     def forward(self, input_ids: Tensor, state: Any = None, *, targets: Tensor) -> tuple[Tensor, NoMemory]:
         """Mean cross-entropy per target of input_ids and targets (B, T), -100 where nothing is due."""
         hidden, memory = self.encode(input_ids)
-        return head_loss(hidden, self.embedding.weight, targets), memory
+        return head_loss(hidden, self.head(), targets), memory
 
     def encode(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, NoMemory]:
         """Hidden states (B, T, d) after the final norm, before the head."""

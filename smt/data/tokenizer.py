@@ -147,7 +147,8 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write two files into a folder, from which ``transformers.AutoTokenizer`` reads the tokenizer too."""
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.end_name, "eos_token": self.end_name}
+        ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), self.end_name)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "padding_side": "left"}
         texts = {TOKENIZER_FILE: self._serialised, SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}
         write_files({Path(folder) / name: text_writer(text) for name, text in texts.items()})
 

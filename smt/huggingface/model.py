@@ -16,6 +16,7 @@ from smt.huggingface.model_card import CARD_FILE, model_card
 from smt.huggingface.padding import right_padding_taken
 from smt.huggingface.special_tokens import ends_of_text
 from smt.huggingface.versions import STATE_NAME, STATE_NAMES, SMTOutput, in_library_terms, pop_state
+from smt.model.batch import check_targets
 from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
 from smt.model.loss import head_loss
 from smt.model.transformer import StrideMemoryTransformer
@@ -34,8 +35,10 @@ _REFUSED = {
     "output_attentions": "attention is fused; StrideMemoryTransformer's return_weights gives the weights of the pooling",
     "output_hidden_states": "layers run over windows, not over the sequence; model.model.encode gives the last one's output",
 }
-# What is taken beside the arguments of ``forward``: for the loss, and from ``generate``, whose columns the cache counts itself.
-_OPTIONS = {"num_items_in_batch", "cache_position"}
+# What is taken beside the arguments of ``forward``: for the loss; and what ``generate`` hands on to every model, which this one
+# has no use for: the cache counts its columns itself, and tokenizers are for strings to stop at.
+_HANDED_ON = {"cache_position", "tokenizer", "assistant_tokenizer"}
+_OPTIONS = {"num_items_in_batch", *_HANDED_ON}
 
 
 class SMTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -63,11 +66,15 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def of(cls, model: StrideMemoryTransformer, **fields: Any) -> SMTForCausalLM:
-        """Wrap a model, whose parameters stay the same tensors; ``fields`` of the configuration, like ``eos_token_id``."""
-        return cls(SMTPreTrainedConfig(**model.config.to_dict(), dtype=model.embedding.weight.dtype, **fields), model)
+        """Wrap a model, whose parameters and mode stay the same; ``fields`` of the configuration, like ``eos_token_id``."""
+        wrapped = cls(SMTPreTrainedConfig(**model.config.to_dict(), dtype=model.embedding.weight.dtype, **fields), model)
+        wrapped.training = model.training
+        return wrapped
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+    def from_pretrained(
+        cls, source: str | Path | None, *arguments: Any, output_loading_info: bool = False, **options: Any
+    ) -> Any:
         """As in ``transformers``; also from what ``StrideMemoryTransformer.save_pretrained`` or a training run left.
 
         The end of a document, and the padding, are those of the tokenizer beside a run's weights. With
@@ -77,16 +84,16 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: weights that are not exactly the model's; the message names them. Or a map of several devices.
         """
-        ours = Path(source) / CONFIG_FILE
-        if "config" not in options and ours.is_file() and not (Path(source) / HF_CONFIG_FILE).is_file():
+        if "config" not in options and source is not None and _is_ours(Path(source)):
             ends = ends_of_text(source)
-            options["config"] = SMTPreTrainedConfig(**read_config(ours).to_dict(), **ends)
+            options["config"] = SMTPreTrainedConfig(**read_config(Path(source) / CONFIG_FILE).to_dict(), **ends)
             options.setdefault("generation_config", GenerationConfig(**ends))  # else sought in the folder
         model, report = super().from_pretrained(source, *arguments, output_loading_info=True, **options)
         for problem, names in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
             if names:
                 more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-                raise ValueError(f"the checkpoint {str(source)!r} {problem} {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
+                where = "state_dict" if source is None else f"the checkpoint {str(source)!r}"
+                raise ValueError(f"{where} {problem} {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
         devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
         if len(devices) > 1:
             raise ValueError(f"device_map must be of one device, rows and memory of a step are together: got {sorted(devices)}")
@@ -139,8 +146,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             options: ``num_items_in_batch``, by which the sum of losses is divided instead of by their number.
 
         Raises:
-            TypeError, ValueError: as ``StrideMemoryTransformer.forward``; an input that the model does not know, or cannot give
-                a meaning.
+            TypeError, ValueError: as ``StrideMemoryTransformer.forward``, of whose ``targets`` labels are; an input that the
+                model does not know, or cannot give a meaning.
         """
         past_key_values = pop_state({"past_key_values": past_key_values, "cache": cache})
         self._refuse(input_ids, past_key_values, labels, logits_to_keep, skip_logits, options)
@@ -157,6 +164,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill((given == 0) | behind, IGNORE_INDEX)
             if padded and (use_cache or past_key_values is not None):
                 raise ValueError("attention_mask must be padded on the left to keep a state, some rows end with padding")
+        if labels is not None:  # the first of a row is nobody's
+            check_targets("labels", labels[:, 1:], input_ids[:, 1:], self.model.config.vocab_size)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and not padded
         hidden, aux = self.model.encode(
@@ -182,14 +191,15 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _loss_without_logits(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """As ``loss_function`` of the logits, but 0 where no label counts."""
+        """As ``loss_function`` of the logits: the mean over no label is not a number."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         loss = head_loss(hidden, self.model.head(), targets)
+        n_targets = (targets != IGNORE_INDEX).sum()
         if num_items_in_batch is None:
-            return loss
-        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = n_targets
+        elif isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss * ((targets != IGNORE_INDEX).sum() / num_items_in_batch)
+        return loss * (n_targets / num_items_in_batch)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding, which is the head too."""
@@ -258,7 +268,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         for name in set(options) - _OPTIONS:
             if options.pop(name) is not None:
                 raise TypeError(f"forward has no argument {name!r}")
-        options.pop("cache_position", None)
+        for name in _HANDED_ON:
+            options.pop(name, None)
         if input_ids is None:
             raise ValueError("input_ids must be given")
         if is_hooked(self.model):
@@ -272,6 +283,11 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None and labels.shape != input_ids.shape:
             shapes = tuple(input_ids.shape), tuple(labels.shape)
             raise ValueError(f"labels must have the shape of input_ids, {shapes[0]}, got {shapes[1]}")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the configuration in a folder is in our layout alone."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / HF_CONFIG_FILE).is_file()
 
 
 def _all_rows_have_begun(cache: SMTCache | None) -> bool:

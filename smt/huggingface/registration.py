@@ -52,5 +52,5 @@ def register() -> None:
 def _load(name: str) -> None:
     try:
         importlib.import_module(name)
-    except ImportError as error:  # of a transformers that is too old; its own import must not fail for our sake
+    except Exception as error:  # of a transformers that is too old, or too new; its own import must not fail for our sake
         warnings.warn(f"the Stride Memory Transformer is not registered with transformers: {error}", stacklevel=2)

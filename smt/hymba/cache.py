@@ -116,6 +116,12 @@ class HymbaCache:
         layers = [layer.of_rows(rows) for layer in self.layers]
         return replace(self, layers=layers, lengths=lengths, device_lengths=self.device_lengths[rows])
 
+    def make_writable(self) -> None:
+        """See that forward passes may change what a pass under ``torch.inference_mode`` has left, outside of it."""
+        if not torch.compiler.is_compiling() and self.device_lengths.is_inference() and not torch.is_inference_mode_enabled():
+            copied = self.clone()
+            self.layers, self.device_lengths = copied.layers, copied.device_lengths
+
     def make_room(self, n_tokens: int) -> None:
         """See that global layers have room for ``n_tokens``."""
         for index, layer in enumerate(self.layers):

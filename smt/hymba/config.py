@@ -104,6 +104,8 @@ class HymbaConfig:
     def __post_init__(self) -> None:
         if isinstance(self.layout, ArchType):
             object.__setattr__(self, "layout", self.layout.value)
+        if isinstance(self.global_layers, list):  # as JSON and YAML have it
+            object.__setattr__(self, "global_layers", tuple(self.global_layers))
         check_fields(self)
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "sliding_window")
         check_at_least(self, 1, *sizes, "ssm_d_state", "ssm_expand_factor", "ssm_dt_rank")

@@ -23,7 +23,7 @@ from smt.hymba.config import HymbaConfig
 from smt.hymba.layers import NORM_EPS, HymbaLayer
 from smt.hymba.output import HymbaOutput
 from smt.hymba.passes import Held, sequence_layer, step_layer
-from smt.model.batch import check_tokens, token_counts
+from smt.model.batch import check_targets, check_tokens, token_counts
 from smt.model.checkpoint import load_model, save_model
 from smt.model.generation import NextLogits, generate, stream
 from smt.model.loss import head_loss
@@ -31,6 +31,7 @@ from smt.model.mamba import MambaMixer
 from smt.model.parameters import count_parameters
 from smt.model.rms_norm import RMSNorm
 from smt.model.rotary import rotation
+from smt.model.weights import rows_of
 from smt.runtime.precision import dtype_of_products
 from smt.state.rings import take
 
@@ -82,7 +83,7 @@ class Hymba(nn.Module):
         """Next-token logits of every step, and their loss; each row gives what it gives alone.
 
         Args:
-            input_ids: (B, T) integer tokens; on CPU their range is checked.
+            input_ids: (B, T) integer tokens; on CPU their range is checked, and that of targets.
             targets: (B, T) integers, the token that should follow each step, or -100 to leave it out.
             n_valid: (B,) integers in 0..T, how many tokens of each row are not padding on its right. Only a cache asks for it:
                 without one no step sees what is behind it.
@@ -94,13 +95,13 @@ class Hymba(nn.Module):
 
         Raises:
             TypeError: input_ids or n_valid is no tensor of integers.
-            ValueError: wrong rank or shape, an empty batch, another device, a token or count out of range, a cache of another
-                model or batch size, or a call that a cache does not take.
+            ValueError: wrong rank or shape, an empty batch, another device, a token, target or count out of range, a cache of
+                another model or batch size, or a call that a cache does not take.
         """
-        if targets is not None and targets.shape != input_ids.shape:
-            raise ValueError(f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
+        if targets is not None:
+            check_targets("targets", targets, input_ids, self.config.vocab_size)
         hidden = self.hidden(input_ids, n_valid=n_valid, cache=cache)
-        weight = self.embedding.weight
+        weight = self.head()
         return HymbaOutput(hidden, weight, None if targets is None else head_loss(hidden, weight, targets))
 
     def hidden(self, input_ids: Tensor, *, n_valid: Tensor | None = None, cache: HymbaCache | None = None) -> Tensor:
@@ -114,6 +115,7 @@ class Hymba(nn.Module):
             x, _ = self.through(self.embedding(input_ids), 0, held, metas)
             return self.norm(x)
         counts = self._check_call(input_ids, n_valid, cache)
+        cache.make_writable()
         if length == 1 and counts == (1,) * batch:
             return self.norm(self._step(self.embedding(input_ids), cache))
         gate = None
@@ -125,6 +127,10 @@ class Hymba(nn.Module):
         x, left = self.through(self.embedding(input_ids), cache.lengths[0], held, metas, gate, keep=True)
         cache.keep(left, length, counts)
         return self.norm(x)
+
+    def head(self) -> Tensor:
+        """The matrix (V, d) of the head, which is the embedding, adapters included."""
+        return rows_of(self.embedding, self.config.vocab_size)
 
     def before(self, batch_size: int) -> tuple[list[KeysAndValues | None], list[Held]]:
         """The meta tokens' keys and values in each layer, (1, M, ...), and what layers hold before the first token of rows."""
@@ -264,7 +270,7 @@ class Hymba(nn.Module):
             if was_training:
                 self.train()
         rows = torch.arange(batch, device=hidden.device)
-        return F.linear(hidden[rows, last], self.embedding.weight), cache
+        return F.linear(hidden[rows, last], self.head()), cache
 
     def compile(self, **options: Any) -> None:
         """Compile in place what repeats alone: a layer over a sequence, once for all layers of a kind.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smt.data.walk import IGNORE_INDEX
 from smt.model.decoder import Decoder
 from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded, encode_chunk
@@ -19,6 +20,7 @@ from smt.model.step import decode_step
 from smt.model.step_layers import with_keys
 from smt.state.rings import take
 from smt.state.state import SMTState
+from smt_kernels.checks import readable
 from smt_kernels.operators import is_transformed
 
 
@@ -37,10 +39,25 @@ def check_tokens(input_ids: Tensor, vocab_size: int, device: torch.device) -> No
     if input_ids.device != device:
         raise ValueError(f"input_ids must be on the model's device {device}, got {input_ids.device}")
     # On a GPU reading the range would wait for the device; the embedding's own assertion stands guard there.
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
+    if readable(input_ids) and not is_transformed():
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids must lie in 0..vocab_size - 1 = 0..{vocab_size - 1}, got {low}..{high}")
+
+
+def check_targets(name: str, targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:
+    """Raise unless ``targets``, called ``name``, are of the shape of ``input_ids``, and tokens of the vocabulary or -100.
+
+    Raises:
+        ValueError: another shape, or, on CPU, a target out of range.
+    """
+    if targets.shape != input_ids.shape:
+        raise ValueError(f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
+    if readable(targets) and not is_transformed():  # on a GPU the loss of a target out of range is not a number
+        wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))]
+        if len(wrong):
+            expected = f"0..vocab_size - 1 = 0..{vocab_size - 1} or be {IGNORE_INDEX}"
+            raise ValueError(f"{name} must lie in {expected}, got {int(wrong[0])}")
 
 
 def token_counts(attention_mask: Tensor, input_ids: Tensor) -> tuple[int, ...]:

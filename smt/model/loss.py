@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smt.data.walk import IGNORE_INDEX
+from smt.runtime.precision import dtype_of_products, is_lowered
 from smt_kernels import linear_cross_entropy
 from smt_kernels.precision import accumulation
 
@@ -25,9 +26,8 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         weight: (V, d).
         targets: (B, T) integers, -100 to leave one out.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    if is_lowered(hidden):
+        hidden = hidden.to(dtype_of_products(hidden))
         if weight.dtype != torch.float32:
             weight = weight.to(hidden.dtype)
     return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten().long())

@@ -26,7 +26,8 @@ def rotation(step: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> R
     computed in fp32 at least.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    parts = step[:, None, None] * _frequencies(head_dim, theta, step.device)
+    table, fake = _frequencies(head_dim, theta, step.device), getattr(step, "fake_mode", None)
+    parts = step[:, None, None] * (table if fake is None else fake.from_tensor(table))
     angle = parts.to(wide) * (2 * math.pi / TURN)
     sine = angle.sin()
     return angle.cos().to(dtype), torch.cat([-sine[..., : head_dim // 2], sine[..., head_dim // 2 :]], dim=-1).to(dtype)

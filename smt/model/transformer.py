@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.data.walk import IGNORE_INDEX
-from smt.model.batch import check_tokens, encode_batch, token_counts
+from smt.model.batch import check_targets, check_tokens, encode_batch, token_counts
 from smt.model.checkpoint import load_model, save_model
 from smt.model.decoder import Decoder
 from smt.model.generation import generate, stream
@@ -114,7 +114,7 @@ class StrideMemoryTransformer(nn.Module):
         step: its time and memory are constant, whatever the length of the past.
 
         Args:
-            input_ids: (B, T) integer tokens; on CPU their range is checked.
+            input_ids: (B, T) integer tokens; on CPU their range is checked, and that of targets.
             state: the ``aux.state`` of the call before, to continue its sequences; None: start. Rows may be at any steps.
             targets: (B, T) integers, the token that should follow each step, or -100 to leave it out: give their mean
                 cross-entropy instead of logits, which are then never all held.
@@ -129,13 +129,13 @@ class StrideMemoryTransformer(nn.Module):
 
         Raises:
             TypeError: input_ids is not an integer tensor.
-            ValueError: wrong rank, an empty batch, another device, a token out of range, a state of another config or batch
-                size, a mask that is not left padding, targets of another shape, or beside ``last_only``.
+            ValueError: wrong rank, an empty batch, another device, a token or target out of range, a state of another config or
+                batch size, a mask that is not left padding, targets of another shape, or beside ``last_only``.
         """
-        if targets is not None and targets.shape != input_ids.shape:
-            raise ValueError(f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
-        if targets is not None and last_only:
-            raise ValueError("last_only is of logits: targets need every step")
+        if targets is not None:
+            check_targets("targets", targets, input_ids, self.config.vocab_size)
+            if last_only:
+                raise ValueError("last_only is of logits: targets need every step")
         hidden, aux = self.encode(
             input_ids, state, attention_mask=attention_mask, return_weights=return_weights, overwrite_state=overwrite_state
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,14 +20,20 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def precision(device: torch.device) -> AbstractContextManager:
     """bfloat16 autocast where a GPU has units for it, full precision elsewhere."""
+    if device.type == "meta":
+        return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def is_lowered(x: Tensor) -> bool:
+    """Whether products of x are in the dtype of autocast: it is on, and x is not in fp64. There is none of meta tensors."""
+    device = x.device.type
+    return device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
     """The dtype that x is multiplied in: that of autocast, where it is on and x is not in fp64, or its own."""
-    device = x.device.type
-    lowered = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if lowered else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_lowered(x) else x.dtype
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)

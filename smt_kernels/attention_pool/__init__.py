@@ -163,8 +163,7 @@ def _check_windows(windows: Tensor, n_memory: int, valid_memory: Tensor | None, 
         if valid is not None:
             checks.counts(name, valid, n_windows, upper, windows)
         total = total + (upper if valid is None else valid)
-    readable = isinstance(total, Tensor) and total.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and bool((total == 0).any()):
+    if isinstance(total, Tensor) and checks.readable(total) and bool((total == 0).any()):
         empty = (total == 0).nonzero().flatten().tolist()
         raise ValueError(f"valid_memory + valid_tokens must be at least 1 in every window, got 0 in windows {empty}")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from smt_kernels.checks import readable
 from smt_kernels.operators import unaffected_by_autocast
 
 
@@ -40,7 +41,7 @@ def _extent(counts: Tensor, size: int) -> tuple[int, bool]:
     """How many entries to look at, and whether rows may hold fewer than that."""
     if size == 0:
         return 0, False
-    if counts.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(counts):
         return size, True
     values = counts.tolist()
     return max(values), min(values) < max(values)

@@ -87,6 +87,11 @@ def test_yaml_round_trip(tmp_path):
     config = SMTConfig.preset("pg19", transformer_n_kv_heads=4, encoding="stream")
     config.to_yaml(tmp_path / "config.yaml")
     assert SMTConfig.from_yaml(tmp_path / "config.yaml") == config
+    (tmp_path / "some.yaml").write_text("rope_theta: 1e4\nstride: 20\n")  # YAML takes 1e4 for a text
+    assert SMTConfig.from_yaml(tmp_path / "some.yaml") == SMTConfig(rope_theta=1e4, stride=20)
+    (tmp_path / "unknown.yaml").write_text("stirde: 20\n")
+    with pytest.raises(ValueError, match="no field 'stirde'; did you mean 'stride'"):
+        SMTConfig.from_yaml(tmp_path / "unknown.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="must hold a mapping of SMTConfig fields, got list"):
         SMTConfig.from_yaml(tmp_path / "list.yaml")

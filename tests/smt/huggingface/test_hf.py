@@ -60,6 +60,23 @@ def test_wrapping_keeps_the_weights_themselves():
         assert parameter is model.get_parameter(name) and torch.equal(parameter, before[name])
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_wrapping_keeps_the_mode(training):
+    model = StrideMemoryTransformer(SMTConfig(**SIZES)).train(training)
+    model.decoder.eval()  # a part may have a mode of its own
+    wrapped = SMTForCausalLM.of(model)
+    assert wrapped.training is model.training is training and not model.decoder.training
+
+
+def test_weights_may_be_given_without_a_folder():
+    model, ids = build(torch.float32), torch.randint(VOCAB, (2, 20))
+    again = SMTForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"^state_dict lacks model\.embedding\.weight$"):
+        lacking = {name: tensor for name, tensor in model.state_dict().items() if name != "model.embedding.weight"}
+        SMTForCausalLM.from_pretrained(None, config=model.config, state_dict=lacking)
+
+
 def test_fresh_weights_are_those_of_the_model_itself():
     torch.manual_seed(5)
     model = StrideMemoryTransformer(SMTConfig(**SIZES))
@@ -129,6 +146,13 @@ def test_training_holds_no_logits_unless_asked_for():
     assert model.eval()(ids, labels=labels, skip_logits=True).logits is None
     with pytest.raises(ValueError, match="skip_logits needs labels"):
         model(ids, skip_logits=True)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_mean_over_no_label_is_not_a_number_in_either_mode(mode):
+    model, ids = getattr(build(), mode)(), torch.randint(VOCAB, (2, 20))
+    none = torch.full_like(ids, -100)
+    assert model(ids, labels=none).loss.isnan() and model(ids, labels=none, num_items_in_batch=17).loss == 0
 
 
 def test_accumulated_losses_are_those_of_one_batch():
@@ -231,11 +255,16 @@ def test_a_larger_vocabulary_keeps_what_was_learnt():
         ({"past_key_values": ()}, TypeError, "past_key_values must be an SMTCache, got tuple"),
         ({"labels": torch.ones(1, 3, dtype=torch.long), "logits_to_keep": 1}, ValueError, "labels need all logits"),
         ({"labels": torch.ones(3, dtype=torch.long)}, ValueError, r"labels must have the shape of input_ids, \(1, 3\)"),
+        (
+            {"labels": torch.tensor([[1, VOCAB, 1]])},
+            ValueError,
+            "labels must lie in 0..vocab_size - 1 = 0..36 or be -100, got 37",
+        ),
         ({"attention_mask": torch.ones(1, 1, 3, 3)}, ValueError, r"attention_mask must have shape \(B, T\)"),
         ({"attention_mask": torch.ones(1, 4)}, ValueError, "attention_mask must have the shape of input_ids"),
         ({"input_ids": None}, ValueError, "input_ids must be given"),
     ],
-    ids=["embeds", "positions", "attentions", "past", "logits", "labels", "4d", "width", "none"],
+    ids=["embeds", "positions", "attentions", "past", "logits", "labels", "range", "4d", "width", "none"],
 )
 def test_inputs_without_a_meaning_are_refused(options, error, message):
     with pytest.raises(error, match=message):

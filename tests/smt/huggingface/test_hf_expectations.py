@@ -1,8 +1,11 @@
 """What users of ``transformers`` and PEFT take for granted: fresh weights, ends of text, labels at padding, states anywhere."""
 
+import json
+
 import pytest
 import torch
 from hf_models import SIZES, VOCAB, build, padded
+from transformers import AutoTokenizer, pipeline
 
 from smt import SMTConfig, SMTForCausalLM, StrideMemoryTransformer
 from smt.data.documents import Document
@@ -63,9 +66,20 @@ def test_a_tokenizer_may_have_a_token_for_padding(run, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tokenizer = Tokenizer.load(run)
     settings = tmp_path / "tokenizer_config.json"
-    settings.write_text(settings.read_text().replace("{", '{"pad_token": "a",', 1))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "pad_token": "a"}))
     config = SMTForCausalLM.from_pretrained(tmp_path).config
     assert (config.eos_token_id, config.pad_token_id) == (tokenizer.end_of_document, tokenizer.token("a"))
+
+
+def test_the_tokenizer_of_a_run_pads_a_batch_on_the_left(run):
+    tokenizer, model = AutoTokenizer.from_pretrained(run), SMTForCausalLM.from_pretrained(run)
+    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (model.generation_config.pad_token_id, "left")
+    texts = ["some text some", "text", "some text"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"].all()
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = dict(max_new_tokens=3, do_sample=False)
+    assert write(texts, batch_size=3, **options) == [write(text, **options) for text in texts]
 
 
 def test_a_folder_without_a_tokenizer_has_no_end(run, tmp_path):

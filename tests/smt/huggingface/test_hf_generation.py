@@ -1,9 +1,14 @@
 """``SMTForCausalLM.generate`` gives the tokens of plain loops over full forward passes of each prompt alone."""
 
+import string
+
 import pytest
 import torch
 from hf_models import ENCODINGS, VOCAB, build, padded
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from smt import SMTCache
@@ -150,6 +155,19 @@ def test_streamers_processors_and_stopping_criteria_see_every_token():
     )  # fmt: skip
     assert output.shape == (1, 20) and not (output[:, 10:] % 2).any()
     assert streamer.seen == output[0].tolist() and streamer.ended
+
+
+def test_a_text_ends_with_the_string_that_it_is_to_stop_at():
+    letters = f"{string.ascii_lowercase}{string.digits}_"
+    spelling = Tokenizer(BPE({letter: token for token, letter in enumerate(letters)}, []))
+    spelling.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling)
+    model, ids = build(), torch.randint(VOCAB, (1, 4))
+    options = dict(max_new_tokens=NEW, do_sample=False, tokenizer=tokenizer)
+    free = model.generate(ids, **options)[0].tolist()
+    stopped = model.generate(ids, stop_strings=[letters[free[6]]], **options)[0].tolist()
+    assert stopped == free[: free.index(free[6], 4) + 1]
+    assert model.generate(ids, num_beams=2, **options).shape == (1, 4 + NEW)
 
 
 @pytest.mark.parametrize(

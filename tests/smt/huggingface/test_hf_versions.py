@@ -1,17 +1,20 @@
 """``SMTForCausalLM`` under both names of its state, with the installed ``transformers`` and as other releases would call it."""
 
 import pickle
+import sys
+from dataclasses import make_dataclass
+from typing import Any
 
 import pytest
 import torch
 from hf_models import VOCAB, build, padded
 from hf_stand_ins import Newer, Older
-from transformers import GenerationMixin
+from transformers import GenerationMixin, modeling_outputs
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from smt import SMTCache
 from smt.huggingface import model as hf_model
-from smt.huggingface import versions
+from smt.huggingface import registration, versions
 from smt.huggingface.versions import STATE_NAMES, EitherName, SMTOutput, in_library_terms, state_name
 
 NEW = 6
@@ -127,6 +130,14 @@ def test_a_release_with_a_third_name_is_refused_by_name():
         from transformers.modeling_outputs import BaseModelOutput
 
         state_name(BaseModelOutput)
+
+
+def test_a_release_that_the_model_cannot_follow_is_imported_with_a_warning(monkeypatch):
+    fields = [("loss", Any, None), ("logits", Any, None), ("memory", Any, None)]
+    monkeypatch.setattr(modeling_outputs, "CausalLMOutputWithPast", make_dataclass("Unknown", fields))
+    monkeypatch.delitem(sys.modules, "smt.huggingface.versions")
+    with pytest.warns(UserWarning, match=r"not registered with transformers: SMTOutput must have one field of .*, it has \[\]"):
+        registration._load("smt.huggingface.versions")
 
 
 def test_two_states_at_once_are_refused():

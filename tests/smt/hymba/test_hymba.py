@@ -7,6 +7,7 @@ import plain
 import pytest
 import torch
 from models import LAYOUTS, SIZES, configuration, model_of
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,6 +218,32 @@ def assert_gradients_equal(plainly, other, ids):
         torch.testing.assert_close(other.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_an_adapter_on_the_embedding_counts_for_the_head_that_is_tied_to_it():
+    class Shifted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight, self.shift = base, base.weight, nn.Parameter(torch.randn_like(base.weight))
+
+        def forward(self, ids):
+            return self.base(ids) + self.shift[ids]
+
+    model, ids = model_of(configuration("parallel")), tokens(2, 9)
+    merged = copy.deepcopy(model)
+    model.embedding = Shifted(model.embedding)
+    merged.embedding.weight.data += model.embedding.shift.data
+    (found, expected) = (each(ids, targets=ids) for each in (model, merged))
+    for name in ("loss", "logits"):
+        torch.testing.assert_close(found[name], expected[name])
+    assert torch.equal(model.generate(ids, 3, temperature=0), merged.generate(ids, 3, temperature=0))
+
+
+@pytest.mark.parametrize("name", ["hybrid", "parallel"])
+def test_shapes_are_told_without_values(name):
+    with torch.device("meta"):
+        model, ids = model_of(configuration(name)), tokens(2, 9)
+        assert model(ids, targets=ids)["logits"].shape == (2, 9, SIZES["vocab_size"])
+
+
 def test_dropout_falls_on_residual_branches_in_training_alone():
     model, ids = model_of(configuration("parallel", dropout=0.5)), tokens(1, 5)
     with torch.no_grad():
@@ -235,6 +262,11 @@ def test_dropout_falls_on_residual_branches_in_training_alone():
             {"targets": torch.zeros(1, 2).long()},
             ValueError,
             r"targets must have the shape of input_ids, \(2, 3\), got \(1, 2\)",
+        ),
+        (
+            {"targets": torch.full((2, 3), 40)},
+            ValueError,
+            r"targets must lie in 0\.\.vocab_size - 1 = 0\.\.39 or be -100, got 40",
         ),
         ({"n_valid": torch.tensor([1, 2])}, ValueError, "n_valid is for a cache"),
     ],

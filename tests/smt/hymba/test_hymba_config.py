@@ -1,5 +1,7 @@
 """What the layers of each layout are, who shares keys and values, and which fields are refused."""
 
+import json
+
 import pytest
 
 from smt.hymba import ArchType, HymbaConfig
@@ -52,6 +54,12 @@ def test_presets_are_those_of_the_study_and_the_paper():
     assert HymbaConfig.from_dict(small.to_dict()) == small
 
 
+def test_a_configuration_comes_back_from_json():
+    config = HymbaConfig(layout="hybrid", global_layers=(0, 5))
+    again = HymbaConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -59,6 +67,7 @@ def test_presets_are_those_of_the_study_and_the_paper():
         ({"n_heads": 7}, ValueError, "n_heads must divide d_model = 512 into even widths, got 7"),
         ({"n_kv_heads": 3}, ValueError, "n_kv_heads must divide n_heads = 8, got 3"),
         ({"global_layers": (0, 15)}, ValueError, r"global_layers must lie in 0\.\.n_layers - 1 = 0\.\.14, got 15"),
+        ({"global_layers": [0, "1"]}, TypeError, r"global_layers must be of type tuple\[int, ...\], got \(0, '1'\)"),
         ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, got 0"),
         ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
         ({"n_layers": "15"}, TypeError, "n_layers must be of type int, got '15'"),

@@ -47,6 +47,17 @@ def test_pieces_of_any_length_equal_the_whole_and_end_where_their_rows_do(name, 
     torch.testing.assert_close(after, torch.stack([whole[0, 14], whole[1, 11]]), **CLOSE)
 
 
+@pytest.mark.parametrize("n_tokens", [1, 3], ids=["step", "piece"])
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(n_tokens):
+    model, ids = model_of(configuration("parallel")), tokens(2, 9)
+    with torch.inference_mode():
+        cache = model.new_cache(2)
+        model(ids[:, :6], cache=cache)
+    with torch.no_grad():
+        after = [model(piece, cache=cache)["logits"] for piece in ids[:, 6:].split(n_tokens, dim=1)]
+        torch.testing.assert_close(torch.cat(after, dim=1), model(ids)["logits"][:, 6:], **CLOSE)
+
+
 @torch.no_grad()
 def test_rows_are_copied_in_any_order_and_go_their_own_ways():
     model, ids = model_of(configuration("parallel")), tokens(2, 9)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.model.loss import head_loss
@@ -161,6 +162,10 @@ def test_bad_targets_and_options_are_explained():
     ids = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"targets must have the shape of input_ids, \(1, 4\), got \(1, 3\)"):
         model.loss(ids, ids[:, 1:])
+    for target in (211, -1):
+        wrong = torch.tensor([[3, -100, target, 0]])
+        with pytest.raises(ValueError, match=rf"targets must lie in 0\.\.vocab_size - 1 = 0\.\.210 or be -100, got {target}"):
+            model.loss(ids, wrong)
     with pytest.raises(ValueError, match="last_only is of logits"):
         model(ids, targets=ids, last_only=True)
     for option, value in (("temperature", -1.0), ("top_k", 0), ("top_p", 0.0)):
@@ -170,6 +175,19 @@ def test_bad_targets_and_options_are_explained():
         model.generate(ids, -1)
     with pytest.raises(TypeError, match="config must be an SMTConfig, got dict"):
         StrideMemoryTransformer({})
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_shapes_are_told_without_values(encoding, fake):
+    with FakeTensorMode() if fake else torch.device("meta"):
+        model, ids = build(encoding=encoding), torch.zeros(2, 70, dtype=torch.long)
+        logits, aux = model(ids)
+        assert logits.shape == (2, 70, 211) and aux.n_writes == 4
+        model.loss(ids)[0].backward()
+        assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+        with torch.no_grad():
+            assert model.eval()(ids[:, :1], aux.state)[0].shape == (2, 1, 211)
 
 
 @pytest.mark.parametrize("field", ["dropout", "pooling_dropout"])

@@ -13,6 +13,12 @@ def test_gpus_before_ampere_compute_in_full_precision(capability, expected, monk
     assert not precision.has_bfloat16(torch.device("cpu"))
 
 
+def test_tensors_without_values_are_multiplied_in_their_own_format():
+    nothing = torch.zeros(1, device="meta")
+    with precision.precision(nothing.device), torch.autocast("cpu", torch.bfloat16):
+        assert precision.dtype_of_products(nothing) == torch.float32
+
+
 def test_products_are_in_the_format_of_autocast_but_for_fp64():
     low, wide = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
     assert precision.dtype_of_products(low) == torch.float32
