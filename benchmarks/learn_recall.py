@@ -29,6 +29,7 @@ STEPS, WARMUP, LEARNING_RATE = 300, 10, 3e-3
 # Until slots tell something they are noise, and what a fast SSM learns first is to make all of them the same.
 SSM_LEARNING_RATE = 1e-3
 RECALLED = 0.95  # where a training has learned the task, and ends
+EVERY = 20  # steps between questions
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Task:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             warmup.step()
-            if step >= first and step % 20 == 0:
+            if step >= first and step % EVERY == 0:
                 recalled = self.accuracy(model)
                 yield step, recalled
                 if recalled >= RECALLED:
@@ -138,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.steps < EVERY:
+        parser.error(f"--steps must be at least {EVERY}, got {options.steps}")
     pairs = [given.split("=", 1) for given in options.set]
     fields = {name: parse(SMTConfig, name, value) for name, value in pairs}
     task, rows = Task(length=options.length), []

@@ -240,6 +240,8 @@ def _from_transformers(source: str | Path) -> tuple[str, str]:
         ) from tried[-1]
     if not loaded.is_fast:
         raise ValueError(f"tokenizer {str(source)!r} must have a form that the tokenizers library runs, it has none")
+    if not loaded.encode("a", add_special_tokens=False):  # what transformers makes of a folder with a model alone
+        raise ValueError(f"tokenizer {str(source)!r} must be a folder with a tokenizer's files, that one knows no letter")
     serialised = loaded.backend_tokenizer.to_str()
     return serialised, _end([loaded.eos_token, loaded.sep_token], serialised, source)
 

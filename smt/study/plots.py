@@ -60,7 +60,7 @@ def plot_stages(study: Study, path: str | Path) -> None:
     curves.grid(alpha=0.3)
     stages = [(STAGE_NAMES[stage], stage, LOSS) for stage in (TRAINING, ORPO)]
     _pairs(losses, study, stages, "validation loss (nats per token)")
-    losses.set_title("held-out plays", fontsize=LARGE)
+    losses.set_title("held-out documents", fontsize=LARGE)
     found = [(f"{when} stage 2", ORPO, at("preference", when, "margin")) for when in ("before", "after")]
     _pairs(margins, study, found, "log odds, true minus own continuation")
     margins.set_title("held-out pairs", fontsize=LARGE)

@@ -103,7 +103,7 @@ def carried_table(study: Study) -> str:
             if carried is not None:
                 anew = over_seeds(study, model, stage, LOSS)
                 rows.append([NAMES[model], name, _shown(anew, "{:.3f}".format), _shown(carried, "{:.3f}".format)])
-    return markdown(["model", "after", "every piece anew", "memory carried through whole plays"], rows) if rows else ""
+    return markdown(["model", "after", "every piece anew", "memory carried through whole documents"], rows) if rows else ""
 
 
 def speed_table(study: Study) -> str:

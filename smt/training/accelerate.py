@@ -60,6 +60,8 @@ def make_accelerator(training: TrainingConfig) -> Accelerator:
     precision = training.mixed_precision
     if precision == "auto":
         precision = "bf16" if has_bfloat16(device) else "no"
+    if precision == "fp16" and device.type == "cpu":  # Accelerate would train in fp32
+        raise ValueError("mixed_precision must be auto, no or bf16 on a CPU, got 'fp16'")
     for shared in _shared():
         shared.clear()
     accelerator = Accelerator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -251,6 +252,7 @@ class RunConfig:
         for name, value in (overrides or {}).items():
             if name not in OF_RUN:
                 parts[part_of(name, architecture)][name] = value
+        _give_way(parts["data"], parts["training"], overrides or {})
         kinds = parts_of(architecture)
         for part, settings in kinds.items():
             known = [field.name for field in fields(settings)]
@@ -333,6 +335,22 @@ PARTS: dict[str, type] = {"model": SMTConfig, "data": DataConfig, "training": Tr
 def parts_of(architecture: str) -> dict[str, type]:
     """The parts of a run, by name: what each of them is."""
     return {**PARTS, "model": CONFIGS[architecture]}
+
+
+def _give_way(data: dict[str, Any], training: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Take out of the fields of a file what one that is ``given`` stands in place of: another text, or another bound."""
+    if "text" not in given and given.get("source", "text") != "text":
+        data.pop("text", None)
+    elif given.get("text") is not None and given.get("source", "text") != "text":
+        raise ValueError(f"text is what the source 'text' reads, got it and source = {given['source']!r}")
+    if given.get("dataset") is not None and not {"source", "text"} & given.keys():
+        data.pop("text", None)
+        if data.get("source") in (None, "text", "stdlib", "recall"):  # the others read another copy of theirs
+            data["source"] = "dataset"
+    bounds = [name for name in ("steps", "epochs", "minutes") if given.get(name) is not None]
+    if bounds:
+        for name in {"steps", "epochs"}.difference(given):
+            training.pop(name, None)
 
 
 def part_of(name: str, architecture: str = "smt") -> str:

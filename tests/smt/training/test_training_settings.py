@@ -203,3 +203,31 @@ class TestClock:
     def test_learning_rate_rises_then_follows_its_schedule(self, shape, progress, share):
         config = TrainingConfig(warmup=0.1, lr_schedule=shape)
         assert schedule(config, progress) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "source"),
+    [
+        ({"text": "novels"}, {"source": "stdlib"}, "stdlib"),
+        ({"source": "pg19"}, {"text": "novels"}, "text"),
+        ({}, {"dataset": "folder"}, "dataset"),
+        ({"text": "novels"}, {"dataset": "folder"}, "dataset"),
+        ({"source": "pg19"}, {"dataset": "folder"}, "pg19"),
+    ],
+)
+def test_a_text_that_is_given_takes_the_place_of_the_file_s(data, given, source):
+    config = RunConfig.from_dict({"data": data}, given)
+    assert config.data.source == source and (config.data.text is not None) == (source == "text")
+
+
+def test_two_texts_that_are_given_are_refused():
+    with pytest.raises(ValueError, match="text is what the source 'text' reads, got it and source = 'pg19'"):
+        RunConfig.from_dict({}, {"source": "pg19", "text": "novels"})
+
+
+@pytest.mark.parametrize("given", [{"minutes": 2.0}, {"epochs": 3}, {"steps": 9}], ids=str)
+def test_a_bound_that_is_given_takes_the_place_of_the_file_s(given):
+    for bound in ({"steps": 5}, {"epochs": 1}):
+        training = RunConfig.from_dict({"training": bound}, given).training
+        wanted = {"steps": None, "epochs": None, **given}
+        assert {name: getattr(training, name) for name in wanted} == wanted
