@@ -94,6 +94,13 @@ class TestTokenizer:
         assert tokenizer.end_of_document == 2
         assert tokenizer.encode("hello hello hello world").tolist() == [3, 3, 3, 0]
 
+    def test_a_folder_with_a_model_and_no_tokenizer_is_refused(self, tmp_path):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        GPT2LMHeadModel(GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="tokenizer"):
+            Tokenizer.pretrained(tmp_path)
+
     @pytest.mark.parametrize("gpt2_folder", GPT2_FILES, ids="+".join, indirect=True)
     def test_the_two_files_of_gpt2_are_a_tokenizer_under_either_name(self, gpt2_folder):
         tokenizer = Tokenizer.pretrained(gpt2_folder)

@@ -152,6 +152,10 @@ class TestRun:
         assert len(finished) == 1
         assert mine.mixed_precision == precision and mine.gradient_accumulation_steps == 3 and mine.state.num_processes == 1
 
+    def test_fp16_is_refused_on_a_cpu_which_would_train_in_fp32(self, tmp_path):
+        with pytest.raises(ValueError, match="mixed_precision must be auto, no or bf16 on a CPU, got 'fp16'"):
+            run(run_config(tmp_path, steps=1, mixed_precision="fp16", device="cpu"), tmp_path / "out")
+
     def test_a_tracker_that_is_not_installed_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ImportError, match="report_to names wandb, which is not installed: pip install wandb"):
