@@ -84,7 +84,9 @@ class EvaluationRun:
 
     @property
     def marks(self) -> dict[str, int]:
-        """What is marked in plots over positions and distances."""
+        """What is marked in plots over positions and distances; nothing where no model is ours."""
+        if all(subject.model is None for subject in self.subjects):
+            return {}
         window, _, reach = self.window
         return {"window's tokens": window, "reach of the slots": reach}
 

@@ -28,7 +28,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps": ("steps", "{:,}".format),
     "tokens": ("tokens", "{:,}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
-    "perplexity": ("perplexity", "{:,.2f}".format),
+    "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),
     "best_loss": ("best loss", "{:.4f}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "difference": ("difference", "{:+.4f}".format),

@@ -15,6 +15,7 @@ from pathlib import Path
 from smt.experiments.cell import CELL_FILE, FAILURE_FILE, attempt
 from smt.experiments.settings import Cell, Study
 from smt.runtime.files import check_folder, write_files
+from smt.runtime.process import signals_held
 from smt.training.run_files import LOCK_FILE, has_finished
 from smt.training.settings import RunConfig
 
@@ -126,7 +127,8 @@ def attempt_apart(folders: Iterable[Path], jobs: int, module: str = CELL_MODULE)
     try:
         while True:
             for folder in islice(waiting, jobs - len(running)):
-                running[folder] = _begin(folder, jobs, module)
+                with signals_held():
+                    running[folder] = _begin(folder, jobs, module)
             if not running:
                 return
             # Not one long wait, nor one of threads: a signal that comes just before it does not interrupt it.

@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,16 +91,37 @@ def signals_as_interrupts() -> Iterator[None]:
     if several or threading.current_thread() is not threading.main_thread():
         yield
         return
+    with _handled_by(interrupt):
+        yield
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals that interrupt wait for the end of the block: an exception inside would lose the process that it begins."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    try:
+        with _handled_by(lambda number, frame: held.append(number)):
+            yield
+    finally:
+        for number in held[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, Any], object]) -> Iterator[None]:
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
-        signal.signal(number, interrupt)
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, its_own in before.items():
+            signal.signal(number, its_own)
 
 
 def restart_with_threads(count: int) -> None:

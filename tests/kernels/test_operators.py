@@ -351,6 +351,7 @@ def test_torch_func_keeps_a_function_of_gradients_and_autograd_takes_batches_of_
     torch.testing.assert_close(batched, torch.stack(expected))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of PyTorch's own jvp
 @pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
 def test_forward_mode_is_refused_not_answered_with_zeros(make):
     call = make("cpu")

@@ -26,7 +26,7 @@ from stream_attention_problem import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from smt_kernels import dense_attention, launch, stream_attention
+from smt_kernels import WindowSpec, dense_attention, launch, stream_attention
 from smt_kernels.stream_attention import blocked, strips
 from smt_kernels.testing.budget import assert_equal_in_double, poisoned_memory
 
@@ -265,3 +265,11 @@ def test_the_count_of_work_tells_quadratic_from_linear(fused, monkeypatch):
         _, backward = counted(dense_attention.attend_backward, out, q, k, v, out, lse, bias, 0.5)
         one_product = 2 * 2 * 3 * length**2 * 4
         assert (forward, backward) == (2 * one_product, 5 * one_product)
+
+
+def test_a_window_that_is_longer_than_the_sequence_costs_no_more_than_the_sequence():
+    q = torch.randn(1, 40, 1, 16)
+    short, long = ([*strips.runs(q, q, q[:, :0], WindowSpec(0, size, None), 0, 0)] for size in (40, 10**9))
+    assert [run.tokens.length for run in long] == [run.tokens.length for run in short]
+    outs = [stream_attention(q, q, q, window=WindowSpec(0, size, None), backend="blocked") for size in (40, 10**9)]
+    assert torch.equal(*outs)

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from smt.runtime.process import Interrupted, signals_as_interrupts
+from smt.runtime.process import Interrupted, signals_as_interrupts, signals_held
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -30,3 +30,13 @@ def test_one_of_several_processes_is_ended_by_what_launched_it(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with signals_as_interrupts():
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_one_that_is_held_is_raised_at_the_end_of_the_block():
+    done = []
+    with pytest.raises(Interrupted) as interrupt, signals_as_interrupts():
+        with signals_held():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("in the block")
+        done.append("behind it")
+    assert interrupt.value.signal == signal.SIGTERM and done == ["in the block"]
