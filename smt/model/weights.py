@@ -63,6 +63,8 @@ def matrix_of(linear: nn.Module, n_inputs: int, name: str) -> Tensor:
     Raises:
         ValueError: it does what no matrix can do, or has a bias; the message names it.
     """
+    if is_plain(linear, nn.Linear) and linear.bias is None:
+        return linear.weight
     biases = [key for key, each in linear.named_parameters() if key.split(".")[-1] == "bias" and each is not None]
     if biases:
         raise ValueError(f"{name} is never called, a fused operation takes its weight: {biases[0]} has no effect")
