@@ -90,6 +90,30 @@ def relative_error(results, exact):
     return torch.stack(errors).norm().item()
 
 
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    [on(backend, {"encoding": name}) for backend in ("blocked", "triton") for name in ENCODINGS],
+    indirect=["model"],
+)
+def test_every_backend_continues_several_rows_from_one_token_as_the_reference_does(model, backend, device):
+    """Pieces of which each row has a single window, or a part of one, and single steps."""
+    ids = torch.randint(61, (3, 14), device=device)
+
+    def logits():
+        with torch.no_grad():
+            found, aux = model(ids[:, :1])
+            parts = [found]
+            for start, stop in ((1, 3), (3, 12), (12, 13), (13, 14)):
+                found, aux = model(ids[:, start:stop], aux.state)
+                parts.append(found)
+        return torch.cat(parts, dim=1)
+
+    with use_backend("reference"):
+        expected = logits()
+    with use_backend(backend):
+        torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-5)
+
+
 # The compiler sees the same operators on either backend (test_operators.py).
 @pytest.mark.parametrize(
     ("model", "backend"),
