@@ -12,8 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from committed import (
     CACHE,
+    FLEX,
     FULL,
     GPT2,
+    MAMBA,
     ROOT,
     STATIC_CACHE,
     STREAM,
@@ -44,15 +46,19 @@ def digest(plot: Path) -> str:
 def draw_speed(path: Path = SPEED) -> None:
     """Time per token over length: attention, a training step, and decoding after a long past."""
     panels = {
-        "attention, forward": ("attention_cpu", "Forward:", {FULL: "full attention", STREAM_ATTENTION: "stream_attention"}),
+        "attention, forward": (
+            "attention_cpu",
+            "Forward:",
+            {FULL: "full attention", FLEX: "FlexAttention, same mask", STREAM_ATTENTION: "stream_attention"},
+        ),
         "training step": ("training_cpu", "Training", {GPT2: "GPT-2", STREAM: "stream", STRIDE: "stride"}),
         "decoding a token": (
             "decoding_cpu",
             "Decoding",
-            {CACHE: "GPT-2, KV cache", STATIC_CACHE: "GPT-2, static cache", STREAM: "stream"},
+            {CACHE: "GPT-2, KV cache", STATIC_CACHE: "GPT-2, static cache", MAMBA: "Mamba", STREAM: "stream"},
         ),
     }
-    styles = {FULL: 0, GPT2: 0, CACHE: 0, STATIC_CACHE: 4, STREAM_ATTENTION: 1, STREAM: 1, STRIDE: 2}
+    styles = {FULL: 0, GPT2: 0, CACHE: 0, STATIC_CACHE: 4, STREAM_ATTENTION: 1, STREAM: 1, STRIDE: 2, FLEX: 3, MAMBA: 3}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.5), layout="constrained")
         for panel, (title, (name, task, cases)) in zip(axes, panels.items(), strict=True):
