@@ -39,7 +39,7 @@ def speed_table() -> str:
         for row in rows:
             if row.case != case or row.ratio is None or "float32" in row.shape:
                 continue
-            if section == "training step" and LENGTH not in row.shape:
+            if section == "training step" and row.shape != LENGTH:
                 continue
             theirs = next(other for other in rows if other.shape == row.shape)
             times = (_milliseconds(x.seconds) for x in (theirs, row))

@@ -28,7 +28,10 @@ OF_VOCABULARY = ("linear_cross_entropy",)
 
 @dataclass(frozen=True)
 class GPU:
-    """Peaks: bytes per second of memory, FLOPs per second on dense matrices by dtype."""
+    """Peaks: bytes per second of memory, FLOPs per second on dense matrices by dtype.
+
+    ``fp32`` is that of ordinary units, ``tf32x3`` that of fp32 as three products of tf32 on matrix units.
+    """
 
     name: str
     bandwidth: float
@@ -37,8 +40,8 @@ class GPU:
 
 # By target, because the counts of a target are those of its launch settings.
 GPUS = {
-    "sm_80": GPU("A100 SXM 80 GB", 2.039e12, {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}),
-    "sm_90": GPU("H100 SXM", 3.35e12, {"bf16": 989e12, "fp16": 989e12, "fp32": 66.9e12}),
+    "sm_80": GPU("A100 SXM 80 GB", 2.039e12, {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12, "tf32x3": 156e12 / 3}),
+    "sm_90": GPU("H100 SXM", 3.35e12, {"bf16": 989e12, "fp16": 989e12, "fp32": 66.9e12, "tf32x3": 495e12 / 3}),
 }
 
 
@@ -51,7 +54,12 @@ def predicted_seconds(row: Row) -> float | None:
     heads = HEADS if row.key.operation not in (*MODEL_WIDTH, *OF_VOCABULARY) else 1
     share = positions * heads / (row.tokens * row.heads)
     return sum(
-        _seconds(gpu, row.key.dtype, share * launch.bytes / bandwidth_share(kernel.occupancy), share * launch.dot_flops)
+        _seconds(
+            gpu,
+            "tf32x3" if row.key.dtype == "fp32" and kernel.matrix_instructions else row.key.dtype,
+            share * launch.bytes / bandwidth_share(kernel.occupancy),
+            share * launch.dot_flops,
+        )
         for kernel, launch in zip(row.kernels, row.count.traffic.launches, strict=True)
     )
 

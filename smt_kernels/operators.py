@@ -97,7 +97,7 @@ class _Operation:
         self._results = _Form({f"result_{i}": kind for i, kind in enumerate(get_args(returned) or [returned])})
         self._kept = _Form(dict(list(self._results.kinds.items())[len(self._results.kinds) - kept :]))
         self._is_tensor = [kind in (Tensor, Tensor | None) for kind in self._arguments.leaves.values()]
-        name = self._package.rpartition(".")[2]
+        self._name = name = self._package.rpartition(".")[2]
         leaves = [f"{_SCHEMA[kind]} {leaf}" for leaf, kind in self._arguments.leaves.items()] + ["str backend"]
         self._operator = _operator(name, self._forward, leaves, len(self._results.leaves))
         self._operator.register_fake(self._fake)
@@ -119,7 +119,7 @@ class _Operation:
     def __call__(self, *arguments: Any, backend: str) -> Any:
         leaves = self._arguments.flat(arguments)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, leaves)):
-            raise NotImplementedError(f"{self._operator._name} has no derivatives in forward mode; use backend='reference'")
+            raise NotImplementedError(f"{self._name} has no derivatives in forward mode; use backend='reference'")
         if _observed(leaves):
             results = self._operator(*leaves, backend)
         elif is_transformed():

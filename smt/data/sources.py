@@ -78,3 +78,5 @@ SOURCES: dict[str, Callable[[Wanted], Corpus]] = {
     "dataset": _dataset,
     "text": lambda settings: read_text(settings.text, text_field=settings.text_field),
 }
+# Those that read ``dataset``, if it is given in place of their own.
+READ_A_DATASET = ("shakespeare", "wikitext2", "wikitext103", "pg19", "dataset")

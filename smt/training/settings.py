@@ -14,6 +14,7 @@ import yaml
 from smt.baselines.architectures import CONFIGS
 from smt.config import SMTConfig
 from smt.data.settings import DataConfig
+from smt.data.sources import READ_A_DATASET
 from smt.data.tokenizer import TRAINED
 from smt.hymba.config import HymbaConfig
 from smt.model.transformer import PARTS as MODEL_PARTS
@@ -345,10 +346,9 @@ def _give_way(data: dict[str, Any], training: dict[str, Any], given: Mapping[str
         raise ValueError(f"text is what the source 'text' reads, got it and source = {given['source']!r}")
     if given.get("dataset") is not None and not {"source", "text"} & given.keys():
         data.pop("text", None)
-        if data.get("source") in (None, "text", "stdlib", "recall"):  # the others read another copy of theirs
+        if data.get("source", DataConfig.source) not in READ_A_DATASET:
             data["source"] = "dataset"
-    bounds = [name for name in ("steps", "epochs", "minutes") if given.get(name) is not None]
-    if bounds:
+    if any(given.get(name) is not None for name in ("steps", "epochs", "minutes")):
         for name in {"steps", "epochs"}.difference(given):
             training.pop(name, None)
 

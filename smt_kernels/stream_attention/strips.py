@@ -118,8 +118,8 @@ class Run:
 
 def runs(q: Tensor, k: Tensor, memory: Tensor, window: WindowSpec, first_step: int, first_slot: int) -> Iterator[Run]:
     """The geometry of each run of blocks; every query is in exactly one."""
-    # No query sees more tokens than there are: a strip of a longer window would be padding.
-    window = replace(window, n_tokens=min(window.n_tokens, max(k.shape[1], window.stride or 0)))
+    if window.n_tokens > k.shape[1]:  # no query sees more tokens than there are: a strip of all of them would be padding
+        window = replace(window, n_tokens=max(k.shape[1], window.stride or 0))
     end = first_step + k.shape[1]
     first_query = end - q.shape[1]
     n_slots = memory.shape[1]

@@ -83,6 +83,17 @@ def test_every_kernel_compiles_within_its_budgets(audit, budgets, request):
     audit.enforce(broken, budgets, compiler)
 
 
+def test_window_attention_of_gpt2_s_heads_spills_nothing_in_fp32(audit, request):
+    """Budgets are of bf16, whose products are others."""
+    from smt_kernels.testing.aot import compiler_version
+
+    targets = TARGETS[:3] if request.config.getoption("--every-target") else FIRST_TARGETS
+    keys = [audit.Key("window_attention", way, 64, "fp32", to) for way in ("forward", "backward") for to in targets]
+    known = {"3.6": {("forward", "sm_80"): 12}}.get(compiler_version(), {})
+    spills = {key: [kernel.spills for kernel in kernels] for key, kernels in audit.compile_keys(keys, processes=1).items()}
+    assert spills == {key: [known.get((key.direction, key.target), 0)] for key in keys}
+
+
 @pytest.mark.parametrize("operation", yaml.safe_load(BUDGETS.read_text(encoding="utf-8"))["sizes"])
 def test_every_call_asks_for_what_its_budgets_allow_under_the_settings_of_every_target(audit, budgets, operation, request):
     from smt_kernels.testing.aot import compiler_version
