@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smt.cli.run_fields import USUAL_CONFIG, USUAL_GPU_CONFIG, add_run_fields, overrides, usual_config
@@ -17,7 +18,7 @@ EXAMPLES = """\
   smt train --minutes 30 --d_model 256         longer, and wider
   smt train --steps 500                        bounded by steps, hence repeatable
   smt train --stride 10 --encoding token       any field of the model, the data or the training
-  smt train --text my_novels/ --experiment novels
+  smt train --text my_novels/                  your own text; runs are in results/my_novels
   smt train --config shakespeare               whole plays; wikitext2, wikitext103 and pg19 likewise
   smt train --config wikitext2 --dataset my_copy/ --tokenizer gpt2_files/
   smt train --config my_run.yaml --out runs
@@ -33,7 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``smt train``."""
     parser.add_argument("--config", metavar="YAML", help=f"file, or the name of a packaged example (default: {USUAL})")
     parser.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: results)")
-    parser.add_argument("--experiment", metavar="NAME", help="folder in it for these runs (default: that of the configuration)")
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="folder of these runs (default: that of your text, or configuration)"
+    )
     parser.add_argument("--resume", metavar="RUN", help="continue the interrupted run in that folder, as it was started")
     add_run_fields(parser)
 
@@ -53,11 +56,19 @@ def run(options: argparse.Namespace, started: float) -> int:
         outcome = resume(options.resume, started=started)
     else:
         usual = SECOND_STAGE if given.get("stage") == SECOND_STAGE else usual_config(given)
+        if options.config is None and usual != SECOND_STAGE:
+            given = {**_named_after(given.get("text") or given.get("dataset")), **given}
         config = staged(options.config or usual, given)
         outcome = train(config, options.out or "results", started=started)
     if outcome.is_main:
         _report(outcome, time.perf_counter() - started)
     return 0
+
+
+def _named_after(text: str | None) -> dict[str, str]:
+    """The experiment of a run of one's own text, a path or a name of the hub; that of the usual text otherwise."""
+    name = "" if text is None else Path(text).absolute().stem
+    return {"experiment": name} if name else {}
 
 
 def _report(outcome: Outcome, seconds: float) -> None:

@@ -20,12 +20,17 @@ def staged(path: str | Path, overrides: dict[str, Any]) -> RunConfig:
     That is its architecture, model and data. Dropout of that model is off, as the stage needs it.
 
     Raises:
-        ValueError: as ``RunConfig.from_yaml``, or there is no such checkpoint.
+        ValueError: as ``RunConfig.from_yaml``, there is no such checkpoint, or the packaged configuration has no weights to
+            start from.
     """
     ours = read_yaml(packaged_or_file(path), f"a mapping with {', '.join(PARTS)}")
     training = ours.get("training")
     training = {**(training if isinstance(training, dict) else {}), **overrides}
     init_from = parse(TrainingConfig, "init_from", training.get("init_from"))
+    if path == SECOND_STAGE and not init_from:
+        raise ValueError(
+            f"init_from must be given for the configuration {path!r}, which leaves the model to it: checkpoint=RUN, got nothing"
+        )
     if training.get("stage") != SECOND_STAGE or not isinstance(init_from, dict) or "checkpoint" not in init_from:
         return RunConfig.from_yaml(path, overrides)
     checkpoint = Path(expand_home(init_from["checkpoint"])) / CONFIG_FILE

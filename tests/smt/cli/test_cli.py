@@ -27,6 +27,30 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("arguments", "experiment"),
+    [
+        ([], "stdlib"),
+        (["--text", "books/my_novels/"], "my_novels"),
+        (["--text", "novel.txt"], "novel"),
+        (["--text", "novel.txt", "--experiment", "first"], "first"),
+        (["--text", "novel.txt", "--config", "shakespeare"], "shakespeare"),
+        (["--dataset", "user/stories"], "stories"),
+    ],
+    ids=lambda value: "-".join(value).replace("/", "-") if isinstance(value, list) else None,
+)
+def test_runs_of_ones_own_text_are_in_a_folder_of_its_name(arguments, experiment, monkeypatch):
+    configs = []
+
+    def begin(config, out, started):
+        configs.append(config)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("smt.training.run.run", begin)
+    assert main(["train", "--device", "cpu", *arguments]) == 1
+    assert [config.experiment for config in configs] == [experiment]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--stride", "99"], "stride must lie in 1..m_input_tokens = 1..50, got 99"),

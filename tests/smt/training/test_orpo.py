@@ -285,6 +285,10 @@ class TestSecondStage:
         with pytest.raises(ValueError, match=f"there is no {tmp_path}/none/config.yaml"):
             staged("orpo", {"init_from": f"checkpoint={tmp_path}/none", "pairs": "p.jsonl"})
 
+    def test_the_packaged_configuration_needs_weights_to_start_from(self):
+        with pytest.raises(ValueError, match="init_from must be given for the configuration 'orpo'"):
+            staged("orpo", {"pairs": "p.jsonl"})
+
     def test_fresh_weights_are_allowed_and_told(self, tmp_path, capsys):
         values = run_config(tmp_path, steps=1, evaluations=1, sample_tokens=0).to_dict()
         values["data"]["pairs"] = str(preferences(tmp_path / "pairs.jsonl"))
