@@ -34,9 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``smt train``."""
     parser.add_argument("--config", metavar="YAML", help=f"file, or the name of a packaged example (default: {USUAL})")
     parser.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: results)")
-    parser.add_argument(
-        "--experiment", metavar="NAME", help="folder of these runs (default: that of your text, or configuration)"
-    )
+    parser.add_argument("--experiment", metavar="NAME", help="their folder in it (default: named after the text)")
     parser.add_argument("--resume", metavar="RUN", help="continue the interrupted run in that folder, as it was started")
     add_run_fields(parser)
 
