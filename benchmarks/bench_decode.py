@@ -143,7 +143,7 @@ def _table(
     """Measure and print one table; ``tokens`` per call, None: as many as the context has."""
     decoding = tokens is not None
     print(f"\n{task}; ratio = time of {cases[0].name} / time of the case, n = calls timed in turns")
-    print(f"{'context':>9}  {'case':<22}{'per token':>11}{'tokens/s':>11}{'n':>4}{'ratio':>8}{'state':>11}")
+    print(f"{'context':>9}  {'case':<24}{'per token':>11}{'tokens/s':>11}{'n':>4}{'ratio':>8}{'state':>11}")
     rows = []
     limits = {"max_seconds": options.max_seconds, "max_repeats": options.repeats}
     for of_context in measure(task, cases, options.contexts, batch=batch, device=device, **limits):
@@ -162,7 +162,7 @@ def _table(
 def _constancy(task: str, made: DecodeCases, batch: int, options: argparse.Namespace, device: torch.device) -> list[DecodeRow]:
     """Time our encodings at all contexts in turns: calls that follow each other see the machine in one state."""
     print(f"\n{task}; all contexts in turns, change = time / time at {options.contexts[0]:,}")
-    print(f"{'':>9}  {'case':<22}" + "".join(f"{context:>19,}" for context in options.contexts))
+    print(f"{'':>9}  {'case':<24}" + "".join(f"{context:>19,}" for context in options.contexts))
     rows, tokens = [], made.config.stride
     for case in made.ours():
         calls = {str(context): case.prepare(context) for context in options.contexts}
@@ -188,12 +188,12 @@ def _constancy(task: str, made: DecodeCases, batch: int, options: argparse.Names
                 )
             )
             cells.append(f"{timed.median / tokens * 1e3:.3f} ms {timed.median / shortest - 1:+.0%}")
-        print(f"{'':>9}  {case.name:<22}" + "".join(f"{cell:>19}" for cell in cells), flush=True)
+        print(f"{'':>9}  {case.name:<24}" + "".join(f"{cell:>19}" for cell in cells), flush=True)
     return rows
 
 
 def _line(row: DecodeRow) -> str:
-    start = f"{row.length:>9,}  {row.case:<22}"
+    start = f"{row.length:>9,}  {row.case:<24}"
     if row.not_measured is not None:
         return f"{start}  -- {row.not_measured}"
     rate = row.batch * row.tokens / row.seconds

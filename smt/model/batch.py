@@ -24,18 +24,28 @@ from smt_kernels.checks import readable
 from smt_kernels.operators import is_transformed
 
 
-def check_tokens(input_ids: Tensor, vocab_size: int, device: torch.device) -> None:
-    """Raise unless ``input_ids`` are tokens (B, T) of the vocabulary of a model on ``device``.
+def check_rows(input_ids: Tensor) -> None:
+    """Raise unless ``input_ids`` are integers (B, T).
 
     Raises:
         TypeError: not a tensor of integers.
-        ValueError: wrong rank, an empty batch, another device, or, on CPU, a token out of range.
+        ValueError: wrong rank, or an empty batch.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise TypeError(f"input_ids must be an int64 or int32 tensor, got {got}")
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must have shape (B, T) with B, T >= 1, got {tuple(input_ids.shape)}")
+
+
+def check_tokens(input_ids: Tensor, vocab_size: int, device: torch.device) -> None:
+    """Raise unless ``input_ids`` are tokens (B, T) of the vocabulary of a model on ``device``.
+
+    Raises:
+        TypeError: as ``check_rows``.
+        ValueError: as ``check_rows``; another device, or, on CPU, a token out of range.
+    """
+    check_rows(input_ids)
     if input_ids.device != device:
         raise ValueError(f"input_ids must be on the model's device {device}, got {input_ids.device}")
     # On a GPU reading the range would wait for the device; the embedding's own assertion stands guard there.

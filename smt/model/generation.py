@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from smt.model.batch import token_counts
+from smt.model.batch import check_rows, token_counts
 
 
 class Carried(Protocol):
@@ -72,9 +72,10 @@ def stream(
         (B,) int64 tokens, at most ``max_new_tokens`` times, until all rows have ended.
 
     Raises:
-        TypeError: as ``next_logits`` does.
-        ValueError: an option out of range, a row without tokens, or as ``next_logits`` does.
+        TypeError: prompts that are no tensor of integers, or as ``next_logits`` does.
+        ValueError: an option out of range, prompts of another rank, a row without tokens, or as ``next_logits`` does.
     """
+    check_rows(input_ids)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     _check_tokens(vocab_size, ends, pad_token_id)

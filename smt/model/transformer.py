@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smt.config import SMTConfig
 from smt.data.walk import IGNORE_INDEX
-from smt.model.batch import check_targets, check_tokens, encode_batch, token_counts
+from smt.model.batch import check_rows, check_targets, check_tokens, encode_batch, token_counts
 from smt.model.checkpoint import load_model, save_model
 from smt.model.decoder import Decoder
 from smt.model.generation import generate, stream
@@ -155,6 +155,7 @@ class StrideMemoryTransformer(nn.Module):
             a scalar in nats and ``Aux``.
         """
         if targets is None:
+            check_rows(input_ids)
             targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
         return self(input_ids, state, targets=targets)
 

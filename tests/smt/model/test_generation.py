@@ -100,6 +100,23 @@ def test_bad_options_are_explained_before_anything_runs(options, message):
 
 
 @pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("text", TypeError, "input_ids must be an int64 or int32 tensor, got str"),
+        ([[1, 2]], TypeError, "input_ids must be an int64 or int32 tensor, got list"),
+        (torch.ones(2), TypeError, "input_ids must be an int64 or int32 tensor, got torch.float32"),
+        (torch.ones(2, dtype=torch.long), ValueError, r"input_ids must have shape \(B, T\) with B, T >= 1, got \(2,\)"),
+    ],
+    ids=["text", "list", "float", "row"],
+)
+@pytest.mark.parametrize("call", ["generate", "loss"])
+def test_prompts_that_are_no_rows_of_tokens_are_explained(call, given, error, message):
+    model = build()
+    with pytest.raises(error, match=message):
+        model.loss(given) if call == "loss" else model.generate(given, 3)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": -2}, "max_new_tokens must be at least 0, got -2"),
