@@ -20,7 +20,7 @@ import torch
 from correctness import WrongResult, check_decoding
 from decode_cases import ENCODINGS, DecodeCases
 from measure import Case, Row, measure, time_in_turns
-from report import draw_decoding, write_json
+from report import draw_decoding, print_machine, write_json
 
 from smt import SMTConfig
 from smt.runtime.environment import environment
@@ -89,11 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     device = torch.device(options.device)
     described = environment(device)
-    print("\n".join(f"{name:<13} {value}" for name, value in described.items()))
+    print_machine(described)
     config = SMTConfig(
         vocab_size=options.vocab_size,
         d_model=options.d_model,
-        d_k=options.d_model,
         dropout=0.0,
         transformer_n_layers=options.layers,
         transformer_n_heads=options.d_model // 64,

@@ -24,7 +24,7 @@ from attention_cases import AttentionSizes, attention_cases, flex_obstacle, trit
 from claims import PUBLISHED_SPEEDUP
 from correctness import LENGTH, WrongResult, check_attention, check_models
 from measure import Case, Row, Unavailable, measure
-from report import draw, print_header, print_rows, write_csv, write_json
+from report import draw, print_header, print_machine, print_rows, write_csv, write_json
 from training_cases import training_cases
 
 from smt import SMTConfig
@@ -38,7 +38,7 @@ TRAINING_LENGTHS = [512 * 2**i for i in range(5)]
 DEFAULT, QUICK, FULL = (6, 3, 7, 20.0), (4, 2, 3, 3.0), (8, 5, 15, 120.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # That takes the training steps.
-MODEL = {"vocab_size": 4096, "d_model": 256, "d_k": 256, "transformer_n_layers": 4, "transformer_n_heads": 4, "ssm_n_layers": 4}
+MODEL = {"vocab_size": 4096, "d_model": 256, "transformer_n_layers": 4, "transformer_n_heads": 4, "ssm_n_layers": 4}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-seconds", type=float, help="for all calls of one measurement; default 20, full 120, quick 3")
     parser.add_argument("--repeats", type=_positive, help="calls of one measurement at most; default 7, full 15, quick 3")
     extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="short lengths, no FlexAttention; under a minute on 2 cores")
+    extent.add_argument("--quick", action="store_true", help="short lengths, no FlexAttention; about a minute on 2 cores")
     extent.add_argument("--full", action="store_true", help="attention up to 65,536 tokens, training up to 8,192")
     parser.add_argument("--json", type=Path, help="write rows, settings and environment")
     parser.add_argument("--csv", type=Path, help="the same as CSV")
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     device = torch.device(options.device)
     described = environment(device)
-    print("\n".join(f"{name:<13} {value}" for name, value in described.items()))
+    print_machine(described)
     sizes = AttentionSizes(options.batch, options.heads, options.head_dim, DTYPES[options.dtype], device, WindowSpec())
     config = SMTConfig(**MODEL, dropout=0.0)
     attention, training = options.sections != "training", options.sections != "attention"
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         what = f"attention, {options.heads} heads of {options.head_dim}, batch {options.batch}, {options.dtype}"
         for backward, task in ((False, f"Forward: {what}"), (True, f"Forward and backward: {what}")):
             cases = attention_cases(sizes, backward=backward, with_flex=not options.quick)
-            rows += _table(task, cases, options.lengths, options, device)
+            rows += _table(task, cases, options.lengths, options, device, published=f"{PUBLISHED_SPEEDUP:,}x")
     if training:
         task = (
             f"Training step (forward, loss, backward): d {config.d_model}, {config.transformer_n_layers} layers "
@@ -137,13 +137,20 @@ def _check(sizes: AttentionSizes, config: SMTConfig, attention: bool, training: 
         check_models(config, sizes.device)
 
 
-def _table(task: str, cases: list[Case], lengths: list[int], options: argparse.Namespace, device: torch.device) -> list[Row]:
+def _table(
+    task: str,
+    cases: list[Case],
+    lengths: list[int],
+    options: argparse.Namespace,
+    device: torch.device,
+    published: str = "",
+) -> list[Row]:
     width = max(len(case.name) for case in cases)
     print_header(task, cases[0].name, width)
     rows = []
     limits = {"max_seconds": options.max_seconds, "max_repeats": options.repeats}
     for of_length in measure(task, cases, lengths, batch=options.batch, device=device, **limits):
-        print_rows(of_length, width, f"{PUBLISHED_SPEEDUP:,}x")
+        print_rows(of_length, width, published)
         rows += of_length
     return rows
 

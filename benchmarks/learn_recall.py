@@ -24,7 +24,7 @@ from smt import SMTConfig, StrideMemoryTransformer
 from smt.runtime.environment import environment
 from smt.runtime.fields import parse
 
-SIZES = {"d_model": 64, "d_k": 64, "transformer_n_layers": 2, "transformer_n_heads": 4, "ssm_n_layers": 2}
+SIZES = {"d_model": 64, "transformer_n_layers": 2, "transformer_n_heads": 4, "ssm_n_layers": 2}
 STEPS, WARMUP, LEARNING_RATE = 300, 10, 3e-3
 # Until slots tell something they are noise, and what a fast SSM learns first is to make all of them the same.
 SSM_LEARNING_RATE = 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,15 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vPX"
 OFF_SCALE = 50
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False}
+
+
+def print_machine(described: dict[str, str]) -> None:
+    """What was measured on, and whether others are using it: with fewer free cores than threads, ratios mean little."""
+    print("\n".join(f"{name:<13} {value}" for name, value in described.items()))
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores:
+        print(f"\nThis machine is busy: on average {load:.1f} processes wanted its {cores} cores in the last minute.")
+        print("Times are too high, and their ratios mean little.")
 
 
 def print_header(task: str, baseline: str, case_width: int) -> None:

@@ -24,7 +24,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "m_input_tokens": 30,
         "stride": 10,
         "d_model": 512,
-        "d_k": 512,
         "transformer_n_layers": 6,
         "transformer_n_heads": 8,
         "ssm_n_layers": 12,
@@ -61,7 +60,7 @@ class SMTConfig:
         n_ssm_outputs: memory slots in the window, n.
         m_input_tokens: tokens in the window, m; n + m <= 128.
         stride: steps between writes, S; 1 <= S <= m.
-        d_k: width of the pooling's queries and keys.
+        d_k: width of the pooling's queries and keys; None: that of the model, which it then is.
         dropout: probability, on embeddings and residual branches in training (not on attention weights: the fused kernels have
             none).
         pooling_dropout: probability, on pooling weights in training; published: 0.1. Off by default: noise in what is written
@@ -99,7 +98,7 @@ class SMTConfig:
     n_ssm_outputs: int = 15
     m_input_tokens: int = 50
     stride: int = 16
-    d_k: int = 768
+    d_k: int | None = None
     dropout: float = 0.1
     pooling_dropout: float = 0.0
     transformer_n_layers: int = 12
@@ -130,6 +129,8 @@ class SMTConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.d_k is None:
+            object.__setattr__(self, "d_k", self.d_model)
         integers = [field.name for field in fields(self) if str(field.type).startswith("int")]
         check_at_least(self, 1, *(name for name in integers if name != "n_ssm_outputs"))
         check_at_least(self, 0, "n_ssm_outputs")

@@ -31,9 +31,10 @@ def run(options: argparse.Namespace, started: float) -> int:
     """Run what has not finished, then write and print the report."""
     from smt.runtime.extras import optional
     from smt.study.maps import draw_maps
+    from smt.study.prepared import prepare
     from smt.study.record import record, save
     from smt.study.report import REPORT_FILE, save_report
-    from smt.study.run import prepare, run_study
+    from smt.study.run import run_study
     from smt.study.settings import StudySettings
 
     settings = StudySettings.from_yaml(options.config, quick=options.quick, seeds=_seeds(options.seeds))

@@ -176,7 +176,6 @@ def config_of(*, gpt2: Any = None, mamba: Any = None, **fields: Any) -> SMTConfi
     values: dict[str, Any] = {}
     for pretrained in reversed(found):  # the first wins
         values.update({ours: value for ours, (_, value) in pretrained.sizes.items()})
-        values["d_k"] = values["d_model"]
     if gpt2 is not None:
         values["encoding"] = GPT2_ENCODING
     if gpt2 is None and mamba is not None and values["d_model"] % GPT2_HEAD_DIM == 0:

@@ -92,7 +92,7 @@ def _stage(folder: Path, stage: str, config: RunConfig, text: TokenizedCorpus, w
         run_in(run, config)
         peak = peak_bytes(device) if stage == TRAINING else None  # what came before is in it
     model = load(run, config)
-    measured = {"peak_bytes": peak, **_losses(model, data, text, read_json(run / RESULTS_FILE)["results"])}
+    measured = {"peak_bytes": peak, **losses_of(model, data, text, run)}
     if stage != EQUAL_TIME:
         prompt = torch.from_numpy(text.validation[0][: wanted["context"]].astype("int64")).to(device)
         beginning = text.validation[0][: wanted["pairs"]["prompt_length"]]
@@ -113,11 +113,12 @@ def _stage(folder: Path, stage: str, config: RunConfig, text: TokenizedCorpus, w
     write_files({measured_file(folder, stage): text_writer(content)})
 
 
-def _losses(model: RunModel, data: DataConfig, text: TokenizedCorpus, results: dict[str, Any]) -> dict[str, Any]:
-    """The held-out loss of the weights that a run has kept, with every piece of text read anew.
+def losses_of(model: RunModel, data: DataConfig, text: TokenizedCorpus, run: Path) -> dict[str, Any]:
+    """The held-out loss of the weights that the run in a folder has kept, with every piece of text read anew.
 
     A Hymba is evaluated so in its run; ours there carries its memory through whole documents.
     """
+    results = read_json(run / RESULTS_FILE)["results"]
     n_targets, n_bytes = results["val_tokens"], results["val_bytes"]
     of_run = Evaluation(results["best_val_loss"] * n_targets, n_targets, n_bytes)
     carries = isinstance(model, StrideMemoryTransformer)

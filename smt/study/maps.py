@@ -16,7 +16,8 @@ from smt.runtime.pictures import empty_picture
 from smt.study.cell import ORPO, TRAINING, load, measured_file
 from smt.study.figures import NAMES, STAGE_NAMES
 from smt.study.plots import LARGE, MEDIUM, SMALL, save
-from smt.study.run import Prepared
+from smt.study.prepared import Prepared
+from smt.study.run import cells_of
 from smt.training.settings import RunConfig
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def draw_maps(prepared: Prepared) -> list[Path]:
         ValueError: the model is not in the study, has not finished stage 1, or has no layer of one kind.
     """
     settings = prepared.settings
-    cells = [cell for cell in prepared.cells if cell.model == settings.map_model]
+    cells = [cell for cell in cells_of(prepared) if cell.model == settings.map_model]
     if not cells or not measured_file(cells[0].folder, TRAINING).is_file():
         raise ValueError(f"maps are drawn from runs that have finished; {settings.map_model} has none in {prepared.folder}")
     cell, tokens = cells[0], prepared.text.validation[0][: settings.map_tokens]

@@ -16,7 +16,9 @@ from smt.runtime.environment import environment
 from smt.runtime.files import read_json, text_writer, write_files
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING, measured_file
 from smt.study.measure import LONG, counted_bytes
-from smt.study.run import Prepared, StudyCell
+from smt.study.prepared import Prepared
+from smt.study.rates import tried_rates
+from smt.study.run import StudyCell
 from smt.study.sharing import sharing
 from smt.training.settings import RunConfig
 
@@ -35,6 +37,9 @@ def record(prepared: Prepared, cells: Sequence[StudyCell], command: str) -> dict
         "environment": environment(device),
         "settings": json.loads(json.dumps(asdict(settings))),
         "stages": _stages(prepared, cells),
+        "learning_rates": {
+            model: {f"{rate:g}": loss for rate, loss in losses.items()} for model, losses in tried_rates(prepared).items()
+        },
         "text": {
             "source": text.source,
             "vocabulary": text.tokenizer.vocab_size,

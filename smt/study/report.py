@@ -20,6 +20,7 @@ from smt.study.tables import (
     carried_table,
     orpo_table,
     quality_table,
+    rates_table,
     results_csv,
     sharing_table,
     speed_table,
@@ -67,7 +68,7 @@ def conditions(study: Study) -> list[str]:
         f"{held_out['tokens']:,} of {_documents(held_out)} held out whole. The vocabulary of {text['vocabulary']:,} tokens was "
         "learned from the former.",
         f"Stage 1: {first['steps']:,} steps of {first['batch_size']} x {length} tokens, the same in the same order for every "
-        f"model, at a learning rate of {first['learning_rate']:g} for all.",
+        f"model, at {_rate(study, first['learning_rate'])}.",
         f"Every {length} tokens are read as if nothing came before, in training and in evaluation, by all models alike.",
     ]
     if CARRIED in settings["models"]:
@@ -96,6 +97,14 @@ def _named(seeds: Sequence[int]) -> str:
     return f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
+def _rate(study: Study, of_all: float) -> str:
+    settings = study["settings"]
+    if not study["learning_rates"]:
+        return f"a learning rate of {of_all:g} for all"
+    rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
+    return f"the learning rate of {rates} that gave it the lowest held-out loss with seed {settings['learning_rate_seed']}"
+
+
 def _documents(of: dict[str, int]) -> str:
     return f"{of['documents']} document" + "s" * (of["documents"] != 1)
 
@@ -122,6 +131,12 @@ def report(study: Study) -> str:
             f"{_named(timed)}: trained anew, for as many steps as should take the time of the middle one of all models, "
             "each with its whole schedule.",
             quality_table(study, EQUAL_TIME),
+        ]
+    if rates := rates_table(study):
+        parts += [
+            "## Learning rates",
+            f"Held-out loss after stage 1 with seed {study['settings']['learning_rate_seed']}, read as the model is trained:",
+            rates,
         ]
     parts += [
         "## Stage 2: ORPO",

@@ -11,24 +11,16 @@ from typing import Any
 
 import yaml
 
-from smt.data.settings import DataConfig
-from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
-from smt.data.tokenizer import TRAINED
 from smt.experiments.cell import FAILURE_FILE
 from smt.experiments.run import OUTPUT_FILE, attempt_apart
-from smt.runtime.fields import check_names
-from smt.runtime.files import check_folder, read_json, read_yaml, text_writer, write_files
+from smt.runtime.files import read_json, read_yaml, text_writer, write_files
 from smt.study.cell import CELL_FILE, TRAINING, is_done, measured_file
-from smt.study.preference import PAIRS_FILE
-from smt.study.settings import CARRIED, StudySettings
-from smt.study.sizes import Sized, sized_models
-from smt.training.second_stage import SECOND_STAGE
-from smt.training.settings import RunConfig
+from smt.study.prepared import Prepared
+from smt.study.rates import chosen_rates
 
 CELL_MODULE = "smt.study.cell"
 # Set when all models have been trained for as many tokens, so it tells no two studies apart.
 EQUAL_TIME_STEPS = "equal_time_steps"
-VOCABULARY = 4000
 
 
 @dataclass(frozen=True)
@@ -52,59 +44,26 @@ class StudyCell:
         return f"{self.model},seed={self.seed}"
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A study whose text has been read and whose models have been sized.
-
-    Attributes:
-        settings: what is compared.
-        folder: of its results.
-        text: what all models read.
-        models: by name.
-    """
-
-    settings: StudySettings
-    folder: Path
-    text: TokenizedCorpus
-    models: dict[str, Sized]
-
-    @property
-    def first_stage(self) -> RunConfig:
-        """Data and training of stage 1; the model is none of the study's."""
-        return _first_stage(self.settings)
-
-    @property
-    def cells(self) -> list[StudyCell]:
-        """Every model with the first seed, then with the next."""
-        return [
-            StudyCell(model, seed, self.folder / f"{model},seed={seed}")
-            for seed in self.settings.seeds
-            for model in self.settings.models
-        ]
-
-
-def prepare(settings: StudySettings, out: str | Path = "results") -> Prepared:
-    """Read the text and size the models.
-
-    Raises:
-        ValueError: a text that cannot be read, a field that is wrong, or a folder that cannot be written.
-    """
-    data, asked = _first_stage(settings).data, _asked_vocabulary(settings)
-    _check_second_stage(settings, data)
-    folder = check_folder(Path(out) / settings.name)
-    text = tokenize_corpus(data, asked)
-    vocabulary = text.tokenizer.vocab_size if data.tokenizer in TRAINED else asked
-    return Prepared(settings, folder, text, sized_models(settings, vocabulary))
+def cells_of(prepared: Prepared) -> list[StudyCell]:
+    """Every model with the first seed, then with the next."""
+    return [
+        StudyCell(model, seed, prepared.folder / f"{model},seed={seed}")
+        for seed in prepared.settings.seeds
+        for model in prepared.settings.models
+    ]
 
 
 def run_study(prepared: Prepared, tell: Callable[[str], None] = print) -> list[StudyCell]:
     """Run every cell that has not been; one that fails does not stop the others.
 
     Raises:
-        ValueError: a folder holds a cell of another study; nothing is run then.
+        ValueError: a folder holds a cell of another study, and nothing is run then; or no learning rate that was tried suits a
+            model.
     """
-    cells, seeds = prepared.cells, prepared.settings.seeds[: prepared.settings.equal_time_seeds]
-    wanted = {cell.label: _wanted(prepared, cell) for cell in cells}
+    settings = prepared.settings
+    cells, seeds = cells_of(prepared), settings.seeds[: settings.equal_time_seeds]
+    rates = chosen_rates(prepared, tell)
+    wanted = {cell.label: _wanted(prepared, cell, rates.get(cell.model)) for cell in cells}
     for cell in cells:
         _check_same(cell.folder, wanted[cell.label])
         wanted[cell.label][EQUAL_TIME_STEPS] = _there(cell.folder).get(EQUAL_TIME_STEPS)  # decided when it ran before
@@ -151,22 +110,12 @@ def _steps_of_equal_time(cells: Sequence[StudyCell], decided: Mapping[str, int |
     return {label: before.get(label) or max(1, round(statistics.median(times) / of)) for label, of in of_step.items()}
 
 
-def _wanted(prepared: Prepared, cell: StudyCell) -> dict[str, Any]:
+def _wanted(prepared: Prepared, cell: StudyCell, learning_rate: float | None) -> dict[str, Any]:
     """What the process of a cell is to do, as YAML can hold it."""
-    settings, sized = prepared.settings, prepared.models[cell.model]
-    data = {**settings.run.get("data", {}), **(settings.carried if cell.model == CARRIED else {})}
-    run = RunConfig.from_dict(
-        {
-            "experiment": TRAINING,
-            "architecture": sized.architecture,
-            "model": {**sized.config.to_dict(), "vocab_size": _asked_vocabulary(settings)},
-            "data": data,
-            "training": {**settings.run.get("training", {}), "seed": cell.seed},
-        }
-    )
+    settings = prepared.settings
     of_pairs = ("n_pairs", "n_held_out_pairs", "prompt_length", "completion_length")
     wanted = {
-        "run": run.anchored().to_dict(),
+        "run": prepared.training_of(cell.model, cell.seed, learning_rate).to_dict(),
         "orpo": settings.orpo,
         "pairs": {name: getattr(settings, name) for name in of_pairs},
         **{name: getattr(settings, name) for name in ("context", "decode_tokens", "sample_tokens")},
@@ -192,26 +141,3 @@ def _there(folder: Path) -> dict[str, Any]:
     """What the process of a cell was to do before; nothing where there was none."""
     path = folder / CELL_FILE
     return read_yaml(path) if path.is_file() else {}
-
-
-def _asked_vocabulary(settings: StudySettings) -> int:
-    """Of the tokenizer; a text may give it fewer tokens."""
-    return settings.hymba.get("vocab_size", VOCABULARY)
-
-
-def _first_stage(settings: StudySettings) -> RunConfig:
-    check_names("run", settings.run, ("data", "training"))
-    config = RunConfig.from_dict(settings.run)
-    if config.training.steps is None:
-        raise ValueError("run must bound training by a number of steps, got None")
-    return config
-
-
-def _check_second_stage(settings: StudySettings, data: DataConfig) -> None:
-    """Raise ValueError for what would end the stage after the first one has run."""
-    config = RunConfig.from_yaml(SECOND_STAGE, {"pairs": PAIRS_FILE, "chunk_length": data.chunk_length, **settings.orpo})
-    longest = settings.prompt_length + settings.completion_length - 1
-    if longest > config.data.chunk_length:
-        raise ValueError(
-            f"prompt_length + completion_length - 1 must be at most chunk_length = {config.data.chunk_length}, got {longest}"
-        )

@@ -27,6 +27,9 @@ class StudySettings:
         seeds: each model is trained with every one of them.
         equal_time_seeds: with so many of the seeds, the first of them, each model is trained once more, for as many steps as
             should take the time of the middle one of all models, by the speeds of all seeds.
+        learning_rates: of stage 1, which every model is trained at before with ``learning_rate_seed``; it then has the one with
+            the lowest held-out loss. Empty: all models have that of ``run``.
+        learning_rate_seed: none of ``seeds``.
         run: ``data`` and ``training`` of stage 1, as in the configuration of a run.
         hymba: fields that all layouts share; the width of their MLPs follows from the number of parameters.
         smt: fields of ours; its numbers of layers follow from the number of parameters.
@@ -50,6 +53,8 @@ class StudySettings:
     models: tuple[str, ...] = (*(layout.value for layout in ArchType), OURS)
     seeds: tuple[int, ...] = (1, 2, 3)
     equal_time_seeds: int = 1
+    learning_rates: tuple[float, ...] = ()
+    learning_rate_seed: int = 0
     run: dict[str, Any] = field(default_factory=dict)
     hymba: dict[str, Any] = field(default_factory=dict)
     smt: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +93,10 @@ class StudySettings:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be one or more, each once, got {values}")
+        if not all(rate > 0 for rate in self.learning_rates) or len(set(self.learning_rates)) < len(self.learning_rates):
+            raise ValueError(f"learning_rates must be above 0, each once, got {self.learning_rates}")
+        if self.learning_rates and self.learning_rate_seed in self.seeds:
+            raise ValueError(f"learning_rate_seed must be none of seeds = {self.seeds}, got {self.learning_rate_seed}")
 
     @classmethod
     def from_yaml(cls, path: str | Path, *, quick: bool = False, seeds: tuple[int, ...] = ()) -> StudySettings:

@@ -106,6 +106,17 @@ def carried_table(study: Study) -> str:
     return markdown(["model", "after", "every piece anew", "memory carried through whole documents"], rows) if rows else ""
 
 
+def rates_table(study: Study) -> str:
+    """Held-out losses by learning rate, and which was chosen; empty where none were tried."""
+    tried, rates = study["learning_rates"], study["settings"]["learning_rates"]
+    rows = []
+    for model, losses in tried.items():
+        by_rate = [losses.get(f"{rate:g}") for rate in rates]
+        shown = ["failed" if loss is None else f"{loss:.3f}" for loss in by_rate]
+        rows.append([NAMES[model], *shown, min(losses, key=losses.__getitem__)])
+    return markdown(["model", *(f"{rate:g}" for rate in rates), "chosen"], rows) if rows else ""
+
+
 def speed_table(study: Study) -> str:
     """Speed and memory."""
     rows = []

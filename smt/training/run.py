@@ -252,7 +252,8 @@ def _train(
         per_token = done.seconds_per_token
         measured = evaluation_seconds
         expected = EVALUATION_COST * per_token * n_targets if measured is None else measured
-        clock.reserve = 1.1 * expected + SAMPLE_COST * per_token * config.training.sample_tokens + CLOSING_SECONDS
+        clock.evaluation = 1.1 * expected
+        clock.reserve = clock.evaluation + SAMPLE_COST * per_token * config.training.sample_tokens + CLOSING_SECONDS
         bar.update(clock.progress, f"step {done.step}, loss {done.loss:.3f}, {done.tokens_per_second:,.0f} tokens/s")
 
     def evaluated() -> Evaluation:

@@ -71,7 +71,7 @@ class TrainingConfig:
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; ``auto``: bf16 on a GPU with bf16 tensor cores (Ampere and
             later), else none.
         evaluations: how many times the held-out documents are evaluated, evenly over the run, the last at its end; never
-            twice at one step.
+            twice at one step. In a run bounded by time only at its end, where all would leave less than half to train.
         eval_steps: steps between evaluations, instead of ``evaluations``.
         early_stopping_patience: end the run after this many evaluations without a lower loss; None: never.
         save_steps: steps between checkpoints from which the run can be resumed; there is one after every evaluation, too.

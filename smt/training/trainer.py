@@ -114,7 +114,8 @@ class Trainer:
         """
 
         def evaluated() -> Evaluation:
-            evaluation = evaluate()
+            with self.clock.evaluating():
+                evaluation = evaluate()
             for loss in (evaluation.loss, evaluation.criterion):
                 if not math.isfinite(loss):
                     raise DivergedError(f"the held-out loss is {loss}", self.progress.step, self.learning_rate)
@@ -126,13 +127,13 @@ class Trainer:
 
         self.objective.train()
         batches = iter(self._walk)
-        is_first, progress = True, self._agreed_progress()
+        is_first, progress = True, self._of_main_process(self.clock.progress)
         while progress < 1 and not self._has_stopped_improving():
             try:
                 self._step(batches, progress, is_first=is_first)
                 is_first = False
                 on_step()
-                progress = self._agreed_progress()
+                progress = self._of_main_process(self.clock.progress)
                 evaluation_is_due = progress < 1 and self._evaluation_is_due(progress)
                 checkpoint_is_due = self.progress.step % self.training.save_steps == 0
                 if evaluation_is_due or checkpoint_is_due or progress >= 1:
@@ -146,7 +147,7 @@ class Trainer:
                 raise
             if evaluation_is_due:
                 evaluated()
-                progress = self._agreed_progress()
+                progress = self._of_main_process(self.clock.progress)
             elif checkpoint_is_due:
                 on_checkpoint()
         if self.progress.step not in self.progress.history.eval_steps:
@@ -319,16 +320,18 @@ class Trainer:
         done.best = {**{f"best_{name}": value for name, value in figures.items()}, "best_step": done.step}
         return True
 
-    def _agreed_progress(self) -> float:
-        """How far the run is; processes do not read the time alike."""
-        mine = self.clock.progress if self.accelerator.is_main_process else 0.0
+    def _of_main_process(self, of_clock: float) -> float:
+        """What the clock of the main process says; processes do not read the time alike."""
+        mine = of_clock if self.accelerator.is_main_process else 0.0
         return float(self.total(torch.tensor(mine, dtype=torch.float64, device="cpu")))
 
     def _evaluation_is_due(self, progress: float) -> bool:
         if self.training.eval_steps is not None:
             return self.progress.step % self.training.eval_steps == 0
         made = len(self.progress.history.eval_steps)
-        return made + 1 < self.training.evaluations and progress >= (made + 1) / self.training.evaluations
+        if made + 1 >= self.training.evaluations or progress < (made + 1) / self.training.evaluations:
+            return False
+        return bool(self._of_main_process(self.clock.has_time_to_evaluate))
 
     def _has_stopped_improving(self) -> bool:
         patience = self.training.early_stopping_patience

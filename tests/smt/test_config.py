@@ -65,6 +65,11 @@ def test_fresh_weights_follow_the_width_unless_their_deviation_is_given(d_model,
     assert SMTConfig(d_model=d_model, transformer_n_heads=12, initializer_range=0.3).initializer_std == 0.3
 
 
+def test_pooling_is_as_wide_as_the_model_unless_its_width_is_given():
+    assert SMTConfig().d_k == 768 and SMTConfig(d_model=96).d_k == 96 and SMTConfig(d_model=96, d_k=32).d_k == 32
+    assert SMTConfig.from_dict(SMTConfig(d_model=96).to_dict()) == SMTConfig(d_model=96)
+
+
 def test_presets_are_the_sizes_of_the_source_documents():
 
     def sizes(config):

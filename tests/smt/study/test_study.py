@@ -12,8 +12,10 @@ import yaml
 from smt.cli import main
 from smt.experiments.cell import attempt
 from smt.experiments.record import RunRecord
+from smt.study import rates as rates_module
 from smt.study import run as run_module
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING, work
+from smt.study.prepared import prepare
 from smt.study.record import STUDY_FILE
 from smt.study.report import conditions, details, report, samples
 from smt.study.settings import StudySettings
@@ -23,6 +25,7 @@ STUDY = {
     "models": ["parallel", "smt"],
     "seeds": [1],
     "equal_time_seeds": 1,
+    "learning_rates": [1e-3, 1e-2],
     "run": {
         "data": {
             "batch_size": 4, "chunk_length": 32, "part_length": 32, "lanes": 1, "eval_batch_size": 4, "eval_chunk_length": 32,
@@ -49,8 +52,8 @@ FILES = {
 
 def in_this_process(folders, jobs, module):
     """What processes of their own do, which would take seconds to begin."""
-    assert module == "smt.study.cell"
-    return [(folder, attempt(folder, work)) for folder in folders]
+    works = {"smt.study.cell": work, "smt.study.rates": rates_module.work}
+    return [(folder, attempt(folder, works[module])) for folder in folders]
 
 
 def by(attempt_one):
@@ -71,6 +74,7 @@ def made(tmp_path_factory):
     file.write_text(yaml.safe_dump(settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "attempt_apart", in_this_process)
+        patch.setattr(rates_module, "attempt_apart", in_this_process)
         assert main(["study", "--config", str(file), "--out", str(tmp_path)]) == 0
     return file, tmp_path / "micro"
 
@@ -110,6 +114,42 @@ def test_the_json_says_what_the_runs_say(made):
     assert len(tokens) == 1 and held_out == {study["text"]["held_out"]["tokens"]}
     parameters = [model["parameters"] for model in study["models"].values()]
     assert max(parameters) < 1.05 * min(parameters)
+
+
+def test_every_model_has_the_learning_rate_that_suits_it(made):
+    _, folder = made
+    study = study_of(folder)
+    for model, losses in study["learning_rates"].items():
+        for rate, loss in losses.items():
+            trial = RunRecord.read(folder / "learning_rates" / f"{model},learning_rate={rate}" / TRAINING)
+            config = yaml.safe_load((trial.folder / "config.yaml").read_text())["training"]
+            assert (config["learning_rate"], config["seed"]) == (float(rate), 0)
+            if model == "parallel":  # ours is evaluated in its run with its memory carried
+                assert loss == pytest.approx(trial.best_loss)
+        chosen = yaml.safe_load((folder / f"{model},seed=1" / TRAINING / "config.yaml").read_text())["training"]
+        assert chosen["learning_rate"] == float(min(losses, key=losses.get))
+    assert set(study["learning_rates"]) == set(STUDY["models"]) and "## Learning rates" in report(study)
+
+
+def test_a_learning_rate_at_which_training_fails_is_not_chosen(made, tmp_path, monkeypatch):
+    file, _ = made
+    prepared = prepare(StudySettings.from_yaml(file), tmp_path)
+    losses = {("parallel", "0.001"): 2.0, ("smt", "0.001"): 5.0, ("smt", "0.01"): 4.0}
+
+    def trains(folder):
+        model, rate = folder.name.split(",learning_rate=")
+        if (model, rate) not in losses:
+            return "DivergedError: no"
+        (folder / "training.json").write_text(json.dumps({"held_out": {"loss": losses[model, rate]}, "carried": None}))
+        return None
+
+    monkeypatch.setattr(rates_module, "attempt_apart", by(trains))
+    assert rates_module.chosen_rates(prepared, lambda line: None) == {"parallel": 1e-3, "smt": 1e-2}
+    assert rates_module.tried_rates(prepared)["parallel"] == {1e-3: 2.0}
+    losses.clear()
+    shutil.rmtree(prepared.folder)
+    with pytest.raises(ValueError, match="no learning rate of parallel came to an end"):
+        rates_module.chosen_rates(prepared, lambda line: None)
 
 
 def test_all_models_begin_stage_2_with_pairs_of_their_own(made):
@@ -155,6 +195,9 @@ def test_another_study_is_not_mixed_into_a_folder(made, tmp_path, capsys):
     other = tmp_path / "micro.yaml"
     other.write_text(yaml.safe_dump(settings))
     assert main(["study", "--config", str(other), "--out", str(folder.parent)]) == 1
+    assert "parallel,learning_rate=0.001 is of another study; give this one another --out or name" in capsys.readouterr().err
+    other.write_text(yaml.safe_dump({**settings, "learning_rates": []}))
+    assert main(["study", "--config", str(other), "--out", str(folder.parent)]) == 1
     assert "is of another study, with other run; give this one another --out or name" in capsys.readouterr().err
 
 
@@ -168,7 +211,7 @@ def test_ours_may_carry_its_memory_through_longer_parts_in_training(made, tmp_pa
         return "RuntimeError: no"
 
     monkeypatch.setattr(run_module, "attempt_apart", by(keeps))
-    prepared = run_module.prepare(settings, tmp_path)
+    prepared = prepare(settings, tmp_path)
     run_module.run_study(prepared, lambda line: None)
     anew, carried = (asked[f"{model},seed=1"]["run"] for model in settings.models)
     assert carried["model"] == anew["model"] and carried["training"] == anew["training"]
@@ -188,9 +231,11 @@ def test_a_seed_for_which_the_machine_was_slow_says_little_of_equal_time(made, t
         return None
 
     monkeypatch.setattr(run_module, "attempt_apart", by(trains))
-    prepared = run_module.prepare(settings, tmp_path)
+    prepared = prepare(settings, tmp_path)
     run_module.run_study(prepared, lambda line: None)
-    asked = [yaml.safe_load((cell.folder / "cell.yaml").read_text())["equal_time_steps"] for cell in prepared.cells]
+    asked = [
+        yaml.safe_load((cell.folder / "cell.yaml").read_text())["equal_time_steps"] for cell in run_module.cells_of(prepared)
+    ]
     assert [steps for steps in asked if steps is not None] == [20, 20]
 
 
@@ -212,10 +257,10 @@ def test_models_that_had_failed_and_further_seeds_are_given_the_time_of_the_firs
 
     monkeypatch.setattr(run_module, "attempt_apart", by(trains))
     for seeds in [(1,), (1, 2)]:
-        prepared = run_module.prepare(replace(settings, seeds=seeds), tmp_path)
+        prepared = prepare(replace(settings, seeds=seeds), tmp_path)
         run_module.run_study(prepared, lambda line: None)
         failing.clear()
-    wanted = {cell.label: yaml.safe_load((cell.folder / "cell.yaml").read_text()) for cell in prepared.cells}
+    wanted = {cell.label: yaml.safe_load((cell.folder / "cell.yaml").read_text()) for cell in run_module.cells_of(prepared)}
     steps = {label: of["equal_time_steps"] for label, of in wanted.items()}
     # 15 s, the middle of the two that did not fail at first.
     assert steps == {f"{model},seed={seed}": round(15 / (seconds[model] / 20)) for seed in (1, 2) for model in settings.models}
@@ -234,7 +279,7 @@ def test_models_that_had_failed_and_further_seeds_are_given_the_time_of_the_firs
 def test_what_would_end_a_study_later_is_refused_before_it_begins(changes, message, tmp_path):
     settings = StudySettings(**{"name": "a", "run": {"training": {"steps": 3}}, **changes})
     with pytest.raises(ValueError, match=message):
-        run_module.prepare(settings, tmp_path)
+        prepare(settings, tmp_path)
 
 
 @pytest.mark.usefixtures("drawn")

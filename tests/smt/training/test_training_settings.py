@@ -1,5 +1,6 @@
 """A run's settings are checked and written down; its clock says how far it is."""
 
+import itertools
 from dataclasses import fields
 
 import pytest
@@ -191,6 +192,33 @@ class TestClock:
         clock = Clock(TrainingConfig(minutes=2), 0.0, now=lambda: now)
         clock.reserve, now = 1000.0, 30.0
         assert clock.progress == 0.5
+
+    @pytest.mark.parametrize(("seconds", "evaluated_at"), [(20.0, [0.5]), (40.0, [])], ids=["short", "long"])
+    def test_evaluations_neither_end_a_run_nor_move_its_learning_rate(self, seconds, evaluated_at):
+        """120 seconds, of which one evaluation at the end and, where there is time for it, one in the middle take some."""
+        now, evaluated, shares = 0.0, [], [0.0]
+        clock = Clock(TrainingConfig(minutes=2, evaluations=2), 0.0, now=lambda: now)
+        clock.evaluation = clock.reserve = seconds
+        while clock.progress < 1:
+            now += 1.0
+            shares.append(clock.progress)
+            if not evaluated and clock.progress >= 0.5 and clock.has_time_to_evaluate:
+                with clock.evaluating():
+                    now += seconds
+                evaluated.append(clock.progress)
+        assert evaluated == evaluated_at
+        assert now + seconds == 120.0
+        assert all(later - earlier == pytest.approx(shares[1]) for earlier, later in itertools.pairwise(shares))
+
+    def test_a_run_that_goes_on_has_the_evaluations_left_that_it_had(self):
+        now = 0.0
+        clock, later = (Clock(TrainingConfig(minutes=2, evaluations=3), 0.0, now=lambda: now) for _ in range(2))
+        with clock.evaluating():
+            now += 10.0
+        now += 30.0
+        later.load_state_dict(clock.state_dict())
+        clock.evaluation = later.evaluation = 5.0
+        assert clock.progress == later.progress == 30.0 / (120.0 - 10.0 - 5.0)
 
     def test_without_time_left_a_run_is_over_at_once(self):
         assert Clock(TrainingConfig(minutes=1), 0.0, now=lambda: 61.0).progress == 1.0

@@ -1,0 +1,110 @@
+"""Which learning rate suits each model of a study: stage 1 at each, with a seed that is not compared; ``main`` runs one.
+
+    <study>/learning_rates/<model>,learning_rate=<rate>/cell.yaml, training/, training.json
+
+What is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from smt.data.tokenized import tokenize_corpus
+from smt.experiments import cell as any_cell
+from smt.experiments.run import attempt_apart
+from smt.runtime.device import find_device
+from smt.runtime.files import finite, read_json, read_yaml, text_writer, write_files
+from smt.runtime.process import keep_freed_memory
+from smt.study.cell import CELL_FILE, TRAINING, load, losses_of, measured_file
+from smt.study.prepared import Prepared
+from smt.study.settings import CARRIED
+from smt.training.run import run_in
+from smt.training.run_files import has_finished
+from smt.training.settings import RunConfig
+
+TRIAL_MODULE = "smt.study.rates"
+FOLDER = "learning_rates"
+
+
+def main(folder: str) -> int:
+    """``smt.experiments.cell.main`` for such a run."""
+    keep_freed_memory()
+    return any_cell.main(folder, work)
+
+
+def work(folder: Path) -> None:
+    """Train, and measure the held-out loss."""
+    config = RunConfig.from_dict(read_yaml(folder / CELL_FILE))
+    run = folder / TRAINING
+    if not has_finished(run):
+        run_in(run, config)
+    measured = losses_of(load(run, config), config.data, tokenize_corpus(config.data, config.model.vocab_size), run)
+    content = json.dumps(finite(measured), indent=2, allow_nan=False) + "\n"
+    write_files({measured_file(folder, TRAINING): text_writer(content)})
+
+
+def chosen_rates(prepared: Prepared, tell: Callable[[str], None]) -> dict[str, float]:
+    """Of each model, the rate of ``learning_rates`` with the lowest held-out loss; nothing where the study tries none.
+
+    Speed is no matter here, so on a CPU as many runs go on at once as there are cores. A rate at which training fails is
+    none to choose.
+
+    Raises:
+        ValueError: a folder holds a run of another study, or every rate of a model has failed.
+    """
+    there = {folder: yaml.safe_load(yaml.safe_dump(run.to_dict())) for folder, run in _trials(prepared).items()}
+    for folder, wanted in there.items():
+        path = folder / CELL_FILE
+        if path.is_file() and read_yaml(path) != wanted:
+            raise ValueError(f"{folder} is of another study; give this one another --out or name, or remove that folder")
+    waiting = {folder: wanted for folder, wanted in there.items() if not measured_file(folder, TRAINING).is_file()}
+    for folder, wanted in waiting.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files({folder / CELL_FILE: text_writer(yaml.safe_dump(wanted, sort_keys=False))})
+    if waiting:
+        tell(f"{len(waiting)} of {len(there)} runs to choose learning rates by begin in {prepared.folder / FOLDER}")
+    device = find_device(prepared.first_stage.training.device)
+    jobs = (os.cpu_count() or 1) if device.type == "cpu" else 1
+    for folder, error in attempt_apart(waiting, jobs, TRIAL_MODULE):
+        tell(f"{folder.name}: " + ("finished" if error is None else f"failed: {error}"))
+    chosen = {}
+    for model, losses in tried_rates(prepared).items():
+        if not losses:
+            raise ValueError(f"no learning rate of {model} came to an end in {prepared.folder / FOLDER}")
+        chosen[model] = min(losses, key=losses.__getitem__)
+    return chosen
+
+
+def tried_rates(prepared: Prepared) -> dict[str, dict[float, float]]:
+    """Of each model, held-out losses by learning rate, of the runs that have come to an end; nothing where none are tried.
+
+    As a model is trained, it is read: ``smt_carried`` with its memory carried, all others with every piece read anew.
+    """
+    settings = prepared.settings
+    if not settings.learning_rates:
+        return {}
+    tried: dict[str, dict[float, float]] = {model: {} for model in settings.models}
+    for model in settings.models:
+        for rate in settings.learning_rates:
+            path = measured_file(_folder(prepared, model, rate), TRAINING)
+            if path.is_file():
+                tried[model][rate] = read_json(path)["carried" if model == CARRIED else "held_out"]["loss"]
+    return tried
+
+
+def _trials(prepared: Prepared) -> dict[Path, RunConfig]:
+    settings = prepared.settings
+    return {
+        _folder(prepared, model, rate): prepared.training_of(model, settings.learning_rate_seed, rate)
+        for model in settings.models
+        for rate in settings.learning_rates
+    }
+
+
+def _folder(prepared: Prepared, model: str, rate: float) -> Path:
+    return prepared.folder / FOLDER / f"{model},learning_rate={rate:g}"
