@@ -40,6 +40,7 @@ def test_the_command_writes_a_checkpoint_and_prints_its_report(gpt2, mamba, tmp_
     ("arguments", "message"),
     [
         ([], "convert needs a source: gpt2, mamba or both"),
+        (["--gpt2", "GPT2", "--match_scale"], "match_scale gives the output of a mamba another scale, got it without one"),
         (["--gpt2", "GPT2", "--set", "stride"], "--set takes FIELD=VALUE, got 'stride'"),
         (["--gpt2", "GPT2", "--set", "strid=2"], "SMTConfig has no field 'strid'; did you mean 'stride'?"),
         (["--gpt2", "GPT2", "--set", "stride=two"], "stride must be of type int, got 'two'"),
@@ -53,7 +54,7 @@ def test_the_command_writes_a_checkpoint_and_prints_its_report(gpt2, mamba, tmp_
         (["--gpt2", "GPT2", "--out", "GPT2"], "out must be a new or an empty folder"),
     ],
     ids=[
-        *("no-source", "set", "field", "type", "width", "layers", "vocabulary", "embedding", "folder", "kind"),
+        *("no-source", "scale", "set", "field", "type", "width", "layers", "vocabulary", "embedding", "folder", "kind"),
         *("config", "out"),
     ],
 )
