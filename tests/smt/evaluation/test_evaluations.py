@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
-from smt.data.documents import Document
+from smt.data.documents import Document, hold_out
 from smt.data.recall import RecallTask, read_recall, words
 from smt.data.settings import DataConfig
 from smt.data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from smt.evaluation.report import Report
 from smt.evaluation.run import EvaluationConfig, EvaluationRun
 from smt.evaluation.scorer import TokenScores
 from smt.evaluation.statistics import Estimate, mean_difference, mean_of, mean_per_count, t_quantile, t_within
+from smt.evaluation.text import held_out_text
 
 TASK = RecallTask(keys=6, values=5, fillers=4, pairs=2, length=90, longest=20, spacing=10, documents=6)
 
@@ -283,6 +284,14 @@ def test_no_question_of_recall_is_of_a_document_to_train_on_or_to_choose_by_and_
     recall(reader, tokenizer, TASK, [10, 40], n_documents=4)
     assert len(set(asked)) == 8
     assert set(asked).isdisjoint(document.text for split in (corpus.train, corpus.validation) for document in split)
+
+
+def test_the_first_held_out_documents_are_evaluated_where_a_number_is_given():
+    corpus = hold_out("here", lambda skipped: (Document(f"{index}", f"text {index}") for index in range(100)))
+    tokenizer = Tokenizer.train(corpus.train, 260)
+    every, two = held_out_text(corpus, tokenizer), held_out_text(corpus, tokenizer, 2)
+    assert two.names == every.names[:2] != every.names and two.n_targets == sum(len(d) - 1 for d in every.documents[:2])
+    assert two.n_bytes == sum(len(document.text) for document in [*corpus.validation][:2])
 
 
 def test_recall_asks_within_the_window_and_at_multiples_of_its_length():
