@@ -219,8 +219,9 @@ def test_a_seed_for_which_the_machine_was_slow_says_little_of_equal_time(made, t
     monkeypatch.setattr(run_module, "attempt_apart", by(trains))
     prepared = run_module.prepare(settings, tmp_path)
     run_module.run_study(prepared, lambda line: None)
-    asked = [yaml.safe_load((cell.folder / "cell.yaml").read_text())["equal_time_steps"] for cell in prepared.cells]
-    assert [steps for steps in asked if steps is not None] == [20, 20]
+    asked = [yaml.safe_load((cell.folder / "cell.yaml").read_text()) for cell in prepared.cells]
+    assert [of["equal_time_steps"] for of in asked if of["equal_time_steps"] is not None] == [20, 20]
+    assert [of["run"]["training"]["seed"] for of in asked] == [1, 1, 2, 2, 3, 3]
 
 
 def test_models_that_had_failed_and_further_seeds_are_given_the_time_of_the_first(made, tmp_path, monkeypatch):

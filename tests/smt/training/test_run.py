@@ -128,6 +128,7 @@ class TestRun:
         monkeypatch.setattr(module, "evaluate", evaluation)
         outcome = run(run_config(tmp_path, steps=6, evaluations=3, sample_tokens=0), tmp_path / "out")
         assert outcome.results["best_step"] == 4 and outcome.results["best_val_loss"] == 2.0
+        assert outcome.results["final_val_loss"] == outcome.evaluation.loss == 4.0
         kept = load_file(outcome.folder / "model.safetensors")
         assert all(torch.equal(kept[name], tensor) for name, tensor in weights[1].items())
 

@@ -203,6 +203,15 @@ class TestLoop:
         done.add(8, 8, 8)
         assert done.tokens_per_second == 8.0
 
+    def test_the_training_loss_on_record_is_that_of_the_targets_of_the_latest_ten_steps(self):
+        done = Progress()
+        for step in range(1, 22):
+            done.tell(step, nats=float(step * step), n_targets=step)
+        assert done.history.train_steps == [1, 10, 20]
+        squares, steps = [sum(n**power for n in range(11, 21)) for power in (2, 1)]
+        assert done.history.train_loss == pytest.approx([1.0, 385 / 55, squares / steps])
+        assert done.loss == pytest.approx((squares - 11**2 + 21**2) / (steps - 11 + 21))
+
     def test_one_slow_step_does_not_change_what_the_rest_is_expected_to_take(self):
         done = Progress()
         for seconds in (60.0, 1.0, 2.0, 90.0, 1.0, 1.0):
