@@ -308,6 +308,13 @@ class TestSecondStage:
         assert (training.learning_rate, training.weight_decay, training.orpo_lambda) == (1e-4, 0.01, 0.1)
         assert training.warmup * training.steps == 100 and config.experiment == "orpo"
 
+    def test_pairs_are_never_those_of_the_run_before(self, first_stages, tmp_path):
+        config = second(first_stages["smt"], "p.jsonl")
+        config.to_yaml(tmp_path / "config.yaml")
+        with pytest.raises(ValueError, match="pairs must be given for stage 'orpo', got None"):
+            staged("orpo", {"init_from": f"checkpoint={tmp_path}"})
+        assert staged("orpo", {"init_from": f"checkpoint={tmp_path}", "pairs": "q.jsonl"}).data.pairs == "q.jsonl"
+
     def test_a_checkpoint_that_is_not_there_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=f"there is no {tmp_path}/none/config.yaml"):
             staged("orpo", {"init_from": f"checkpoint={tmp_path}/none", "pairs": "p.jsonl"})
