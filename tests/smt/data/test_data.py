@@ -129,6 +129,8 @@ class TestLocalText:
         (tmp_path / "c.jsonl").write_text("\n\n".join(lines))
         (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
         (tmp_path / ".hidden").write_text("hidden")
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git" / "config").write_text("hidden")
         found = {document.name: document.text for document in both(read_text(tmp_path))}
         assert found == {
             "a.txt": "Größe", "sub/b.txt.gz": "packed",

@@ -132,6 +132,24 @@ class TestRun:
         kept = load_file(outcome.folder / "model.safetensors")
         assert all(torch.equal(kept[name], tensor) for name, tensor in weights[1].items())
 
+    def test_the_time_that_is_kept_is_that_of_an_evaluation_and_of_the_sample(self, tmp_path, monkeypatch):
+        reserves = []
+
+        def train(trainer, evaluate, *, on_step, **named):
+            trainer.progress.pace = [0.5]  # seconds per token
+            for measured in (False, True):
+                if measured:
+                    evaluation = evaluate()
+                on_step()
+                reserves.append(trainer.clock.reserve)
+            return evaluation
+
+        monkeypatch.setattr(Trainer, "train", train)
+        evaluation = run(run_config(tmp_path, sample_tokens=7), tmp_path / "out").evaluation
+        kept = run_module.SAMPLE_COST * 0.5 * 7 + run_module.CLOSING_SECONDS
+        assert reserves[0] == pytest.approx(1.1 * run_module.EVALUATION_COST * 0.5 * evaluation.n_targets + kept)
+        assert kept < reserves[1] < reserves[0] - 1
+
     def test_evaluations_have_sizes_of_their_own(self, tmp_path, monkeypatch):
         seen = []
 
