@@ -344,6 +344,22 @@ class TestPairsOfACorpus:
         read = read_pairs(tmp_path / "pairs.jsonl", text.tokenizer, 8)
         assert sorted([*read.train, *read.held_out]) == sorted(pairs) and not read.left_out
 
+    def test_every_piece_of_every_document_is_drawn_once_where_all_are(self, text):
+        class Elsewhere(torch.nn.Module):
+            """Goes on with a token that no text has."""
+
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.zeros(1))
+
+            def generate(self, ids, n_tokens, **options):
+                return torch.cat([ids, ids.new_full((len(ids), n_tokens), 999)], dim=1)
+
+        every = [tokens[start : start + 9].tolist() for tokens in text.train for start in range(len(tokens) - 8)]
+        pairs = corpus_pairs(Elsewhere(), text.train, len(every), prompt_length=5, completion_length=4)
+        assert sorted(pair.prompt + pair.chosen for pair in pairs) == sorted(every)
+        assert all(pair.rejected == [999] * 4 for pair in pairs)
+
     def test_a_temperature_of_0_gives_the_models_likeliest_continuation(self, first_stages, text):
         model = fresh_model(RunConfig.from_yaml(first_stages["smt"] / "config.yaml")).eval()
         pairs = corpus_pairs(model, text.train, 4, prompt_length=5, completion_length=4, temperature=0.0)
