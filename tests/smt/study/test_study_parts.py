@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.cli import main
 from smt.data.settings import DataConfig
 from smt.data.shakespeare import VALIDATION_PLAYS, WHEEL, read_plays
 from smt.hymba import ArchType, HymbaConfig
@@ -38,6 +39,24 @@ def test_packaged_studies_compare_models_of_as_many_parameters(name, quick):
     assert all(count(model.architecture, model.config) == model.parameters for model in sized.values())
     layouts = [model.config.layout for model in sized.values() if model.architecture == "hymba"]
     assert layouts == [layout.value for layout in ArchType]
+
+
+def test_the_command_takes_a_file_its_short_form_and_other_seeds(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text("{n_pairs: 9, seeds: [4], quick: {n_pairs: 3}}")
+    asked = []
+
+    def prepare(settings, out):
+        asked.append((settings.name, settings.n_pairs, settings.seeds, out))
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("smt.study.run.prepare", prepare)
+    for options in ([], ["--quick"], ["--quick", "--seeds", "1,2", "--out", "there"]):
+        assert main(["study", "--config", str(tmp_path / "mine.yaml"), *options]) == 1
+    assert asked == [
+        ("mine", 9, (4,), "results"), ("mine_quick", 3, (4,), "results"), ("mine_quick", 3, (1, 2), "there")
+    ]  # fmt: skip
+    assert main(["study", "--seeds", "1,b"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "smt: error: --seeds takes numbers with commas between them, got '1,b'"
 
 
 @pytest.mark.parametrize(
