@@ -55,6 +55,8 @@ def convert(
     given = {kind: source for kind, source in (("gpt2", gpt2), ("mamba", mamba)) if source is not None}
     if not given:
         raise ValueError("convert needs a source: gpt2, mamba or both")
+    if match_scale and mamba is None:
+        raise ValueError("match_scale gives the output of a mamba another scale, got it without one")
     embedding = next(iter(given)) if embedding is None else embedding
     if embedding not in (*given, "none"):
         raise ValueError(f"embedding must be one of {', '.join((*given, 'none'))}, got {embedding!r}")

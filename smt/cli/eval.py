@@ -31,6 +31,8 @@ def run(options: argparse.Namespace, started: float) -> int:
     """Evaluate, and print the table."""
     if options.run is None and options.hf is None:
         raise ValueError("smt eval needs a run's folder or --hf NAME")
+    if options.hf is None and options.context is not None:
+        raise ValueError(f"--context is what the model of --hf sees at most, got it without: {options.context}")
     out = options.out or options.run
     if out is None:
         raise ValueError("smt eval --hf needs --out FOLDER for its files")

@@ -82,6 +82,11 @@ def report_study(study: Study, outcomes: Sequence[CellOutcome], control: str | N
         notes.append(f"no loss by position{' and no differences to a control' if controls else ''}: {why_not}")
     else:
         plots[POSITION_FILE] = partial(_plot_positions, scores, finished)
+        if any(outcome.cell.config.data.source == "recall" for outcome in finished):
+            notes.append(
+                f"loss by position{' and differences' if controls else ''} count every word; "
+                "perplexity and bits per byte are of the answers, which models trained on recall have learned"
+            )
         differences = {
             label: paired_difference(score, scores[controls[label]])
             for label, score in scores.items()

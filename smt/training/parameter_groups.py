@@ -23,6 +23,9 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
 
     Returns:
         groups with ``params``, ``lr``, ``weight_decay``, and for us the ``part`` and its ``peak`` learning rate.
+
+    Raises:
+        ValueError: every part is frozen.
     """
     groups = []
     for name, part in model.parts().items():
@@ -33,6 +36,8 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
         for parameters, weight_decay in zip(_split(part), (training.weight_decay, 0.0), strict=True):
             if parameters:
                 groups.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay, "part": name})
+    if not groups:
+        raise ValueError(f"freeze must leave a part of the model to train, got all of {', '.join(model.parts())}")
     return groups
 
 

@@ -339,11 +339,20 @@ def parts_of(architecture: str) -> dict[str, type]:
 
 
 def _give_way(data: dict[str, Any], training: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Take out of the fields of a file what one that is ``given`` stands in place of: another text, or another bound."""
+    """Take out of the fields of a file what one that is ``given`` stands in place of: another text, or another bound.
+
+    Raises:
+        ValueError: two texts are given, of which one would not be read.
+    """
     if "text" not in given and given.get("source", "text") != "text":
         data.pop("text", None)
     elif given.get("text") is not None and given.get("source", "text") != "text":
         raise ValueError(f"text is what the source 'text' reads, got it and source = {given['source']!r}")
+    for name in ("source", "text"):
+        if given.get("dataset") is not None and given.get(name) is not None and given[name] not in READ_A_DATASET:
+            raise ValueError(
+                f"dataset is what the sources {', '.join(READ_A_DATASET)} read, got it and {name} = {given[name]!r}"
+            )
     if given.get("dataset") is not None and not {"source", "text"} & given.keys():
         data.pop("text", None)
         if data.get("source", DataConfig.source) not in READ_A_DATASET:

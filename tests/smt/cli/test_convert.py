@@ -3,7 +3,7 @@
 import pytest
 from pretrained_folders import WINDOW, gpt2_folder, mamba_folder
 
-from smt import StrideMemoryTransformer
+from smt import SMTConfig, StrideMemoryTransformer
 from smt.cli import main
 
 FLAGS = [f"--set={name}={value}" for name, value in WINDOW.items()]
@@ -36,10 +36,30 @@ def test_the_command_writes_a_checkpoint_and_prints_its_report(gpt2, mamba, tmp_
     assert StrideMemoryTransformer.from_pretrained(out).config.stride == 2
 
 
+def test_every_option_reaches_the_conversion(tmp_path, monkeypatch):
+    asked = []
+
+    def converted(out, **options):
+        asked.append({"out": out, **options})
+        return SMTConfig(), "a report"
+
+    monkeypatch.setattr("smt.cli.conversion.convert", converted)
+    switches = ["--match_scale", "--first_layers", "--embedding", "mamba", "--seed", "7", "--config", "c.yaml"]
+    assert main(["convert", "--gpt2", "g", "--mamba", "m", "--out", "o", "--set", "stride=3", *switches]) == 0
+    assert main(["convert", "--mamba", "m", "--out", "o"]) == 0
+    named = {"out": "o", "gpt2": "g", "mamba": "m", "config": "c.yaml", "fields": {"stride": "3"}, "embedding": "mamba"}
+    plain = {"out": "o", "gpt2": None, "mamba": "m", "config": None, "fields": {}, "embedding": None}
+    assert asked == [
+        {**named, "match_scale": True, "first_layers": True, "seed": 7},
+        {**plain, "match_scale": False, "first_layers": False, "seed": 42},
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "convert needs a source: gpt2, mamba or both"),
+        (["--gpt2", "GPT2", "--match_scale"], "match_scale gives the output of a mamba another scale, got it without one"),
         (["--gpt2", "GPT2", "--set", "stride"], "--set takes FIELD=VALUE, got 'stride'"),
         (["--gpt2", "GPT2", "--set", "strid=2"], "SMTConfig has no field 'strid'; did you mean 'stride'?"),
         (["--gpt2", "GPT2", "--set", "stride=two"], "stride must be of type int, got 'two'"),
@@ -53,7 +73,7 @@ def test_the_command_writes_a_checkpoint_and_prints_its_report(gpt2, mamba, tmp_
         (["--gpt2", "GPT2", "--out", "GPT2"], "out must be a new or an empty folder"),
     ],
     ids=[
-        *("no-source", "set", "field", "type", "width", "layers", "vocabulary", "embedding", "folder", "kind"),
+        *("no-source", "scale", "set", "field", "type", "width", "layers", "vocabulary", "embedding", "folder", "kind"),
         *("config", "out"),
     ],
 )

@@ -15,6 +15,7 @@ from smt.data.documents import Document, hash_documents
 from smt.data.local import read_text
 from smt.data.tokenizer import Tokenizer
 from smt.evaluation import run as run_module
+from smt.evaluation.recall import Recall
 from smt.evaluation.run import TASKS
 
 SIZES = dict(
@@ -86,6 +87,22 @@ def test_the_text_is_tokenised_once_for_all_tasks_of_a_model_and_its_control(fol
     assert len(made) == 1
 
 
+def test_how_much_is_evaluated_is_as_the_options_say(folders, tmp_path, monkeypatch):
+    asked, grid, recalled = [], run_module.needle_in_haystack, []
+    monkeypatch.setattr(run_module, "usual_lengths", lambda size, available: (size,))
+    monkeypatch.setattr(
+        run_module, "needle_in_haystack", lambda *given, **options: asked.append(options) or grid(*given, **options)
+    )
+    monkeypatch.setattr(run_module, "recall", lambda *given, **options: recalled.append(options) or Recall(0.5, ()))
+    arguments = [str(folders / "ours"), "--data", str(folders / "text"), "--out", str(tmp_path), "--device", "cpu"]
+    options = ["--tasks", "needle,recall", "--documents", "1", "--trials", "3", "--seed", "5"]
+    assert main(["eval", *arguments, *options]) == 0
+    assert asked and all((given["n_trials"], given["seed"]) == (3, 5) for given in asked)
+    assert recalled and all(given["n_documents"] == 4 * 3 for given in recalled)
+    settings = json.loads((tmp_path / "evaluation.json").read_text())["evaluation"]
+    assert settings == {"tasks": ["needle", "recall"], "documents": 1, "trials": 3, "seed": 5}
+
+
 def test_what_was_measured_is_printed_and_kept_whatever_becomes_of_plots_and_later_tasks(
     folders, tmp_path, capsys, monkeypatch
 ):
@@ -137,9 +154,13 @@ def test_it_is_said_when_the_held_out_text_of_the_run_has_changed(folders, tmp_p
         (["--hf", "{gpt2}"], "smt eval --hf needs --out FOLDER for its files"),
         (["--hf", "{gpt2}", "--out", "out"], "smt eval needs --data"),
         (["--hf", "{gpt2}", "--out", "out", "--data", "{text}", "--context", "99"], "context must lie in 2..64"),
+        (["{ours}", "--data", "{text}", "--context", "16"], "--context is what the model of --hf sees at most, got it without"),
         (["{text}", "--data", "{text}"], "there is no "),
     ],
-    ids=["nothing", "no-run", "task", "data", "no-data", "documents", "no-out", "hf-no-data", "context", "no-checkpoint"],
+    ids=[
+        *("nothing", "no-run", "task", "data", "no-data", "documents", "no-out", "hf-no-data", "context"),
+        *("context-of-none", "no-checkpoint"),
+    ],
 )
 def test_errors_are_one_line_without_a_traceback(folders, arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

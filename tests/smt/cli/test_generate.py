@@ -74,6 +74,12 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(folder, capsys):
     assert drawn("1") == drawn("1") != drawn("2")
 
 
+@pytest.mark.parametrize("bound", [("--top_k", "1"), ("--top_p", "1e-6")], ids=["k", "p"])
+def test_a_bound_that_leaves_the_likeliest_token_alone_is_greedy(bound, folder, capsys):
+    assert generate(folder, "--prompt", "the cat", "--temperature", "5", *bound) == 0
+    assert capsys.readouterr().out == greedy(folder, "the cat") + "\n"
+
+
 def test_a_prompt_comes_from_a_file_or_from_standard_input(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompt.txt").write_text("the cat")
     assert generate(folder, "--file", str(tmp_path / "prompt.txt"), "--greedy") == 0

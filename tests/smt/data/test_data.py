@@ -11,7 +11,7 @@ import pytest
 from splits import in_memory
 
 from smt.data import shakespeare
-from smt.data.documents import Document, LeftOut, hash_documents, hold_out
+from smt.data.documents import HELD_OUT_EVERY, Document, LeftOut, hash_documents, held_out_below, hold_out
 from smt.data.local import read_text
 from smt.data.settings import DataConfig
 from smt.data.shakespeare import PLAYS, TEST_PLAYS, VALIDATION_PLAYS, WHEEL, read_plays
@@ -80,6 +80,12 @@ class TestHoldOut:
     def test_about_one_in_twenty_is_held_out(self):
         assert 60 < len(list(self.of(2000).validation)) < 140
 
+    def test_one_in_twenty_ranks_is_held_out_but_one_at_least_and_never_all(self):
+        usual = 2**64 // HELD_OUT_EVERY
+        assert held_out_below(5, 2**63) == usual
+        assert held_out_below(usual, 2**63) == usual + 1 and held_out_below(2**62, 2**63) == 2**62 + 1
+        assert held_out_below(5, 7) == 7
+
     def test_other_documents_do_not_change_the_split_of_one(self):
         few, many = (set(names(self.of(n_documents).validation)) for n_documents in (500, 1000))
         assert few == {name for name in many if int(name) < 500}
@@ -89,6 +95,16 @@ class TestHoldOut:
         (train,), (validation,) = corpus.train, corpus.validation
         assert train.text + validation.text == "0123456789" * 10
         assert len(validation.text) == 5
+
+    def test_beside_a_single_document_what_is_left_out_is_counted_once(self):
+        def read(skipped):
+            skipped.note("empty", "b")
+            yield Document("a", "0123456789" * 10)
+
+        corpus, skipped = hold_out("here", read), LeftOut()
+        for split in (corpus.train, corpus.validation):
+            list(split.read(skipped))
+        assert skipped == {"empty": 1} and skipped.names == {"empty": ["b"]}
 
     def test_a_single_document_that_names_its_targets_is_not_cut(self):
         with pytest.raises(ValueError, match="more than one document where they name their targets, here is one"):
@@ -113,6 +129,8 @@ class TestLocalText:
         (tmp_path / "c.jsonl").write_text("\n\n".join(lines))
         (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
         (tmp_path / ".hidden").write_text("hidden")
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git" / "config").write_text("hidden")
         found = {document.name: document.text for document in both(read_text(tmp_path))}
         assert found == {
             "a.txt": "Größe", "sub/b.txt.gz": "packed",

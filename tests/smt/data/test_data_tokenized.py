@@ -117,3 +117,21 @@ def test_splits_that_a_source_has_are_all_tokenised(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenized, "read_corpus", lambda settings: tokenized.Corpus("three", *splits))
     corpus = tokenize_corpus(DataConfig(cache=str(tmp_path)), 280)
     assert corpus.test.n_bytes == [4] and "; for a test 1 documents" in corpus.describe()
+
+
+def test_a_tokenizer_is_trained_on_training_documents_alone(tmp_path, monkeypatch):
+    splits = [in_memory(documents([f"{word} " * 50])) for word in ("train", "hidden", "unseen")]
+    monkeypatch.setattr(tokenized, "read_corpus", lambda settings: tokenized.Corpus("three", *splits))
+    tokenizer = tokenize_corpus(DataConfig(cache=str(tmp_path)), 300).tokenizer
+    sizes = [len(tokenizer.encode(word)) for word in ("train", "hidden", "unseen")]
+    assert sizes == [1, 6, 6]
+
+
+def test_one_cache_keeps_tokenizers_of_all_sizes_and_kinds_apart(texts, tmp_path):
+    asked = [("bpe", 260), ("bpe", 258), ("unigram", 258)]
+    of_cache = {"text": str(texts), "cache": str(tmp_path / "cache")}
+    found = [tokenize_corpus(DataConfig(tokenizer=kind, **of_cache), size) for kind, size in asked]
+    assert [corpus.tokenizer.vocab_size for corpus in found[:2]] == [260, 258]
+    assert len({corpus.tokenizer.hash for corpus in found}) == len({corpus.train.folder for corpus in found}) == 3
+    again = tokenize_corpus(DataConfig(**of_cache), 260)
+    assert again.tokenizer.hash == found[0].tokenizer.hash

@@ -89,10 +89,22 @@ class TestTokenizer:
             single="[CLS] $A </s>", special_tokens=[("[CLS]", 1), ("</s>", 2)]
         )
         backend.enable_truncation(2)
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path)
+        backend.enable_padding(length=9)
+        backend.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
         tokenizer = Tokenizer.pretrained(tmp_path)
         assert tokenizer.end_of_document == 2
         assert tokenizer.encode("hello hello hello world").tolist() == [3, 3, 3, 0]
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path)
+        assert Tokenizer.pretrained(tmp_path).encode("hello hello hello world").tolist() == [3, 3, 3, 0]
+
+    def test_the_vocabulary_of_a_tokenizer_with_gaps_has_room_for_its_last_token(self, tmp_path):
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models
+
+        Backend(models.WordLevel({"</s>": 0, "far": 9}, unk_token="</s>")).save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+        assert Tokenizer.pretrained(tmp_path).vocab_size == 10
 
     def test_a_folder_with_a_model_and_no_tokenizer_is_refused(self, tmp_path):
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -192,13 +204,16 @@ class TestStore:
         assert [tokens.tolist() for tokens in store] == encoded
         assert store.names == ["0", "1", "2"] and store.n_bytes == [len(text.encode()) for text in TEXTS]
         assert store.lengths == list(map(len, encoded)) and store.n_targets == sum(store.lengths) - 3
+        for index in (-1, 3):
+            with pytest.raises(IndexError, match=rf"document must lie in 0\.\.2, got {index}"):
+                store[index]
 
     def test_documents_that_name_their_targets_have_them_counted_and_others_all_but_the_first(self, tokenizer, tmp_path):
-        named = Document("named", "some text", ((4, 9),))
+        named = Document("named", "some Größe", ((4, 9),))
         (_, _, counted), (_, tokens, _) = tokenizer.encode_documents([named, *documents(["whole"])])
         store = tokenise(in_memory([named, *documents(["whole"])]), tokenizer, tmp_path)
         assert [flags.tolist() for flags in store.counted] == [counted, [False] + [True] * (len(tokens) - 1)]
-        assert store.n_bytes == [5, 5] and store.n_targets == sum(counted) + len(tokens) - 1
+        assert store.n_bytes == [7, 5] and store.n_targets == sum(counted) + len(tokens) - 1
         whole = tokenise(in_memory(documents()), tokenizer, tmp_path)
         assert whole.counted is None and not (whole.folder / store_module.COUNTED_FILE).exists()
         (store.folder / store_module.COUNTED_FILE).write_bytes(b"")

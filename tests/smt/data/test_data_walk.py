@@ -150,6 +150,18 @@ class TestOrder:
         spread = [(batch.valid.sum(1).max() - batch.valid.sum(1).min()).item() for batch in batches]
         assert len(spread) == 100 and max(spread) < 32
 
+    def test_rows_that_begin_together_are_of_similar_length_where_the_rows_do_not_divide_the_documents(self):
+        """Neither a group that is not full nor the next epoch shifts the groups behind it."""
+        batches = list(DocumentWalk(numbered(range(2, 404)), batch_size=4, length=1000, epochs=2, together=True))
+        spread = [(steps.max() - steps.min()).item() for b in batches for steps in [b.valid[b.reading].sum(1)]]
+        assert len(batches) == 2 * 101 and max(spread) < 32
+        assert [index for index, batch in enumerate(batches) if not batch.reading.all()] == [100, 201]
+
+    def test_other_documents_are_read_together_in_every_epoch(self):
+        batches = list(DocumentWalk(numbered([9] * 40), batch_size=4, length=8, epochs=2, together=True))
+        groups = [frozenset(batch.documents.tolist()) for batch in batches]
+        assert len(groups) == 20 and len(set(groups)) > 15
+
     def test_lanes_take_turns(self):
         lanes = [
             batch.lane for _, batch in zip(range(12), DocumentWalk(numbered(), batch_size=2, length=5, lanes=3), strict=False)
@@ -197,8 +209,13 @@ class TestResuming:
             ({"seed": 1}, "a walk with seed = 0, this one has 1"),
             ({"batch_size": 4}, "a walk with rows_of_all_processes = 3, this one has 4"),
             ({"documents": numbered(LENGTHS[:-1])}, "a walk with n_documents = 10, this one has 9"),
+            ({"documents": numbered((*LENGTHS[:-1], 99))}, "a walk with n_steps = 245, this one has 244"),
+            ({"lanes": 2}, "a walk with lanes = 1, this one has 2"),
+            ({"epochs": 2}, "a walk with epochs = None, this one has 2"),
+            ({"shuffle": False}, "a walk with shuffle = True, this one has False"),
+            ({"together": True}, "a walk with together = False, this one has True"),
         ],
-        ids=["length", "seed", "rows", "documents"],
+        ids=["length", "seed", "rows", "documents", "steps", "lanes", "epochs", "shuffle", "together"],
     )
     def test_the_state_of_another_walk_is_refused(self, other, message):
         saved = DocumentWalk(numbered(), batch_size=3, length=5).state_dict()

@@ -153,3 +153,18 @@ def test_a_walk_goes_on_where_another_stood_and_ranks_share_a_batch():
     halves = [drawn(rank, 4) for rank in ranks]
     rest = [token for start in range(0, 8, 2) for half in halves for token in half[start : start + 2]]
     assert first + rest == whole
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"pairs": PAIRS[:-1]}, "a walk with hash_of_pairs = "),
+        ({"batch_size": 3}, "a walk with pairs_of_all_processes = 2, this one has 3"),
+        ({"seed": 1}, "a walk with seed = 0, this one has 1"),
+    ],
+    ids=["pairs", "size", "seed"],
+)
+def test_the_state_of_another_walk_is_refused(other, message):
+    options = {"pairs": PAIRS, "batch_size": 2, **other}
+    with pytest.raises(ValueError, match=message):
+        PairWalk(**options).load_state_dict(PairWalk(PAIRS, batch_size=2).state_dict())

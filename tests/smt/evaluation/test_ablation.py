@@ -121,6 +121,9 @@ def test_losses_of_all_spans_add_up_to_the_scores_of_each_variant(encoding):
     assert results["whole"].all.nats * results["whole"].all.n_tokens == pytest.approx(nats(whole))
     fresh = SMTScorer(without_writes(model)).score(documents())
     assert results["no writes"].all.nats * results["no writes"].all.n_tokens == pytest.approx(nats(fresh))
+    # Of 39, 30 and 11 targets of documents: those with 1 to 6 tokens before them, 7 to 12, and more.
+    counts = [results["whole"].window.n_tokens, results["whole"].slots.n_tokens, results["whole"].beyond.n_tokens]
+    assert counts == [3 * 6, 2 * 6 + 5, 27 + 18]
     assert results[f"frozen after {REACH}"].window == results["whole"].window
     assert results[f"frozen after {REACH}"].beyond.nats != pytest.approx(results["whole"].beyond.nats)
 

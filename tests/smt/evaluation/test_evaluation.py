@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.data.pairs import Pair
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
-from smt.training.objective import ChunkLoss
+from smt.evaluation.pooling import pooling_weights
+from smt.evaluation.preference import evaluate_pairs
+from smt.evaluation.scorer import SMTScorer
+from smt.training.objective import ChunkLoss, PairLogProbabilities
 
 SIZES = dict(
     vocab_size=40, d_model=16, d_k=8, dropout=0.0, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,
@@ -63,6 +67,24 @@ def test_forgetting_the_state_between_chunks_would_be_noticed(model):
     forgotten = evaluate(ChunkLoss(model), walk(pieces, batch_size=1, length=7), n_bytes=1)
     assert carried.n_targets == forgotten.n_targets
     assert abs(carried.nats - forgotten.nats) > 1e-3 * carried.nats
+
+
+def test_nothing_is_dropped_in_an_evaluation():
+    torch.manual_seed(0)
+    model = StrideMemoryTransformer(SMTConfig(**{**SIZES, "dropout": 0.5, "pooling_dropout": 0.5}, initializer_range=0.3))
+    plain = StrideMemoryTransformer(SMTConfig(**SIZES, initializer_range=0.3))
+    plain.load_state_dict(model.state_dict())
+    sizes = {"batch_size": 2, "length": 8}
+    found, expected = (evaluate(ChunkLoss(each), walk(documents(), **sizes), n_bytes=1) for each in (model.train(), plain))
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+    for mine, theirs in zip(*(SMTScorer(each, **sizes).score(documents()) for each in (model, plain)), strict=True):
+        torch.testing.assert_close(mine.log_probs, theirs.log_probs)
+    for mine, theirs in zip(*(pooling_weights(each, documents(), **sizes) for each in (model, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    pairs = [Pair([1, 2], [3, 4], [5]), Pair([6], [7], [8, 9, 10])]
+    of_pairs = [evaluate_pairs(PairLogProbabilities(each), pairs, batch_size=2, strength=1.0) for each in (model, plain)]
+    assert of_pairs[0].loss == pytest.approx(of_pairs[1].loss, rel=1e-5)
+    assert model.training
 
 
 def test_evaluating_leaves_the_model_in_training_mode_and_without_gradients(model):

@@ -5,24 +5,27 @@ import random
 import statistics
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
-from smt.data.documents import Document
+from smt.data.documents import Document, hold_out
 from smt.data.recall import RecallTask, read_recall, words
 from smt.data.settings import DataConfig
 from smt.data.tokenizer import Tokenizer
-from smt.evaluation.needle import ENGLISH, needle_in_haystack, recall_style
+from smt.evaluation import run as run_module
+from smt.evaluation.needle import ENGLISH, NeedleStyle, needle_in_haystack, recall_style
 from smt.evaluation.perplexity import Evaluation
 from smt.evaluation.pooling import analyse_pooling, pooling_weights, summarise
 from smt.evaluation.position import fall_between, log_spaced, loss_by_position, mean_between
-from smt.evaluation.recall import encode_words, recall, usual_distances
+from smt.evaluation.recall import FIRST_DOCUMENT, encode_words, recall, usual_distances
 from smt.evaluation.report import Report
 from smt.evaluation.run import EvaluationConfig, EvaluationRun
 from smt.evaluation.scorer import TokenScores
 from smt.evaluation.statistics import Estimate, mean_difference, mean_of, mean_per_count, t_quantile, t_within
+from smt.evaluation.text import held_out_text
 
 TASK = RecallTask(keys=6, values=5, fillers=4, pairs=2, length=90, longest=20, spacing=10, documents=6)
 
@@ -131,6 +134,22 @@ def test_a_fall_is_measured_within_documents_that_are_long_enough():
     fall = fall_between([falling, easier], (1, 21), (21, 51))
     assert fall.nats == pytest.approx(1.0) and fall.n_documents == 1
     assert fall_between([easier], (1, 21), (21, 51)) is None
+    rising = TokenScores(-torch.arange(1.0, 51.0).double(), torch.zeros(50, dtype=bool))  # as much as the position
+    fall = fall_between([rising, rising], (3, 6), (10, 15))
+    assert fall.nats == pytest.approx(4 - 12) and (fall.n_tokens, fall.n_documents) == (2 * 8, 2)
+    assert fall_between([rising], (3, 6), (10, 51)) is not None and fall_between([rising], (3, 6), (10, 52)) is None
+
+
+def test_the_fall_on_record_is_from_the_reach_of_the_slots_on():
+    loss = torch.cat([torch.full((4,), 9.0), torch.full((6,), 3.0), torch.full((11,), 1.0), torch.full((5,), 7.0)])
+    score, report = TokenScores(-loss.double(), torch.zeros(len(loss), dtype=bool)), Report()
+    run = SimpleNamespace(
+        window=(5, 8, 11), marks={}, subjects=[SimpleNamespace(name="a")], scores=lambda subject: [score, score],
+        report=report, draw=lambda *plot: None,
+    )  # fmt: skip
+    run_module.TASKS["position"](run)
+    assert report.results["position"]["a"]["fall"]["nats"] == pytest.approx(2.0)
+    assert report.rows == [("position", "a", "fall of the loss from 5..11 to 11..22", "2.0000 ± 0.0000, 2 documents")]
 
 
 def test_log_spaced_edges_grow_and_end_where_they_are_told():
@@ -167,12 +186,21 @@ def test_the_answers_of_a_recall_document_and_nothing_else_are_its_targets():
     assert (train.text, train.targets) == (document.text, document.answers)
 
 
+def test_at_a_distance_every_pair_is_asked_for_once_whatever_the_task_asks():
+    task = replace(TASK, queries=2, length=140)
+    for index in range(20):
+        questions = task.at_distance(60).document(index).questions
+        assert [question.distance for question in questions] == [60] * task.pairs
+
+
 def test_recall_documents_come_from_the_seed_and_their_number_alone():
     assert TASK.document(3) == TASK.document(3) != TASK.document(4)
     assert RecallTask(seed=1).document(0) != RecallTask(seed=2).document(0)
     corpus = read_recall(TASK)
     train, held_out = list(corpus.train), list(corpus.validation)
     assert len(train) == TASK.documents and {d.text for d in train}.isdisjoint(d.text for d in held_out)
+    other = read_recall(replace(TASK, fillers=5))
+    assert len({split.hash for of in (corpus, other) for split in (of.train, of.validation)}) == 4
 
 
 @pytest.mark.parametrize(
@@ -210,6 +238,44 @@ def test_recall_is_whole_for_one_who_can_look_back_and_none_for_one_who_cannot()
     assert [there.accuracy for there in unable.distances] == [1, 0]
 
 
+class Steady:
+    """A scorer that gives every token e^-1, and names every second token of a document from its end on."""
+
+    def __init__(self):
+        self.documents = []
+
+    def score(self, documents):
+        self.documents += [document.tolist() for document in documents]
+        greedy = [torch.arange(len(document) - 1).flip(0) % 2 == 0 for document in documents]
+        return [TokenScores(torch.full((len(named),), -1.0, dtype=torch.float64), named) for named in greedy]
+
+
+def test_an_answer_of_several_tokens_has_the_likelihood_of_all_and_is_right_where_all_are(tokenizer):
+    documents = [TASK.at_distance(10).document(FIRST_DOCUMENT + index) for index in range(4)]
+    answers = [document.words[question.position] for document in documents for question in document.questions]
+    sizes = [len(tokenizer.encode(f" {word}")) for word in answers]
+    result = recall(Steady(), tokenizer, TASK, [10], n_documents=4).distances[0]
+    assert max(sizes) > 1 and result.nats == pytest.approx(statistics.fmean(sizes))
+    assert result.accuracy <= sizes.count(1) / len(sizes)
+    style = NeedleStyle(" {key} is {value}", " {key} is", " {value}", ("kaba",), ("e", "silver"))
+    lengths = [len(tokenizer.encode(f" {value}")) for value in style.values]
+    haystack, options = torch.arange(40), {"lengths": [20], "depths": [0.5], "n_trials": 16, "n_candidates": 2}
+    grid = needle_in_haystack(Steady(), tokenizer, haystack, style, **options)
+    assert lengths[0] < lengths[1] and 0 < grid.accuracy[0][0] < 1  # right where the true one is the shorter
+    assert grid.exact[0][0] == (grid.accuracy[0][0] if lengths[0] == 1 else 0)
+
+
+def test_the_seed_draws_the_needles_and_what_they_are_hidden_in(tokenizer):
+    options = {"lengths": [20], "depths": [0.5], "n_trials": 4, "n_candidates": 4}
+
+    def documents(seed):
+        scorer = Steady()
+        needle_in_haystack(scorer, tokenizer, torch.arange(200), ENGLISH, seed=seed, **options)
+        return scorer.documents
+
+    assert documents(0) == documents(0) != documents(1)
+
+
 def test_no_question_of_recall_is_of_a_document_to_train_on_or_to_choose_by_and_none_is_asked_twice():
     tokenizer, corpus = Tokenizer.train(read_recall(TASK).train, 512), read_recall(TASK)
     reader, asked = Reader(order=1), []
@@ -218,6 +284,14 @@ def test_no_question_of_recall_is_of_a_document_to_train_on_or_to_choose_by_and_
     recall(reader, tokenizer, TASK, [10, 40], n_documents=4)
     assert len(set(asked)) == 8
     assert set(asked).isdisjoint(document.text for split in (corpus.train, corpus.validation) for document in split)
+
+
+def test_the_first_held_out_documents_are_evaluated_where_a_number_is_given():
+    corpus = hold_out("here", lambda skipped: (Document(f"{index}", f"text {index}") for index in range(100)))
+    tokenizer = Tokenizer.train(corpus.train, 260)
+    every, two = held_out_text(corpus, tokenizer), held_out_text(corpus, tokenizer, 2)
+    assert two.names == every.names[:2] != every.names and two.n_targets == sum(len(d) - 1 for d in every.documents[:2])
+    assert two.n_bytes == sum(len(document.text) for document in [*corpus.validation][:2])
 
 
 def test_recall_asks_within_the_window_and_at_multiples_of_its_length():

@@ -4,15 +4,20 @@ import math
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from smt.data.documents import Document, hold_out
+from smt.data.tokenizer import Tokenizer
 from smt.evaluation.scorer import TokenScores
 from smt.experiments import cell as cell_module
+from smt.experiments import report
+from smt.experiments.comparison import Comparison
 from smt.experiments.paired import BLOCK, FEW_DOCUMENTS, paired_difference
 from smt.experiments.record import named, read_records
-from smt.experiments.run import FAILURE_FILE, run_study
+from smt.experiments.run import FAILURE_FILE, CellOutcome, run_study
 from smt.experiments.settings import STUDY_FOLDER, Study
 from smt.runtime.process import Interrupted, signals_as_interrupts
 from smt.training.settings import RunConfig
@@ -176,6 +181,45 @@ class TestRunning:
         with pytest.raises(ValueError, match="seed=2 holds something else than a cell of a study"):
             run_study(study, tmp_path)
         assert not (tmp_path / "mine" / "seed=1").exists()
+
+
+def test_cells_are_scored_on_the_documents_that_their_runs_are_evaluated_on(tmp_path, monkeypatch):
+    corpus = hold_out("here", lambda skipped: (Document(f"{index}", f"text {index}") for index in range(100)))
+    tokenizer, read = Tokenizer.train(corpus.train, 260), []
+
+    class Scorer:
+        def score(self, documents):
+            read.append([tokenizer.decode(document[1:-1]) for document in documents])
+            return []
+
+    monkeypatch.setattr(report, "open_run", lambda folder, device: SimpleNamespace(tokenizer=tokenizer, scorer=Scorer()))
+    monkeypatch.setattr(report, "read_corpus", lambda settings: corpus)
+    cells = Study.of_grid("tiny", {"seed": ["1", "2"]}, {"eval_documents": 2, "device": "cpu"}).cells
+    outcomes = [CellOutcome(cell, tmp_path) for cell in cells]
+    assert report.score_cells(outcomes) == ({"seed=1": [], "seed=2": []}, None)
+    assert read == [[document.text for document in corpus.validation][:2]] * 2
+
+
+@pytest.mark.parametrize("source", ["stdlib", "recall"])
+def test_it_is_said_where_differences_count_other_tokens_than_the_table(source, tmp_path, monkeypatch):
+    study = Study.of_grid("tiny", {"seed": ["1", "2"]}, {"source": source})
+    found = {cell.label: scores(torch.rand(9)) for cell in study.cells}
+    monkeypatch.setattr(report, "score_cells", lambda finished: (found, None))
+    monkeypatch.setattr(report.RunRecord, "read", lambda folder, name: record_of(name, 2.0))
+    outcomes = [CellOutcome(cell, tmp_path) for cell in study.cells]
+    said = "loss by position and differences count every word"
+    notes = report.report_study(study, outcomes, "seed=1").comparison.notes
+    assert any(note.startswith(said) for note in notes) == (source == "recall")
+
+
+def test_runs_are_sorted_from_the_best_on_and_one_that_has_no_figure_is_last():
+    figures = {"a": math.nan, "b": 3.0, "c": math.inf, "d": 2.0}
+    compared = Comparison.of([record_of(name, perplexity) for name, perplexity in figures.items()])
+    assert [record.name for record in compared.records][:2] == ["d", "b"] and compared.by == "perplexity"
+
+
+def record_of(name, perplexity):
+    return SimpleNamespace(name=name, tokenizer="t", held_out="h", perplexity=perplexity)
 
 
 def scores(*losses):

@@ -10,16 +10,19 @@ import pytest
 import yaml
 
 from smt.cli import main
+from smt.data.tokenizer import Tokenizer
 from smt.experiments.cell import attempt
 from smt.experiments.record import RunRecord
 from smt.study import rates as rates_module
 from smt.study import run as run_module
-from smt.study.cell import EQUAL_TIME, ORPO, TRAINING, work
+from smt.study.cell import EQUAL_TIME, ORPO, TRAINING, load, work
+from smt.study.preference import preferences
 from smt.study.prepared import prepare
 from smt.study.record import STUDY_FILE
 from smt.study.report import conditions, details, report, samples
 from smt.study.settings import StudySettings
 from smt.study.tables import results_csv
+from smt.training.settings import RunConfig
 
 STUDY = {
     "models": ["parallel", "smt"],
@@ -166,6 +169,32 @@ def test_all_models_begin_stage_2_with_pairs_of_their_own(made):
         assert config["training"]["device"] == "cpu"  # as in stage 1, wherever a GPU is
 
 
+def test_pairs_to_measure_on_are_of_held_out_documents_and_those_to_train_on_of_training_ones(made):
+    file, folder = made
+    text = run_module.prepare(StudySettings.from_yaml(file), folder.parent).text
+    spelled = [[" ".join(map(str, document.tolist())) for document in part] for part in (text.train, text.validation)]
+    for model in STUDY["models"]:
+        for name, part in (("pairs.jsonl", 0), ("held_out_pairs.jsonl", 1)):
+            lines = (folder / f"{model},seed=1" / name).read_text().splitlines()
+            pieces = [" ".join(map(str, line["prompt_ids"] + line["chosen_ids"])) for line in map(json.loads, lines)]
+            there, elsewhere = (
+                [any(p in d for d in documents) for p in pieces] for documents in (spelled[part], spelled[1 - part])
+            )
+            assert pieces and all(there) and not all(elsewhere)
+
+
+def test_preferences_before_and_after_stage_2_are_those_of_the_models_of_either_stage(made):
+    _, folder = made
+    for run in study_of(folder)["runs"]:
+        if run["stage"] == ORPO:
+            of = folder / f"{run['model']},seed=1"
+            config = RunConfig.from_yaml(of / ORPO / "config.yaml")
+            for when, stage in (("before", TRAINING), ("after", ORPO)):
+                sizes = {"length": config.data.chunk_length, "batch_size": 4, "strength": config.training.orpo_lambda}
+                found = preferences(load(of / stage, config), Tokenizer.load(of / ORPO), of / "held_out_pairs.jsonl", **sizes)
+                assert run["preference"][when] == pytest.approx(found), (run["model"], when)
+
+
 def test_a_second_time_nothing_is_trained_and_what_has_failed_is_tried_again(made, tmp_path, monkeypatch, capsys):
     file, folder = made
     shutil.copytree(folder, tmp_path / "micro")
@@ -233,10 +262,9 @@ def test_a_seed_for_which_the_machine_was_slow_says_little_of_equal_time(made, t
     monkeypatch.setattr(run_module, "attempt_apart", by(trains))
     prepared = prepare(settings, tmp_path)
     run_module.run_study(prepared, lambda line: None)
-    asked = [
-        yaml.safe_load((cell.folder / "cell.yaml").read_text())["equal_time_steps"] for cell in run_module.cells_of(prepared)
-    ]
-    assert [steps for steps in asked if steps is not None] == [20, 20]
+    asked = [yaml.safe_load((cell.folder / "cell.yaml").read_text()) for cell in run_module.cells_of(prepared)]
+    assert [of["equal_time_steps"] for of in asked if of["equal_time_steps"] is not None] == [20, 20]
+    assert [of["run"]["training"]["seed"] for of in asked] == [1, 1, 2, 2, 3, 3]
 
 
 def test_models_that_had_failed_and_further_seeds_are_given_the_time_of_the_first(made, tmp_path, monkeypatch):

@@ -5,15 +5,27 @@ import statistics
 import zipfile
 
 import pytest
+import torch
 
+from smt import SMTConfig, StrideMemoryTransformer
+from smt.cli import main
+from smt.data.settings import DataConfig
 from smt.data.shakespeare import VALIDATION_PLAYS, WHEEL, read_plays
 from smt.hymba import ArchType, HymbaConfig
+from smt.study import measure
 from smt.study.figures import best, over_seeds
+from smt.study.measure import held_out_loss
 from smt.study.paired_test import p_value
 from smt.study.settings import CARRIED, FOLDER, StudySettings
 from smt.study.sharing import sharing
 from smt.study.sizes import count, sized_models
-from smt.study.tables import LOSS
+from smt.study.tables import CONTESTS, LOSS, carried_table, orpo_table, quality_table, speed_table, winners_table
+from smt.training.objective import ChunkLoss
+
+SIZES = dict(
+    vocab_size=40, d_model=16, d_k=8, dropout=0.0, n_ssm_outputs=3, m_input_tokens=6, stride=2, write_group=2,
+    transformer_n_layers=1, transformer_n_heads=2, ssm_n_layers=1, ssm_d_state=4, initializer_range=0.3,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
@@ -27,6 +39,24 @@ def test_packaged_studies_compare_models_of_as_many_parameters(name, quick):
     assert all(count(model.architecture, model.config) == model.parameters for model in sized.values())
     layouts = [model.config.layout for model in sized.values() if model.architecture == "hymba"]
     assert layouts == [layout.value for layout in ArchType]
+
+
+def test_the_command_takes_a_file_its_short_form_and_other_seeds(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text("{n_pairs: 9, seeds: [4], quick: {n_pairs: 3}}")
+    asked = []
+
+    def prepare(settings, out):
+        asked.append((settings.name, settings.n_pairs, settings.seeds, out))
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("smt.study.run.prepare", prepare)
+    for options in ([], ["--quick"], ["--quick", "--seeds", "1,2", "--out", "there"]):
+        assert main(["study", "--config", str(tmp_path / "mine.yaml"), *options]) == 1
+    assert asked == [
+        ("mine", 9, (4,), "results"), ("mine_quick", 3, (4,), "results"), ("mine_quick", 3, (1, 2), "there")
+    ]  # fmt: skip
+    assert main(["study", "--seeds", "1,b"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "smt: error: --seeds takes numbers with commas between them, got '1,b'"
 
 
 @pytest.mark.parametrize(
@@ -109,3 +139,83 @@ def test_models_are_told_apart_by_differences_that_hold_for_every_seed():
 
 def test_a_figure_that_no_seed_changes_has_no_spread_to_show():
     assert over_seeds(study_of({"mamba": (2.0, 2.0)}), "mamba", "training", LOSS).text("{:.0f}".format) == "2"
+
+
+class Text(list):
+    """Documents of tokens, and the bytes that they spell."""
+
+    n_bytes = (100, 50, 7)
+
+
+def test_the_held_out_loss_reads_every_piece_as_if_nothing_came_before():
+    torch.manual_seed(0)
+    model = StrideMemoryTransformer(SMTConfig(**SIZES))
+    text = Text(torch.randint(0, 40, (length,)) for length in (30, 17, 9))
+    data = DataConfig(eval_batch_size=2, eval_chunk_length=8, eval_documents=2, chunk_length=5, batch_size=1)
+    found = held_out_loss(ChunkLoss(model), text, data)
+    nats = 0.0
+    with torch.no_grad():
+        for document in text[:2]:
+            for start in range(0, len(document) - 1, 8):
+                piece = document[start : start + 9]
+                nats += torch.nn.functional.cross_entropy(
+                    model.eval()(piece[None, :-1])[0][0], piece[1:], reduction="sum"
+                ).item()
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    assert (found.n_targets, found.n_bytes) == (29 + 16, 150)
+
+
+def test_the_speed_of_decoding_is_that_of_all_rows_in_the_middle_one_of_its_times(monkeypatch):
+    seconds = iter([99.0, 3.0, 2.0, 40.0] * len(measure.BATCH_SIZES))  # the first compiles
+    drawn = []
+    monkeypatch.setattr(measure, "_seconds", lambda model, rows, n_tokens: drawn.append((len(rows), n_tokens)) or next(seconds))
+    assert measure.decoding_speeds(None, torch.arange(5), 12) == {str(size): size * 12 / 3.0 for size in measure.BATCH_SIZES}
+    assert drawn[:4] == [(1, 1), (1, 12), (1, 12), (1, 12)]
+
+
+def run_of(model, stage, better, worse):
+    """What was measured of a run: ``better`` where more is better, ``worse`` where less is."""
+    run = {"model": model, "seed": 1, "stage": stage, "held_out": dict.fromkeys(("loss", "perplexity", "bits_per_byte"), worse)}
+    run |= {"steps": 3, "training_seconds": 4.0, "tokens_per_second": 100 * better, "peak_bytes": worse * 2**20}
+    run["decoding"] = {str(size): 10 * size * better for size in measure.BATCH_SIZES}
+    run["kept"] = {"measured": worse * 1024, "counted": 2 * worse * 1024, f"counted_at_{measure.LONG}": 3 * worse * 1024}
+    run["carried"] = {"loss": worse - 1}
+    run["preference"] = None
+    if stage == "orpo":
+        run["preference"] = {
+            "before": {"accuracy": 0.125, "margin": 1.5},
+            "after": {"accuracy": 0.875, "margin": 4.5},
+        }
+    return run
+
+
+def study_of_two():
+    models = {name: {"parameters": 200, "embedding": 50, f"bytes_at_{measure.LONG}": 5 * 1024} for name in ("smt", "mamba")}
+    figures = {"smt": (9, 2.0), "mamba": (1, 8.0)}
+    runs = [run_of(model, stage, *figures[model]) for model in models for stage in ("training", "equal_time", "orpo")]
+    return {"models": models, "runs": runs, "settings": {"seeds": [1], "context": 16}}
+
+
+def cells(table):
+    """Rows of a Markdown table below its header, by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_a_model_that_is_better_in_everything_wins_everywhere():
+    table = cells(winners_table(study_of_two()))
+    assert len(table) == len(CONTESTS) and {row[0] for row in table.values()} == {"SMT (stream)"}
+    assert table["loss after ORPO"][1] == "2.000" and table["decoding speed, batch 8 (tokens/s)"][1] == "720"
+    assert table[f"least kept at {measure.LONG:,} tokens (KiB)"][1] == "6"
+    assert table["peak memory in training (MiB)"][1] == "2"
+
+
+def test_tables_have_their_figures_in_the_columns_that_say_so():
+    study = study_of_two()
+    assert cells(quality_table(study))["Mamba"] == ["200", "25%", "3", "4", "8.000", "8.0", "8.000"]
+    assert cells(orpo_table(study))["Mamba"] == ["8.000", "8.000", "12.5%", "87.5%", "1.500", "4.500"]
+    assert cells(speed_table(study))["SMT (stream)"] == ["900", "90", "720", "2.0", "4.0", "5.0", "2"]
+    assert [row.split(" | ")[1:] for row in carried_table(study).splitlines()[2:]] == [
+        ["stage 1", "2.000", "1.000 |"], ["stage 2", "2.000", "1.000 |"],
+        ["stage 1", "8.000", "7.000 |"], ["stage 2", "8.000", "7.000 |"],
+    ]  # fmt: skip

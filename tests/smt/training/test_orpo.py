@@ -13,13 +13,14 @@ from smt.cli import main
 from smt.data.pair_walk import pair_batch
 from smt.data.pairs import Pair, read_pairs, write_pairs
 from smt.data.tokenized import tokenize_corpus
-from smt.evaluation.preference import evaluate_pairs
+from smt.evaluation.perplexity import Evaluation
+from smt.evaluation.preference import PairEvaluation, evaluate_pairs
 from smt.model.loss import target_nats
 from smt.model.preference import log1mexp, log_odds, odds_ratio_loss
 from smt.runtime.files import tensors_writer, write_files
 from smt.training.corpus_pairs import corpus_pairs
 from smt.training.objective import PairLogProbabilities
-from smt.training.run import resume, run, run_in
+from smt.training.run import _stage, resume, run, run_in
 from smt.training.second_stage import staged
 from smt.training.settings import RunConfig
 from smt.training.starting_point import fresh_model
@@ -127,6 +128,24 @@ class TestStage:
             torch.testing.assert_close(got, torch.zeros_like(got) if wanted is None else wanted, rtol=1e-4, atol=1e-6)
         held_out = evaluate_pairs(PairLogProbabilities(trainer.model), PAIRS, batch_size=2, strength=0.7)
         assert held_out.n_pairs == 3 and 0 <= held_out.accuracy <= 1
+
+    def test_the_best_weights_are_those_of_the_lowest_loss_of_pairs_whatever_that_of_the_text(self):
+        pairs, text, best = [3.0, 2.0, 2.5], [3.0, 4.0, 1.0], []
+        trainer = trainer_of(pairs=PAIRS, data={"batch_size": 3}, steps=3, evaluations=3)
+
+        def evaluate():
+            of_pairs = PairEvaluation(loss=pairs.pop(0), accuracy=0.5, margin=0.1, n_pairs=3)
+            return Evaluation(nats=text.pop(0), n_targets=1, n_bytes=1, pairs=of_pairs)
+
+        trainer.train(evaluate, on_best=lambda: best.append(trainer.progress.step))
+        found = trainer.progress.best
+        assert best == [1, 2] and (found["best_step"], found["best_pair_loss"], found["best_val_loss"]) == (2, 2.0, 4.0)
+
+    def test_the_stage_of_a_run_trains_on_what_is_not_held_out_with_its_strength(self, tmp_path):
+        config = run_config(tmp_path, orpo_lambda=0.7, seed=5)
+        pairs, process = SimpleNamespace(train=PAIRS[:2], held_out=PAIRS[2:]), SimpleNamespace(process_index=0, num_processes=1)
+        stage = _stage(config, None, pairs, process)
+        assert stage.walk.pairs == PAIRS[:2] and stage.walk.seed == 5 and stage._strength == 0.7
 
     def test_an_evaluation_counts_pairs_and_says_what_the_loss_is(self):
         trainer = trainer_of(pairs=PAIRS, data={"batch_size": 3}, orpo_lambda=0.7, steps=1, learning_rate=1e-12)
@@ -237,6 +256,14 @@ def test_a_stage_that_is_interrupted_ends_as_one_that_is_not(first_stages, tmp_p
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_an_epoch_is_one_of_pairs(first_stages, tmp_path):
+    path = preferences(tmp_path / "pairs.jsonl")
+    config = second(first_stages["smt"], path, steps="none", epochs=1, evaluations=1, batch_size=2)
+    outcome = run_in(tmp_path / "run", config)
+    n_pairs = len(read_pairs(path, tokenize_corpus(config.data, 270).tokenizer, config.data.chunk_length).train)
+    assert outcome.progress.step == -(-n_pairs // 2)
+
+
 def test_a_stage_goes_on_with_its_own_pairs_alone():
     trainer = trainer_of(pairs=PAIRS)
     with pytest.raises(ValueError, match="state belongs to a walk with hash_of_pairs"):
@@ -281,6 +308,13 @@ class TestSecondStage:
         assert (training.learning_rate, training.weight_decay, training.orpo_lambda) == (1e-4, 0.01, 0.1)
         assert training.warmup * training.steps == 100 and config.experiment == "orpo"
 
+    def test_pairs_are_never_those_of_the_run_before(self, first_stages, tmp_path):
+        config = second(first_stages["smt"], "p.jsonl")
+        config.to_yaml(tmp_path / "config.yaml")
+        with pytest.raises(ValueError, match="pairs must be given for stage 'orpo', got None"):
+            staged("orpo", {"init_from": f"checkpoint={tmp_path}"})
+        assert staged("orpo", {"init_from": f"checkpoint={tmp_path}", "pairs": "q.jsonl"}).data.pairs == "q.jsonl"
+
     def test_a_checkpoint_that_is_not_there_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=f"there is no {tmp_path}/none/config.yaml"):
             staged("orpo", {"init_from": f"checkpoint={tmp_path}/none", "pairs": "p.jsonl"})
@@ -313,6 +347,28 @@ class TestPairsOfACorpus:
         write_pairs(tmp_path / "pairs.jsonl", pairs, text.tokenizer)
         read = read_pairs(tmp_path / "pairs.jsonl", text.tokenizer, 8)
         assert sorted([*read.train, *read.held_out]) == sorted(pairs) and not read.left_out
+
+    def test_every_piece_of_every_document_is_drawn_once_where_all_are(self, text):
+        class Elsewhere(torch.nn.Module):
+            """Goes on with a token that no text has."""
+
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.zeros(1))
+
+            def generate(self, ids, n_tokens, **options):
+                return torch.cat([ids, ids.new_full((len(ids), n_tokens), 999)], dim=1)
+
+        every = [tokens[start : start + 9].tolist() for tokens in text.train for start in range(len(tokens) - 8)]
+        pairs = corpus_pairs(Elsewhere(), text.train, len(every), prompt_length=5, completion_length=4)
+        assert sorted(pair.prompt + pair.chosen for pair in pairs) == sorted(every)
+        assert all(pair.rejected == [999] * 4 for pair in pairs)
+
+    def test_a_temperature_of_0_gives_the_models_likeliest_continuation(self, first_stages, text):
+        model = fresh_model(RunConfig.from_yaml(first_stages["smt"] / "config.yaml")).eval()
+        pairs = corpus_pairs(model, text.train, 4, prompt_length=5, completion_length=4, temperature=0.0)
+        prompts = torch.tensor([pair.prompt for pair in pairs])
+        assert [pair.rejected for pair in pairs] == model.generate(prompts, 4, temperature=0.0)[:, 5:].tolist()
 
     def test_more_pieces_than_there_are_are_refused(self, text):
         there = sum(max(0, length - 8) for length in text.train.lengths)

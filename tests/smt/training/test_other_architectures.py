@@ -64,6 +64,7 @@ def test_its_weights_are_those_of_a_hymba_with_the_loss_on_record(outcome):
         * (len(ids[0, start : start + 17]) - 1)
         for start in range(0, ids.shape[1] - 1, 16)
     )
+    assert subject.scorer.context == 16  # the longest chunk of its training
     assert len(held_out) == 1 and nats / (ids.shape[1] - 1) == pytest.approx(outcome.results["best_val_loss"], rel=1e-4)
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.baselines import build
+from smt.hymba import HymbaConfig
 from smt.model.transformer import PARTS
 from smt.training.parameter_groups import parameter_groups
 from smt.training.settings import RunConfig, TrainingConfig
@@ -39,6 +41,25 @@ def test_only_projections_and_convolutions_decay(model):
     assert {group["weight_decay"] for group in groups.values()} == {0.0, 0.3}
     for name in ("embedding.weight", "memory.ssm.layers.0.mixer.A_log", "memory.ssm.layers.0.mixer.D", "decoder.norm.weight"):
         assert name not in decayed
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "hymba"])
+def test_of_other_architectures_too_only_projections_and_convolutions_decay(architecture):
+    sizes = dict(vocab_size=27, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_mlp=24, sliding_window=4, n_meta_tokens=3)
+    config = HymbaConfig(layout="hybrid", global_layers=(0,), **sizes) if architecture == "hymba" else SMTConfig(**SIZES)
+    model = build(architecture, config, 8)
+    groups = in_groups(model, parameter_groups(model, TrainingConfig(weight_decay=0.3)))
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    decayed = {name for name, group in groups.items() if group["weight_decay"] == 0.3}
+    others = ("wte.weight", "wpe.weight", "embedding.weight", "meta_tokens.weight", "A_log")
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith(others)}
+    assert decayed == matrices and len(decayed) > 5
+
+
+def test_a_part_that_this_model_has_must_be_left_to_train():
+    model = build("gpt2", SMTConfig(**SIZES), 8)
+    with pytest.raises(ValueError, match=r"freeze must leave a part of the model to train, got all of embedding, transformer"):
+        parameter_groups(model, TrainingConfig(freeze=("embedding", "transformer")))
 
 
 def test_each_part_has_its_own_rate_and_the_others_the_common_one(model):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_training import run_config
+from tiny_training import DATA, random_documents, run_config
 
 from smt import StrideMemoryTransformer
 from smt.data.local import read_text
@@ -19,9 +19,12 @@ from smt.data.tokenizer import Tokenizer
 from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.evaluation.subjects import open_run
 from smt.training import ending
+from smt.training import run as run_module
+from smt.training.accelerate import accelerator_of
 from smt.training.clock import Clock
 from smt.training.run import run
 from smt.training.settings import RunConfig, TrainingConfig
+from smt.training.starting_point import fresh_model
 from smt.training.trainer import Trainer
 
 
@@ -125,8 +128,62 @@ class TestRun:
         monkeypatch.setattr(module, "evaluate", evaluation)
         outcome = run(run_config(tmp_path, steps=6, evaluations=3, sample_tokens=0), tmp_path / "out")
         assert outcome.results["best_step"] == 4 and outcome.results["best_val_loss"] == 2.0
+        assert outcome.results["final_val_loss"] == outcome.evaluation.loss == 4.0
         kept = load_file(outcome.folder / "model.safetensors")
         assert all(torch.equal(kept[name], tensor) for name, tensor in weights[1].items())
+
+    def test_the_time_that_is_kept_is_that_of_an_evaluation_and_of_the_sample(self, tmp_path, monkeypatch):
+        reserves = []
+
+        def train(trainer, evaluate, *, on_step, **named):
+            trainer.progress.pace = [0.5]  # seconds per token
+            for measured in (False, True):
+                if measured:
+                    evaluation = evaluate()
+                on_step()
+                reserves.append(trainer.clock.reserve)
+            return evaluation
+
+        monkeypatch.setattr(Trainer, "train", train)
+        evaluation = run(run_config(tmp_path, sample_tokens=7), tmp_path / "out").evaluation
+        kept = run_module.SAMPLE_COST * 0.5 * 7 + run_module.CLOSING_SECONDS
+        assert reserves[0] == pytest.approx(1.1 * run_module.EVALUATION_COST * 0.5 * evaluation.n_targets + kept)
+        assert kept < reserves[1] < reserves[0] - 1
+
+    def test_evaluations_have_sizes_of_their_own(self, tmp_path, monkeypatch):
+        seen = []
+
+        def evaluation(objective, batches, n_bytes, **options):
+            seen.append((batches.batch_size, batches.length, batches.epochs, batches.together))
+            return Evaluation(nats=1.0, n_targets=1, n_bytes=1)
+
+        monkeypatch.setattr("smt.training.run.evaluate", evaluation)
+        run(run_config(tmp_path, steps=1, evaluations=1, sample_tokens=0), tmp_path / "out")
+        assert seen == [(DATA["eval_batch_size"], DATA["eval_chunk_length"], 1, True)]
+
+    def test_the_seed_is_that_of_weights_batches_and_sample_alike(self, tmp_path, monkeypatch):
+        seeds = []
+        monkeypatch.setattr(ending, "continuation", lambda *arguments: (seeds.append(arguments[-1]), ("", ""))[1])
+        configs = [run_config(tmp_path, seed=seed, steps=1, evaluations=1) for seed in (7, 8)]
+        weights = []
+        for config in (configs[0], *configs):
+            torch.manual_seed(len(weights))  # of whoever calls
+            weights.append(fresh_model(config).embedding.weight)
+        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+        text, process = SimpleNamespace(train=random_documents()), SimpleNamespace(process_index=1, num_processes=2)
+        text.train = type("Documents", (list,), {"counted": None})(text.train)
+        walk = run_module._stage(configs[0], text, None, process).walk
+        assert (walk.seed, walk.rank, walk.world_size) == (7, 1, 2)
+        run(configs[0], tmp_path / "out")
+        assert seeds == [7]
+
+    def test_what_is_recomputed_and_in_which_numbers_is_as_the_settings_say(self, tmp_path):
+        for asked in (False, True):
+            model = fresh_model(run_config(tmp_path, gradient_checkpointing=asked))
+            assert model.decoder.gradient_checkpointing is asked
+        for precision in ("no", "bf16"):
+            with accelerator_of(TrainingConfig(mixed_precision=precision, device="cpu")) as accelerator:
+                assert accelerator.mixed_precision == precision
 
     def test_a_tracker_is_told_settings_losses_and_rates(self, tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

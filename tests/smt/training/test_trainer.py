@@ -86,6 +86,36 @@ class TestLoop:
         for index, share in enumerate((1.0, 0.75, 0.5, 0.25)):
             assert rates[index] == pytest.approx({name: share * peak for name, peak in peaks.items()})
 
+    def test_a_gradient_is_clipped_once_all_its_batches_are_there(self, monkeypatch):
+        norms, step = [], torch.optim.AdamW.step
+
+        def recorded(optimiser, *arguments):
+            gradients = [p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+            return step(optimiser, *arguments)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+        for clip in (1e-3, 1e3):
+            train_tiny(steps=2, clip=clip, gradient_accumulation_steps=2)
+        assert norms[:2] == pytest.approx([1e-3] * 2, rel=1e-4) and min(norms[2:]) > 1e-2
+
+    def test_the_moments_decay_as_the_settings_say(self):
+        trainer = trainer_of(beta_1=0.8, beta_2=0.7)
+        assert {group["betas"] for group in trainer._optimiser.param_groups} == {(0.8, 0.7)}
+
+    def test_parts_of_documents_are_read_as_documents_of_their_own_and_keep_what_the_loss_counts(self):
+        documents = random_documents()
+        counted = [(document % 3 == 0).numpy() for document in documents]
+        data = {"part_length": 7, "lanes": 1}
+        walk = trainer_of(documents, data=data, counted=counted)._walk
+        assert [len(part) - 1 for part in walk.documents] == [7, 1, *[7] * 4, 1, *[7] * 4, 2, *[7] * 7]
+        batches, n_steps, n_targets = iter(walk), 0, 0
+        while n_steps < sum(len(document) - 1 for document in documents):
+            batch = next(batches)
+            assert batch.reset[batch.reading].all()
+            n_steps, n_targets = n_steps + batch.n_steps, n_targets + batch.n_targets
+        assert n_targets == sum(flags[1:].sum() for flags in counted) < n_steps
+
     def test_evaluations_are_spread_over_the_run_and_the_last_is_at_its_end(self):
         _, done, evaluated = train_tiny(steps=6, evaluations=3)
         assert evaluated == done.history.eval_steps == [2, 4, 6]
@@ -173,6 +203,15 @@ class TestLoop:
         done.add(8, 8, 8)
         assert done.tokens_per_second == 8.0
 
+    def test_the_training_loss_on_record_is_that_of_the_targets_of_the_latest_ten_steps(self):
+        done = Progress()
+        for step in range(1, 22):
+            done.tell(step, nats=float(step * step), n_targets=step)
+        assert done.history.train_steps == [1, 10, 20]
+        squares, steps = [sum(n**power for n in range(11, 21)) for power in (2, 1)]
+        assert done.history.train_loss == pytest.approx([1.0, 385 / 55, squares / steps])
+        assert done.loss == pytest.approx((squares - 11**2 + 21**2) / (steps - 11 + 21))
+
     def test_one_slow_step_does_not_change_what_the_rest_is_expected_to_take(self):
         done = Progress()
         for seconds in (60.0, 1.0, 2.0, 90.0, 1.0, 1.0):
@@ -195,6 +234,15 @@ class TestLoop:
         _, done, evaluated = train_tiny(steps=20, eval_steps=2, early_stopping_patience=2, losses=losses)
         assert evaluated == [2, 4, 6, 8] and done.step == 8
         assert done.best == {"best_val_loss": 4.0, "best_val_ppl": math.exp(4.0), "best_step": 4}
+
+    @pytest.mark.parametrize(
+        ("losses", "evaluated_at"),
+        [([5.0, 5.5, 4.0, 4.5, 4.2, 3.0], [2, 4, 6, 8, 10]), ([4.0, 4.0, 4.0, 3.0], [2, 4, 6])],
+        ids=["improves between", "equal"],
+    )
+    def test_evaluations_without_a_lower_loss_are_counted_since_the_best(self, losses, evaluated_at):
+        _, _, evaluated = train_tiny(steps=20, eval_steps=2, early_stopping_patience=2, losses=losses)
+        assert evaluated == evaluated_at
 
     def test_epochs_bound_a_run_by_its_targets(self):
         _, done, _ = train_tiny(steps=None, epochs=2, data={"lanes": 1})

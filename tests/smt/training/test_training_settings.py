@@ -223,10 +223,24 @@ class TestClock:
     def test_without_time_left_a_run_is_over_at_once(self):
         assert Clock(TrainingConfig(minutes=1), 0.0, now=lambda: 61.0).progress == 1.0
 
+    def test_what_was_used_and_what_remains_goes_on_in_another_process_as_if_no_time_had_passed(self):
+        now = 10.0
+        clock = Clock(TrainingConfig(minutes=2), 0.0, now=lambda: now)
+        now = 65.0
+        state = clock.state_dict()
+        assert clock.progress == 0.5 and state == {"used": 55.0, "remaining": 55.0}
+        now = 7000.0
+        resumed = Clock(TrainingConfig(minutes=2), 6990.0, now=lambda: now)
+        resumed.load_state_dict(state)
+        assert resumed.progress == 0.5
+        now += 27.5
+        assert resumed.progress == 0.75
+
     @pytest.mark.parametrize(
         ("shape", "progress", "share"),
         [("cosine", 0.1, 1.0), ("cosine", 0.55, 0.5), ("linear", 0.55, 0.5), ("linear", 1.2, 0.0), ("constant", 0.9, 1.0)]
-        + [(shape, 0.05, 0.5) for shape in ("cosine", "linear", "constant")],
+        + [(shape, 0.05, 0.5) for shape in ("cosine", "linear", "constant")]
+        + [("cosine", 1.0, 0.0), ("linear", 1.0, 0.0), ("constant", 1.0, 1.0), ("cosine", 0.0, 0.01)],
     )
     def test_learning_rate_rises_then_follows_its_schedule(self, shape, progress, share):
         config = TrainingConfig(warmup=0.1, lr_schedule=shape)
@@ -251,6 +265,12 @@ def test_a_text_that_is_given_takes_the_place_of_the_file_s(data, given, source)
 def test_two_texts_that_are_given_are_refused():
     with pytest.raises(ValueError, match="text is what the source 'text' reads, got it and source = 'pg19'"):
         RunConfig.from_dict({}, {"source": "pg19", "text": "novels"})
+    for given in ({"source": "stdlib"}, {"source": "recall"}, {"text": "novels"}):
+        ((name, value),) = given.items()
+        with pytest.raises(
+            ValueError, match=f"dataset is what the sources shakespeare, .* read, got it and {name} = '{value}'"
+        ):
+            RunConfig.from_dict({}, {**given, "dataset": "rows"})
 
 
 @pytest.mark.parametrize("given", [{"minutes": 2.0}, {"epochs": 3}, {"steps": 9}], ids=str)
