@@ -137,8 +137,9 @@ def test_a_required_gradient_runs_blocked_and_refuses_triton(device):
 def test_rings_may_have_any_strides_and_two_runs_give_the_same_bits(backend, device):
     inputs = make_inputs(CASES[2], torch.bfloat16, device, nothing=0.0)
     strided = {name: x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim > 1 else x for name, x in inputs.items()}
-    first, second = (stream_attention_decode(**x, backend=backend) for x in (inputs, strided))
-    assert torch.equal(first, second)
+    differing = inputs | {name: strided[name] for name in ("v", "memory_k")}  # each of a pair as it is
+    first, *others = (stream_attention_decode(**x, backend=backend) for x in (inputs, strided, differing))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.triton

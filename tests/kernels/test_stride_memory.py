@@ -56,6 +56,29 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backen
         assert error <= 2 * plain[kind], kind
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("programs", [2, 256], ids=["several rows a program", "a row a program"])
+def test_the_norm_of_any_number_of_rows_is_that_of_pytorch(programs, monkeypatch, device):
+    from smt_kernels.stride_memory import norm
+
+    monkeypatch.setattr(norm, "PROGRAMS", programs)
+    x, update, grad, residual = torch.randn(4, 5, 12, device=device)
+    x[1] *= 1e-3  # so that eps tells
+    weight = torch.randn(12, device=device)
+    total, normed, out = torch.empty_like(x), torch.empty_like(x), torch.empty(1, 5, 12, device=device).transpose(0, 1)
+    norm.add_and_norm(x, update * 1e-3, weight, total, normed, out)
+    leaves = (x + update * 1e-3).requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.nn.functional.rms_norm(leaves[0], (12,), leaves[1], 1e-5)
+    d_x, d_narrow = torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
+    d_weight = torch.ones(norm.weight_sums(5), 12, device=device)
+    norm.norm_backward(grad, total, weight, residual, d_x, d_narrow, d_weight)
+    of_x, of_weight = torch.autograd.grad(expected, leaves, grad)
+    wanted = leaves[0], expected, expected[:, None], of_x + residual, of_weight + len(d_weight)
+    for found, value in zip((total, normed, out, d_x, d_weight.sum(0)), wanted, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    assert torch.equal(d_narrow, d_x.bfloat16())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(backend, device):
     problem = make_problem(Case("twice", writes=3, layers=1, first_write=1, slots=1, gate=True), torch.bfloat16, device)

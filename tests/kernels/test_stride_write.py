@@ -107,6 +107,16 @@ def test_the_blocks_of_a_gpu_compute_the_same(programs, backward, monkeypatch):
 
 @pytest.mark.triton
 @pytest.mark.interpreter
+def test_there_may_be_more_chunks_than_are_loaded_at_once(monkeypatch):
+    """Three chunks, the last one of one write, of which two are carried at a time."""
+    from smt_kernels.stride_write import blocks
+
+    monkeypatch.setattr(blocks, "_INTERPRETER", dataclasses.replace(blocks._INTERPRETER, steps=2))
+    assert_problem_within_budget(make_problem(Case(1, 65, 16, 4, 2, 2), torch.float16, "cpu", "random"), "triton")
+
+
+@pytest.mark.triton
+@pytest.mark.interpreter
 def test_the_softplus_of_kernels_errs_by_its_roundings_however_small_it_is():
     """Of exp, sum, quotient, two steps of the polynomial, product and sum: seven halves of a unit in the last place."""
     import toy_kernels

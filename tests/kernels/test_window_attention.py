@@ -91,6 +91,15 @@ def test_inputs_may_have_any_strides(backend, layout, device):
     assert_problem_within_budget(problem, backend)
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_every_input_may_have_strides_of_its_own(backend, device):
+    problem = make_problem(Case(66, head_dim=16), torch.float32, device)
+    layouts = {"k": "heads first", "v": "fused projection", "grad": "windows second"}
+    problem = replace(problem, **{name: in_layout(getattr(problem, name), layout) for name, layout in layouts.items()})
+    assert len({x.stride()[:3] for x in (problem.q, problem.k, problem.v, problem.grad)}) == 4
+    assert_problem_within_budget(problem, backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tail_equals_the_end_of_the_whole_window(backend, device):
     problem = make_problem(Case(), torch.float32, device)
