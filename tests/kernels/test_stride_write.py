@@ -304,11 +304,14 @@ def test_inputs_may_have_any_strides(backend, writes, device):
     assert_problem_within_budget(problem, backend)
 
 
+@pytest.mark.parametrize("others", [0, 1], ids=["one projection", "two projections"])
+@pytest.mark.parametrize("writes", [1, 8])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_x_and_z_may_be_halves_of_one_projection(backend, device):
-    problem = make_problem(WIDE_CASES[0], torch.float32, device, "random")
-    x, z = torch.cat([problem.inputs["x"], problem.inputs["z"]], dim=-1).chunk(2, dim=-1)
-    problem.inputs |= {"x": x, "z": z}
+def test_x_and_z_may_be_parts_of_projections(backend, writes, others, device):
+    problem = make_problem(Case(2, writes, 64, 16, 4, 4), torch.float32, device, "random")
+    x, z = problem.inputs["x"], problem.inputs["z"]
+    problem.inputs["x"] = torch.cat([x, z], dim=-1)[..., :64]
+    problem.inputs["z"] = torch.cat([x, z, *[x] * others], dim=-1)[..., 64:128]
     assert_problem_within_budget(problem, backend)
 
 
