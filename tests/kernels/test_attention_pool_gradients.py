@@ -77,6 +77,15 @@ def test_gradients_and_dropout_masks_may_have_any_strides(backend, make, device)
 
 
 @pytest.mark.parametrize("make", [small_windows, small_sequence], ids=["windows", "sequence"])
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
+def test_dropout_masks_are_not_differentiated(backend, make):
+    problem = make(torch.float32, "cpu")
+    mask = dropout_mask(*problem.grads[1].shape).requires_grad_()
+    pooled, _ = problem.function(**problem.inputs, **problem.settings, dropout_mask=mask, backend=backend)
+    assert not pooled.requires_grad or torch.autograd.grad(pooled.sum(), mask, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("make", [small_windows, small_sequence], ids=["windows", "sequence"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits(backend, make, device):
     problem = make(torch.bfloat16, device)

@@ -146,7 +146,7 @@ def test_inputs_may_have_any_strides(backend, layout, device):
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_every_input_may_have_strides_of_its_own(backend, device):
-    problem = make_problem(Case(40, n_slots=6), torch.float32, device)
+    problem = make_problem(Case(70, n_slots=6), torch.float32, device)
     layouts = {"k": "heads first", "v": "fused projection", "memory_k": "fused projection", "memory_v": "steps first"}
     inputs = {name: in_layout(x, layouts[name]) if name in layouts else x for name, x in problem.inputs.items()}
     strided = replace(problem, inputs=inputs, grad=in_layout(problem.grad, "heads first"))

@@ -9,6 +9,7 @@ from stride_memory_problem import (
     BACKENDS,
     CASES,
     FAST_BACKENDS,
+    RESULTS,
     WINDOW,
     Case,
     make_problem,
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smt_kernels import MemoryWeights, WindowSpec, stride_memory
-from smt_kernels.testing.budget import assert_equal_in_double
+from smt_kernels.testing.budget import assert_equal_in_double, poisoned_memory
 
 SMALL = ("norm", "conv_weight", "conv_bias", "dt_bias", "a", "d", "norm_f", "conv_state", "ssm_state")
 TINY = Case("tiny", writes=3, slots=1, first_write=1, first_step=1, gate=True, dropout=True, width=4, inner=3, state=2, taps=3,
@@ -54,6 +55,51 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backen
     plain = relative_errors(problem.results("reference"), exact)
     for kind, error in relative_errors(poisoned_results(problem, backend), exact).items():
         assert error <= 2 * plain[kind], kind
+
+
+ONE_LAYER = Case("one layer", writes=3, first_write=1, slots=2, first_step=1, layers=1, gate=True, dropout=True)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_inputs_may_have_any_strides_and_any_writes_may_happen(backend, device):
+    problem = make_problem(ONE_LAYER, torch.float32, device)
+    problem.gate = torch.tensor([[False, True, False], [True, False, True]], device=device)
+    problem.grads["slots"] *= problem.gate[..., None]
+    exact = problem.results("reference", torch.float64)
+    plain = relative_errors(problem.results("reference"), exact)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, ~x if x.dtype == torch.bool else torch.full_like(x, float("nan"))], dim=-1)[..., 0]
+
+    problem.gate, problem.dropout = strided(problem.gate), strided(problem.dropout)
+    for tensors in (problem.tensors, problem.grads):
+        tensors.update({name: strided(value) for name, value in tensors.items()})
+    for kind, error in relative_errors(poisoned_results(problem, backend), exact).items():
+        assert error <= 2 * plain[kind], kind
+
+
+@pytest.mark.parametrize("used", RESULTS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_gradients_are_right_when_only_one_result_is_used(backend, used, device):
+    problem = make_problem(ONE_LAYER, torch.float32, device)
+
+    def gradients(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors = {name: value.detach().to(dtype).requires_grad_() for name, value in problem.tensors.items()}
+        out, grad = problem.call(tensors, backend)[used], problem.grads[used].to(dtype)
+        return dict(zip(tensors, torch.autograd.grad(out, list(tensors.values()), grad, materialize_grads=True), strict=True))
+
+    exact, plain = gradients("reference", torch.float64), gradients("reference", torch.float32)
+    with poisoned_memory():
+        actual = gradients(backend, torch.float32)
+    reached = [name for name, value in exact.items() if value.any()]
+    assert not any(actual[name].any() for name in exact if name not in reached)
+
+    def error(found: dict[str, Tensor]) -> float:
+        return (
+            torch.cat([(found[name].double() - exact[name]).flatten() / exact[name].norm() for name in reached]).norm().item()
+        )
+
+    assert error(actual) <= 2 * error(plain)
 
 
 @pytest.mark.triton
