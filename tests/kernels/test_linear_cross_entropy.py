@@ -218,6 +218,7 @@ BAD_ARGUMENTS = {
     ),
     "targets are of another length": ({"targets": torch.zeros(2).long()}, ValueError, "targets must have shape (N=3)"),
     "targets are of another dtype": ({"targets": torch.zeros(3).int()}, TypeError, "targets must be int64, got torch.int32"),
+    "ignore_index is no int": ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
     "targets are elsewhere": ({"targets": torch.zeros(3, device="meta").long()}, ValueError, "targets must be on the device"),
 }  # fmt: skip
 
