@@ -217,6 +217,15 @@ def test_scale_may_be_any_number(scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scale_is_a_factor_of_the_scores(backend):
+    problem = make_problem(Case(70, n_slots=4))
+    q, *others = problem.inputs.values()
+    scaled = stream_attention(q, *others, scale=0.3, **problem.settings, backend=backend)
+    expected = stream_attention(0.3 * 16**0.5 * q, *others, **problem.settings, backend=backend)
+    assert_equal_in_double({"out": scaled}, {"out": expected}, terms=problem.terms())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_large_scores_do_not_overflow(backend):
     problem = make_problem(Case(70, n_slots=4), torch.float32)
     problem.settings["scale"] = 1e4
