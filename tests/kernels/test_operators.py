@@ -275,7 +275,7 @@ def test_eager_calls_compute_the_same_without_the_operator(make, device, monkeyp
         assert torch.equal(call(call.inputs, backend)[0], expected[0])
 
 
-@pytest.mark.parametrize("make", [*OPERATIONS, decode], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", EVERY_CALL, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_autocast_changes_no_operation(backend, make):
     call = make("cpu")
