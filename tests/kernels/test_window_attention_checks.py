@@ -53,6 +53,9 @@ BAD_ARGUMENTS = {
     "counts are too large": (
         {"valid_memory": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, "valid_memory must lie in 0..2, got [0, 3]",
     ),
+    "counts are on another device": (
+        {"valid_tokens": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "valid_tokens must be on cpu, got meta",
+    ),
     "counts are negative": (
         {"valid_tokens": torch.tensor([-1, 3], dtype=torch.int32)}, ValueError, "valid_tokens must lie in 0..4, got [-1, 3]",
     ),
