@@ -50,6 +50,12 @@ def like(name: str, tensor: Tensor, model_name: str, model: Tensor, *, dtype: bo
         raise ValueError(f"{name} must be on the device of {model_name}, {model.device}, got {tensor.device}")
 
 
+def integer(name: str, value: int) -> None:
+    """Raise TypeError unless ``value`` is an int (or one of a compiler that traces), and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
 def head_groups(n_query_heads: int, n_kv_heads: int) -> None:
     """Raise ValueError unless the query heads are a multiple of the key/value heads (grouped-query attention)."""
     if n_query_heads % n_kv_heads:

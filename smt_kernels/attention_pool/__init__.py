@@ -155,7 +155,7 @@ def _check_windows(windows: Tensor, n_memory: int, valid_memory: Tensor | None, 
     checks.shape("windows", windows, {"N": None, "W": None, "d": None})
     checks.floating("windows", windows)
     n_windows, size, _ = windows.shape
-    _check_int("n_memory", n_memory)
+    checks.integer("n_memory", n_memory)
     if not 0 <= n_memory <= size:
         raise ValueError(f"n_memory must lie in 0..W = 0..{size}, got {n_memory}")
     total = 0
@@ -189,22 +189,17 @@ def check_timeline(window: WindowSpec, timeline: Timeline, length: int) -> None:
     if window.stride is None:
         raise ValueError(f"window must have a stride, for writes to happen, got {window}")
     for name, value, least in (("first_write", first_write, 0), ("n_writes", n_writes, 1), ("write_group", write_group, 1)):
-        _check_int(name, value)
+        checks.integer(name, value)
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    _check_int("first_step", first_step)
-    _check_int("first_slot", first_slot)
+    checks.integer("first_step", first_step)
+    checks.integer("first_slot", first_slot)
     first, last = window.write_step(first_write), window.write_step(first_write + n_writes - 1)
     if not first_step <= first <= last < first_step + length:
         held = f"{first_step}..{first_step + length - 1}"
         raise ValueError(
             f"tokens must hold the steps {first}..{last} of the first to the last write, got {held} (first_step = {first_step})"
         )
-
-
-def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
 
 
 def _empty(inputs: Inputs, window: WindowSpec, timeline: Timeline, normalise: bool, backend: str) -> tuple[Tensor, Kept]:

@@ -51,6 +51,7 @@ def linear_cross_entropy(
     Source: gradients with the loss as in Liger-Kernel (Hsu et al., 2024), section 3.2.
     """
     _check(hidden, weight, targets)
+    checks.integer("ignore_index", ignore_index)
     backend = backends.choose("linear_cross_entropy", hidden, backend)
     if backend == "reference":
         return reference(hidden, weight, targets, ignore_index=ignore_index)

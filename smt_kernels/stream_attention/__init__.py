@@ -111,8 +111,7 @@ def _check(
     if window.n_tokens < 1:
         raise ValueError(f"window.n_tokens must be at least 1, so that every query sees itself, got {window.n_tokens}")
     for name, value in (("first_step", first_step), ("first_slot", first_slot)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
+        checks.integer(name, value)
 
 
 def _empty(

@@ -127,6 +127,7 @@ def runs(q: Tensor, k: Tensor, memory: Tensor, window: WindowSpec, first_step: i
         # Slots that no query sees are left out like those that do not exist: a weight of 0 times what they hold may be nan.
         seen = window.visible_slots(end - 1)[1] - first_slot if window.n_memory else 0
         n_slots = min(max(seen, 0), n_slots)
+        window = replace(window, n_memory=min(window.n_memory, max(seen, 0)))  # a strip of more slots would be padding, too
     for first, stop, advancing in _pieces(first_query, end, window, n_slots > 0):
         length = -(-BLOCK_QUERIES // window.stride) * window.stride if advancing else min(BLOCK_QUERIES, stop - first)
         n_blocks = -(-(stop - first) // length)

@@ -84,8 +84,11 @@ def _check(
     checks.head_groups(n_heads, n_kv_heads)
     if window > MAX_WINDOW:
         raise ValueError(f"a window holds at most {MAX_WINDOW} entries, got W = {window} in k of shape {tuple(k.shape)}")
-    if tail is not None and not 1 <= tail <= window:
-        raise ValueError(f"tail must lie in 1..W = 1..{window}, got {tail}")
+    checks.integer("n_memory", n_memory)
+    if tail is not None:
+        checks.integer("tail", tail)
+        if not 1 <= tail <= window:
+            raise ValueError(f"tail must lie in 1..W = 1..{window}, got {tail}")
     if n_queries != window and n_queries != tail:
         expected = f"W = {window}" if tail is None else f"W = {window} or tail = {tail}"
         raise ValueError(f"q must hold {expected} entries per window, got {n_queries} in shape {tuple(q.shape)}")

@@ -69,6 +69,7 @@ CASES = [
     Case(90, spec(3, 13, 7), n_slots=12, heads=4, kv_heads=2),
     Case(64, spec(0, 50, 16), n_slots=3),
     Case(64, spec(2, 1, 1), n_slots=63),
+    Case(70, spec(2**40, 2**40, 16), n_slots=5, history=3, first_step=30, first_slot=1),
     Case(200, spec(3, 80, 40), n_slots=4, history=11, first_step=25),
     Case(77, spec(15, 50, None), n_slots=5),
     Case(77, spec(0, 50, None), n_slots=40, history=20, first_step=-7, first_slot=3, kv_heads=1),
@@ -95,6 +96,7 @@ TRITON_CASES = [
     Case(77, spec(0, 50, None), n_slots=40, history=20, first_step=-7, first_slot=3, kv_heads=1, n_batch=1),
     Case(17, n_slots=1, heads=1, kv_heads=1, head_dim=256, n_batch=1),
     Case(40, n_slots=4, first_step=16 * 2**40, first_slot=2**40 - 2, n_batch=1),
+    Case(40, spec(2**40, 2**40, 3), n_slots=9, n_batch=1),
 ]
 
 

@@ -51,8 +51,8 @@ CASES = [
     Case("zero slots before the first", slots=3, first_step=-7, group=1, writes=3, layers=1, taps=2),
     Case("tokens alone", slots=None, writes=9, dropout=True, gate=True, normalise=False),
     Case("tokens alone, several chunks of the scan", slots=None, writes=35, batch=1, layers=2, window=WindowSpec(0, 2, 1)),
-    Case("a group of several chunks", writes=39, first_write=36, slots=2, first_step=34, group=36, batch=1, gate=True, layers=1,
-         window=WindowSpec(2, 3, 1)),
+    Case("a later group of several chunks", writes=38, first_write=34, slots=2, first_step=32, group=36, batch=1, gate=True,
+         layers=1, window=WindowSpec(3, 3, 1)),
     Case("one group that is not full, six layers", writes=3, group=8, layers=6, inner=17, rank=2, state=3),
 ]  # fmt: skip
 

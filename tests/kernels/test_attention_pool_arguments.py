@@ -19,6 +19,15 @@ def test_the_choice_of_backend_is_remembered():
         assert last_choice(problem.function.__name__).backend == "blocked"
 
 
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_entries_are_normalised_and_groups_are_of_one_write_unless_told_otherwise(backend):
+    for problem in (make_windows(torch.float32, "cpu"), make_sequence(Sequence(), torch.float32, "cpu")):
+        told = problem.settings | {"normalise": True} | ({} if "n_memory" in problem.settings else {"write_group": 1})
+        untold = {name: value for name, value in problem.settings.items() if name != "normalise"}
+        pooled, expected = (problem.function(**problem.inputs, **of, backend=backend)[0] for of in (untold, told))
+        assert torch.equal(pooled, expected)
+
+
 NONE = torch.zeros(2, dtype=torch.int32)
 BAD_WINDOWS = {
     "windows is no tensor": ({"windows": None}, TypeError, "windows must be a tensor, got NoneType"),

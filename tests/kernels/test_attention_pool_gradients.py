@@ -70,8 +70,19 @@ def test_gradients_and_dropout_masks_may_have_any_strides(backend, make, device)
     problem = make(torch.float32, device)
     mask = dropout_mask(*problem.grads[1].shape, device=device)
     problem.settings["dropout_mask"] = torch.stack([mask, torch.full_like(mask, float("nan"))], dim=-1)[..., 0]
-    problem.grads = torch.ones((), device=device).expand(problem.grads[0].shape), problem.grads[1]
+    of_weights = torch.cat([problem.grads[1], torch.full_like(problem.grads[1], float("nan"))], dim=-1)
+    of_weights = of_weights[..., : problem.grads[1].shape[-1]]
+    problem.grads = torch.ones((), device=device).expand(problem.grads[0].shape), of_weights
     assert_problem_within_budget(problem, backend)
+
+
+@pytest.mark.parametrize("make", [small_windows, small_sequence], ids=["windows", "sequence"])
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
+def test_dropout_masks_are_not_differentiated(backend, make):
+    problem = make(torch.float32, "cpu")
+    mask = dropout_mask(*problem.grads[1].shape).requires_grad_()
+    pooled, _ = problem.function(**problem.inputs, **problem.settings, dropout_mask=mask, backend=backend)
+    assert not pooled.requires_grad or torch.autograd.grad(pooled.sum(), mask, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("make", [small_windows, small_sequence], ids=["windows", "sequence"])

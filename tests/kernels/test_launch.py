@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +54,14 @@ def test_a_longer_head_is_refused(kernel):
 
 @pytest.mark.parametrize(
     "capability, family",
-    [((8, 0), "ampere"), ((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 3), "blackwell"), ((12, 0), "ampere")],
+    [
+        ((8, 0), "ampere"),
+        ((8, 9), "ampere"),
+        ((9, 0), "hopper"),
+        ((10, 3), "blackwell"),
+        ((11, 0), "blackwell"),
+        ((12, 0), "ampere"),
+    ],
 )
 def test_capabilities_fall_into_the_family_with_their_instructions(capability, family, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
@@ -124,11 +132,25 @@ def test_a_second_launch_calls_what_the_first_one_compiled_with_its_arguments_in
         {"num_stages": 2},
         {"width": None},
         {"n": 2**31},
+        {"n": -(2**31) - 1},
+        {"n": True},
         {"x": torch.zeros(2, 4).half()},
         {"x": torch.zeros(4, 2).T},
         {"x": torch.zeros(9)[1:].view(2, 4)},
     ],
-    ids=["a size", "a block", "an option", "one more option", "no size", "64 bits", "a dtype", "strides", "an alignment"],
+    ids=[
+        "a size",
+        "a block",
+        "an option",
+        "one more option",
+        "no size",
+        "64 bits",
+        "64 bits below zero",
+        "a bool",
+        "a dtype",
+        "strides",
+        "an alignment",
+    ],
 )
 def test_whatever_code_may_depend_on_is_compiled_anew(kernel, change):
     x = torch.zeros(2, 4)
@@ -142,6 +164,40 @@ def test_rocm_decides_by_itself_what_code_depends_on(kernel, monkeypatch):
     for _ in range(2):
         launched(kernel, torch.zeros(2, 4))
     assert len(kernel.compilations) == 2 and not kernel.calls
+
+
+def test_each_device_has_its_own_code_and_is_the_current_one_of_its_launches(kernel, monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    seen, launch_compiled = [], launch._launch_compiled
+    monkeypatch.setattr(launch, "_launch_compiled", lambda *args: seen.append(current[-1]) or launch_compiled(*args))
+    x = torch.zeros(2, 4)
+    for index in (0, 1, 0, 1):
+        launch.launch(kernel, (3,), torch.device("cuda", index), x, x.stride(), BLOCK=64, n=5, width=16)
+    assert seen == [0, 1, 0, 1] and len(kernel.compilations) == len(kernel.calls) == 2 and current == [0]
+
+
+def test_a_kernel_with_hooks_is_launched_with_them(kernel):
+    kernel.pre_run_hooks.append(lambda *arguments, **named: None)
+    for _ in range(2):
+        launched(kernel, torch.zeros(2, 4))
+    assert len(kernel.compilations) == 2 and not kernel.calls
+
+
+def test_what_is_remembered_of_launches_does_not_grow_for_ever(kernel, monkeypatch):
+    monkeypatch.setattr(launch, "_MOST_COMPILED", 2)
+    for width in range(1, 6):
+        launched(kernel, torch.zeros(2, 4), width=width)
+    (calls,) = launch._calls.values()
+    assert len(kernel.compilations) == 5 and len(calls.compiled) <= 2
 
 
 @pytest.mark.triton(launches=False)

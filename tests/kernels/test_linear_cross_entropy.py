@@ -101,6 +101,16 @@ def test_small_probabilities_of_many_targets_are_not_lost_in_float16(backend, de
     assert_within_budget({"weight": actual}, {"weight": exact}, {"weight": undivided})
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_loss_may_be_scaled_by_more_than_float16_holds(backend, device):
+    hidden = torch.randn(1, 8, device=device).half().requires_grad_()
+    weight = (1e-3 * torch.randn(5, 8, device=device)).half().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([3], device=device), backend=backend)
+    scaled, plain = (torch.autograd.grad(factor * loss, hidden, retain_graph=True)[0] for factor in (2.0**17, 1.0))
+    assert scaled.isfinite().all()
+    torch.testing.assert_close(scaled, (plain.float() * 2**17).half(), rtol=0.01, atol=0.5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_targets_that_count_loss_and_gradients_are_zero(backend, device):
     inputs = make_inputs(CASES[0], torch.float32, device)
@@ -218,6 +228,7 @@ BAD_ARGUMENTS = {
     ),
     "targets are of another length": ({"targets": torch.zeros(2).long()}, ValueError, "targets must have shape (N=3)"),
     "targets are of another dtype": ({"targets": torch.zeros(3).int()}, TypeError, "targets must be int64, got torch.int32"),
+    "ignore_index is no int": ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
     "targets are elsewhere": ({"targets": torch.zeros(3, device="meta").long()}, ValueError, "targets must be on the device"),
 }  # fmt: skip
 

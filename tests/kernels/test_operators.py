@@ -275,6 +275,19 @@ def test_eager_calls_compute_the_same_without_the_operator(make, device, monkeyp
         assert torch.equal(call(call.inputs, backend)[0], expected[0])
 
 
+@pytest.mark.parametrize("make", EVERY_CALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_autocast_changes_no_operation(backend, make):
+    call = make("cpu")
+
+    def under_autocast(inputs: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(inputs, backend)
+
+    results = zip(call.results(under_autocast, backend), call.results(call, backend), strict=True)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in results)
+
+
 @pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
 def test_fake_tensors_never_reach_the_implementation(make, monkeypatch):
     call = make("cpu")

@@ -144,6 +144,17 @@ def test_inputs_may_have_any_strides(backend, layout, device):
     assert actual["out"].is_contiguous()
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_every_input_may_have_strides_of_its_own(backend, device):
+    problem = make_problem(Case(70, n_slots=6), torch.float32, device)
+    layouts = {"k": "heads first", "v": "fused projection", "memory_k": "fused projection", "memory_v": "steps first"}
+    inputs = {name: in_layout(x, layouts[name]) if name in layouts else x for name, x in problem.inputs.items()}
+    strided = replace(problem, inputs=inputs, grad=in_layout(problem.grad, "heads first"))
+    assert len({x.stride()[:3] for x in (inputs["q"], inputs["k"], inputs["v"])}) == 3
+    actual, expected = strided.results(backend), problem.results(backend)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("sizes", [[1] * 100, [37, 1, 32, 30], [16, 84]], ids=["token by token", "ragged", "two"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pieces_with_carried_history_equal_one_call(backend, sizes):
@@ -175,11 +186,43 @@ def test_what_no_query_sees_changes_nothing_and_gets_no_gradient(backend, anythi
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
+def test_a_window_without_slots_reads_none_of_those_it_is_given(backend, device):
+    problem = make_problem(Case(40, spec(0, 20, 16), n_slots=3, n_batch=1), torch.float32, device)
+    for name in ("memory_k", "memory_v"):
+        problem.inputs[name].fill_(float("nan"))
+    results = problem.results(backend)
+    assert not results["dmemory_k"].any() and not results["dmemory_v"].any()
+    without = replace(problem, inputs={name: problem.inputs[name] for name in "qkv"}).results(backend)
+    assert all(torch.equal(value, results[name]) for name, value in without.items())
+
+
+@pytest.mark.triton(launches=False)
+@pytest.mark.parametrize("window", [spec(2**40, 2**40, 16), spec(2**40, 2**40, None)], ids=str)
+@pytest.mark.parametrize("first_step", [-(2**40), 2**40])
+@pytest.mark.parametrize("first_slot", [-(2**40), 2**40])
+def test_kernels_are_told_numbers_of_32_bits_however_long_the_stream(window, first_step, first_slot):
+    from smt_kernels.stream_attention.geometry import arguments
+
+    q, memory = torch.empty(1, 40, 1, 8), torch.empty(1, 3, 1, 8)
+    told = arguments(q, q, memory, window, first_step, first_slot)
+    assert {name: value for name, value in told.items() if name != "STRIDE" and not abs(value) < 2**31} == {}
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_scale_may_be_any_number(scale):
     problem = make_problem(Case(70, n_slots=4))
     problem.settings["scale"] = scale
     assert_equal_in_double(problem.results("blocked"), problem.results("reference"), terms=problem.terms())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scale_is_a_factor_of_the_scores(backend):
+    problem = make_problem(Case(70, n_slots=4))
+    q, *others = problem.inputs.values()
+    scaled = stream_attention(q, *others, scale=0.3, **problem.settings, backend=backend)
+    expected = stream_attention(0.3 * 16**0.5 * q, *others, **problem.settings, backend=backend)
+    assert_equal_in_double({"out": scaled}, {"out": expected}, terms=problem.terms())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -250,7 +293,7 @@ def test_work_grows_linearly_with_the_length(window):
         (out, lse), forward = counted(blocked.forward, *inputs, *settings)
         return forward, counted(blocked.backward, out, out, lse, *inputs, *settings)[1]
 
-    short, medium, long = flops(3), flops(6), flops(12)
+    short, medium, long = flops(8), flops(16), flops(32)  # the first of which sees as many slots as a window holds
     for a, b, c in zip(short, medium, long, strict=True):
         assert b > a and c - b == 2 * (b - a)
 
@@ -272,4 +315,13 @@ def test_a_window_that_is_longer_than_the_sequence_costs_no_more_than_the_sequen
     short, long = ([*strips.runs(q, q, q[:, :0], WindowSpec(0, size, None), 0, 0)] for size in (40, 10**9))
     assert [run.tokens.length for run in long] == [run.tokens.length for run in short]
     outs = [stream_attention(q, q, q, window=WindowSpec(0, size, None), backend="blocked") for size in (40, 10**9)]
+    assert torch.equal(*outs)
+
+
+def test_a_window_of_more_slots_than_are_written_costs_no_more_than_these():
+    q, memory = torch.randn(1, 100, 1, 16), torch.randn(2, 1, 6, 1, 16)
+    fits, longer = WindowSpec(6, 50, 16), WindowSpec(10**9, 50, 16)
+    lengths = [[run.slots.length for run in strips.runs(q, q, memory[0], window, 0, 0)] for window in (fits, longer)]
+    assert lengths[0] == lengths[1] and max(lengths[0]) <= 2 * 6
+    outs = [stream_attention(q, q, q, *memory, window=window, backend="blocked") for window in (fits, longer)]
     assert torch.equal(*outs)

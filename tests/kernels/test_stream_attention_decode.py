@@ -105,6 +105,14 @@ def test_a_step_equals_the_last_step_of_a_sequence(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scale_is_a_factor_of_the_scores(backend, device):
+    inputs = make_inputs(CASES[2], torch.float32, device)
+    scaled = stream_attention_decode(**inputs, scale=0.5, backend=backend)
+    expected = stream_attention_decode(**inputs | {"q": 2.0 * inputs["q"]}, backend=backend)  # heads of 16: 0.5 is 2 / 16**0.5
+    torch.testing.assert_close(scaled, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_query_with_nothing_to_see_gets_zeros(backend, device):
     out = stream_attention_decode(**make_inputs(Case((0, 3, 0), (0, 0, 0)), torch.float32, device), backend=backend)
     assert not out[[0, 2]].any() and out[1].any()
@@ -133,12 +141,21 @@ def test_a_required_gradient_runs_blocked_and_refuses_triton(device):
     assert last_choice("stream_attention_decode").backend == "blocked"
 
 
+@pytest.mark.triton
+def test_no_gradient_is_required_where_none_is_recorded(device):
+    inputs = make_inputs(CASES[0], torch.float32, device)
+    inputs["k"].requires_grad_()
+    with torch.no_grad():
+        assert not stream_attention_decode(**inputs, backend="triton").requires_grad
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rings_may_have_any_strides_and_two_runs_give_the_same_bits(backend, device):
     inputs = make_inputs(CASES[2], torch.bfloat16, device, nothing=0.0)
     strided = {name: x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim > 1 else x for name, x in inputs.items()}
-    first, second = (stream_attention_decode(**x, backend=backend) for x in (inputs, strided))
-    assert torch.equal(first, second)
+    differing = inputs | {name: strided[name] for name in ("v", "memory_k")}  # each of a pair as it is
+    first, *others = (stream_attention_decode(**x, backend=backend) for x in (inputs, strided, differing))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.triton

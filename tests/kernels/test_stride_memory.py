@@ -9,6 +9,7 @@ from stride_memory_problem import (
     BACKENDS,
     CASES,
     FAST_BACKENDS,
+    RESULTS,
     WINDOW,
     Case,
     make_problem,
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smt_kernels import MemoryWeights, WindowSpec, stride_memory
-from smt_kernels.testing.budget import assert_equal_in_double
+from smt_kernels.testing.budget import assert_equal_in_double, poisoned_memory
 
 SMALL = ("norm", "conv_weight", "conv_bias", "dt_bias", "a", "d", "norm_f", "conv_state", "ssm_state")
 TINY = Case("tiny", writes=3, slots=1, first_write=1, first_step=1, gate=True, dropout=True, width=4, inner=3, state=2, taps=3,
@@ -54,6 +55,74 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backen
     plain = relative_errors(problem.results("reference"), exact)
     for kind, error in relative_errors(poisoned_results(problem, backend), exact).items():
         assert error <= 2 * plain[kind], kind
+
+
+ONE_LAYER = Case("one layer", writes=3, first_write=1, slots=2, first_step=1, layers=1, gate=True, dropout=True)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_inputs_may_have_any_strides_and_any_writes_may_happen(backend, device):
+    problem = make_problem(ONE_LAYER, torch.float32, device)
+    problem.gate = torch.tensor([[False, True, False], [True, False, True]], device=device)
+    problem.grads["slots"] *= problem.gate[..., None]
+    exact = problem.results("reference", torch.float64)
+    plain = relative_errors(problem.results("reference"), exact)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, ~x if x.dtype == torch.bool else torch.full_like(x, float("nan"))], dim=-1)[..., 0]
+
+    problem.gate, problem.dropout = strided(problem.gate), strided(problem.dropout)
+    for tensors in (problem.tensors, problem.grads):
+        tensors.update({name: strided(value) for name, value in tensors.items()})
+    for kind, error in relative_errors(poisoned_results(problem, backend), exact).items():
+        assert error <= 2 * plain[kind], kind
+
+
+@pytest.mark.parametrize("used", RESULTS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_gradients_are_right_when_only_one_result_is_used(backend, used, device):
+    problem = make_problem(ONE_LAYER, torch.float32, device)
+
+    def gradients(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors = {name: value.detach().to(dtype).requires_grad_() for name, value in problem.tensors.items()}
+        out, grad = problem.call(tensors, backend)[used], problem.grads[used].to(dtype)
+        return dict(zip(tensors, torch.autograd.grad(out, list(tensors.values()), grad, materialize_grads=True), strict=True))
+
+    exact, plain = gradients("reference", torch.float64), gradients("reference", torch.float32)
+    with poisoned_memory():
+        actual = gradients(backend, torch.float32)
+    reached = [name for name, value in exact.items() if value.any()]
+    assert not any(actual[name].any() for name in exact if name not in reached)
+
+    def error(found: dict[str, Tensor]) -> float:
+        return (
+            torch.cat([(found[name].double() - exact[name]).flatten() / exact[name].norm() for name in reached]).norm().item()
+        )
+
+    assert error(actual) <= 2 * error(plain)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("programs", [2, 256], ids=["several rows a program", "a row a program"])
+def test_the_norm_of_any_number_of_rows_is_that_of_pytorch(programs, monkeypatch, device):
+    from smt_kernels.stride_memory import norm
+
+    monkeypatch.setattr(norm, "PROGRAMS", programs)
+    x, update, grad, residual = torch.randn(4, 5, 12, device=device)
+    x[1] *= 1e-3  # so that eps tells
+    weight = torch.randn(12, device=device)
+    total, normed, out = torch.empty_like(x), torch.empty_like(x), torch.empty(1, 5, 12, device=device).transpose(0, 1)
+    norm.add_and_norm(x, update * 1e-3, weight, total, normed, out)
+    leaves = (x + update * 1e-3).requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.nn.functional.rms_norm(leaves[0], (12,), leaves[1], 1e-5)
+    d_x, d_narrow = torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
+    d_weight = torch.ones(norm.weight_sums(5), 12, device=device)
+    norm.norm_backward(grad, total, weight, residual, d_x, d_narrow, d_weight)
+    of_x, of_weight = torch.autograd.grad(expected, leaves, grad)
+    wanted = leaves[0], expected, expected[:, None], of_x + residual, of_weight + len(d_weight)
+    for found, value in zip((total, normed, out, d_x, d_weight.sum(0)), wanted, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    assert torch.equal(d_narrow, d_x.bfloat16())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -107,6 +107,16 @@ def test_the_blocks_of_a_gpu_compute_the_same(programs, backward, monkeypatch):
 
 @pytest.mark.triton
 @pytest.mark.interpreter
+def test_there_may_be_more_chunks_than_are_loaded_at_once(monkeypatch):
+    """Three chunks, the last one of one write, of which two are carried at a time."""
+    from smt_kernels.stride_write import blocks
+
+    monkeypatch.setattr(blocks, "_INTERPRETER", dataclasses.replace(blocks._INTERPRETER, steps=2))
+    assert_problem_within_budget(make_problem(Case(1, 65, 16, 4, 2, 2), torch.float16, "cpu", "random"), "triton")
+
+
+@pytest.mark.triton
+@pytest.mark.interpreter
 def test_the_softplus_of_kernels_errs_by_its_roundings_however_small_it_is():
     """Of exp, sum, quotient, two steps of the polynomial, product and sum: seven halves of a unit in the last place."""
     import toy_kernels
@@ -294,11 +304,14 @@ def test_inputs_may_have_any_strides(backend, writes, device):
     assert_problem_within_budget(problem, backend)
 
 
+@pytest.mark.parametrize("others", [0, 1], ids=["one projection", "two projections"])
+@pytest.mark.parametrize("writes", [1, 8])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_x_and_z_may_be_halves_of_one_projection(backend, device):
-    problem = make_problem(WIDE_CASES[0], torch.float32, device, "random")
-    x, z = torch.cat([problem.inputs["x"], problem.inputs["z"]], dim=-1).chunk(2, dim=-1)
-    problem.inputs |= {"x": x, "z": z}
+def test_x_and_z_may_be_parts_of_projections(backend, writes, others, device):
+    problem = make_problem(Case(2, writes, 64, 16, 4, 4), torch.float32, device, "random")
+    x, z = problem.inputs["x"], problem.inputs["z"]
+    problem.inputs["x"] = torch.cat([x, z], dim=-1)[..., :64]
+    problem.inputs["z"] = torch.cat([x, z, *[x] * others], dim=-1)[..., 64:128]
     assert_problem_within_budget(problem, backend)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from stride_write_problem import BACKENDS, DTYPES, INPUTS, Case, Problem, dtype_id, make_problem
+from stride_write_problem import BACKENDS, DTYPES, FAST_BACKENDS, INPUTS, Case, Problem, dtype_id, make_problem
 from torch import Tensor
 
 from smt_kernels import stride_write
@@ -28,6 +28,14 @@ def test_what_stands_where_the_gate_is_off_has_no_influence(backend, writes, gat
         assert torch.equal(before[name], after[name]), name
     for name in ("y", "d_x", "d_z"):
         assert not after[name][~problem.gate].any(), name
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_rows_may_make_fewer_writes_than_a_convolution_has_taps(backend, device):
+    problem = make_problem(Case(4, 3, 64, 16, 4, 4), precision_of(backend), device, "all on")
+    problem.gate[:] = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1]], dtype=torch.bool)
+    exact = functools.partial(problem.results, "reference", torch.float64)
+    assert_equal_to(exact, problem.results(backend), problem, problem.results("reference"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from window_attention_problem import (
     DTYPES,
     FAST_BACKENDS,
     Case,
+    Problem,
     assert_problem_within_budget,
     dtype_id,
     make_problem,
@@ -41,6 +44,30 @@ def test_output_and_gradients_err_at_most_twice_as_much_as_plain_pytorch(backend
 def test_the_launch_settings_of_every_architecture_compute_the_same(family, dtype, case, monkeypatch):
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
     assert_problem_within_budget(make_problem(case, dtype, "cpu"), "triton")
+
+
+def by_hand(problem: Problem, scale: float) -> Tensor:
+    """The definition with Python numbers, one query at a time: no tensor operation and no WindowSpec."""
+    q, k, v = (x.tolist() for x in (problem.q, problem.k, problem.v))
+    n_windows, window, heads, _ = problem.q.shape
+    out = torch.zeros(problem.q.shape, dtype=torch.float64)
+    for n, i, h in itertools.product(range(n_windows), range(window), range(heads)):
+        kv_head = h // (heads // problem.k.shape[2])
+        slots, tokens = int(problem.valid_memory[n]), int(problem.valid_tokens[n])
+        there = [*range(problem.n_memory - slots, problem.n_memory), *range(window - tokens, window)]
+        seen = [j for j in there if j <= i]
+        exps = [math.exp(scale * sum(a * b for a, b in zip(q[n][i][h], k[n][j][kv_head], strict=True))) for j in seen]
+        for j, value in zip(seen, exps, strict=True):
+            out[n, i, h] += value / sum(exps) * torch.tensor(v[n][j][kv_head], dtype=torch.float64)
+    return out
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_it_computes_the_definition(backend, scale):
+    problem = make_problem(Case(7, heads=4, kv_heads=2, head_dim=3, n_memory=3, n_windows=3), torch.float64, "cpu")
+    out = window_attention(problem.q, problem.k, problem.v, scale=scale, backend=backend, **problem.options())
+    assert_equal_in_double({"out": out}, {"out": by_hand(problem, scale or 3**-0.5)}, terms=10)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -88,6 +115,15 @@ def test_inputs_may_have_any_strides(backend, layout, device):
     problem = make_problem(Case(head_dim=16), torch.float32, device)
     problem = replace(problem, **{name: in_layout(getattr(problem, name), layout) for name in ("q", "k", "v", "grad")})
     assert not problem.q.is_contiguous()
+    assert_problem_within_budget(problem, backend)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_every_input_may_have_strides_of_its_own(backend, device):
+    problem = make_problem(Case(66, head_dim=16), torch.float32, device, ragged=False)
+    layouts = {"k": "heads first", "v": "fused projection", "grad": "windows second"}
+    problem = replace(problem, **{name: in_layout(getattr(problem, name), layout) for name, layout in layouts.items()})
+    assert len({x.stride()[:3] for x in (problem.q, problem.k, problem.v, problem.grad)}) == 4
     assert_problem_within_budget(problem, backend)
 
 

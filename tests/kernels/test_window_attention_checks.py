@@ -38,6 +38,8 @@ BAD_ARGUMENTS = {
     "the window is too long": (
         {name: torch.zeros(2, 129, 2, 8) for name in "qkv"}, ValueError, "a window holds at most 128 entries, got W = 129",
     ),
+    "tail is no int": ({"tail": 2.0}, TypeError, "tail must be an int, got 2.0"),
+    "n_memory is no int": ({"n_memory": 2.0, "backend": "triton"}, TypeError, "n_memory must be an int, got 2.0"),
     "tail is zero": ({"tail": 0}, ValueError, "tail must lie in 1..W = 1..6, got 0"),
     "tail is too long": ({"tail": 7}, ValueError, "tail must lie in 1..W = 1..6, got 7"),
     "n_memory is negative": ({"n_memory": -1}, ValueError, "n_memory must lie in 0..W = 0..6, got -1"),
@@ -50,6 +52,9 @@ BAD_ARGUMENTS = {
     ),
     "counts are too large": (
         {"valid_memory": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, "valid_memory must lie in 0..2, got [0, 3]",
+    ),
+    "counts are on another device": (
+        {"valid_tokens": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "valid_tokens must be on cpu, got meta",
     ),
     "counts are negative": (
         {"valid_tokens": torch.tensor([-1, 3], dtype=torch.int32)}, ValueError, "valid_tokens must lie in 0..4, got [-1, 3]",
