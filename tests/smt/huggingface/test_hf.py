@@ -243,6 +243,7 @@ def test_a_larger_vocabulary_keeps_what_was_learnt():
     model.resize_token_embeddings(VOCAB + 3)
     torch.testing.assert_close(model(ids).logits[..., :VOCAB], before)
     assert model.config.vocab_size == model.model.config.vocab_size == VOCAB + 3
+    assert model(ids).past_key_values.state.config == model.model.config
     assert model(torch.full((1, 4), VOCAB + 2)).logits.shape == (1, 4, VOCAB + 3)
 
 

@@ -48,6 +48,11 @@ def test_a_saved_model_comes_back_with_its_config_weights_and_number_format(enco
     assert {path.name for path in (tmp_path / "deep" / "folder").iterdir()} == {"config.yaml", "model.safetensors"}
 
 
+def test_a_model_is_loaded_onto_a_device(saved):
+    model = StrideMemoryTransformer.from_pretrained(saved, device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_a_loaded_model_trains_and_leaves_its_file_alone(saved):
     before = (saved / "model.safetensors").read_bytes()
     model = StrideMemoryTransformer.from_pretrained(saved).train()
