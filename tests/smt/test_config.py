@@ -32,6 +32,7 @@ from smt.runtime.fields import parse
         ({"encoding": "stream", "d_model": 36, "transformer_n_heads": 4}, ValueError, "must be even, got 9"),
         ({"stride": "16"}, TypeError, "stride must be of type int, got '16'"),
         ({"pooling_norm": 1}, TypeError, "pooling_norm must be of type bool, got 1"),
+        ({"stride": True}, TypeError, "stride must be of type int, got True"),
         ({"d_model": 768.0}, TypeError, "d_model must be of type int, got 768.0"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smt import SMTConfig, StrideMemoryTransformer
@@ -63,7 +64,9 @@ def test_a_loaded_model_trains_and_leaves_its_file_alone(saved):
     assert (saved / "model.safetensors").read_bytes() == before
 
 
-def test_the_tensors_have_the_names_of_the_state_dict(saved):
+def test_the_tensors_have_the_names_of_the_state_dict_and_the_file_says_whose_they_are(saved):
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which loaders of other libraries look for
     assert load_file(saved / "model.safetensors").keys() == model_of().state_dict().keys()
 
 

@@ -216,3 +216,5 @@ def test_pooling_dropout_falls_on_what_is_written(pool_source):
     ids = torch.randint(211, (2, 40))
     slots = model(ids)[1].state.slots
     assert torch.equal(*slots) and not torch.equal(*model.eval()(ids)[1].state.slots)
+    some = build(pooling_dropout=0.5, pool_source=pool_source).train()(ids[:1].repeat(2, 1))[1].state.slots
+    assert not torch.equal(*some), "each row has weights of its own dropped"
