@@ -149,6 +149,20 @@ def test_a_fresh_memory_follows_the_scale_of_a_loaded_embedding():
     assert torch.allclose(model.memory.ssm.norm_f.weight, rms)
 
 
+def test_without_its_embedding_a_gpt2_leaves_the_memory_alone():
+    model = smt()
+    before = [parameter.clone() for parameter in model.memory.parameters()]
+    report = model.load_gpt2(gpt2(), embedding=False)
+    assert all(map(torch.equal, before, model.memory.parameters()))
+    assert report.skipped["wte.weight"] == "embedding=False" and "embedding.weight" in report.fresh
+
+
+def test_a_gpt2_may_have_just_the_positions_of_the_window():
+    source, model = gpt2(n_positions=65), smt()
+    report = model.load_gpt2(source)
+    assert torch.equal(model.decoder.positions, source.transformer.wpe.weight) and not report.skipped
+
+
 def test_a_loaded_memory_keeps_its_scale_unless_asked_to_match():
     source = mamba()
     source.backbone.norm_f.weight.data.fill_(3.0)
