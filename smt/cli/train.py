@@ -70,6 +70,8 @@ def _named_after(text: str | None) -> dict[str, str]:
 
 
 def _report(outcome: Outcome, seconds: float) -> None:
+    from smt.evaluation.perplexity import shown_perplexity
+
     prompt, continuation = outcome.sample
     if continuation:
         print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")
@@ -81,7 +83,7 @@ def _report(outcome: Outcome, seconds: float) -> None:
     print(
         f"\nheld-out text   {evaluation.n_targets:,} tokens, {evaluation.n_bytes:,} bytes, {documents}, {carried}\n"
         f"validation loss {evaluation.loss:.4f} nats per token\n"
-        f"perplexity      {evaluation.perplexity:{'.2f' if evaluation.perplexity < 1e6 else '.2e'}}\n"
+        f"perplexity      {shown_perplexity(evaluation.perplexity)}\n"
         f"bits per byte   {evaluation.bits_per_byte:.3f}\n"
         f"{_of_pairs(evaluation.pairs)}"
         f"training        {progress.n_tokens:,} tokens in {progress.step:,} steps, {progress.padding:.1%} padding\n"

@@ -21,7 +21,7 @@ from smt.data.tokenizer import Tokenizer
 from smt.evaluation import plots
 from smt.evaluation.ablation import NO_WRITES, Ablation, ablate, slot_reach, without_writes
 from smt.evaluation.needle import ENGLISH, needle_in_haystack, recall_style, usual_lengths
-from smt.evaluation.perplexity import Evaluation
+from smt.evaluation.perplexity import Evaluation, shown_perplexity
 from smt.evaluation.pooling import analyse_pooling
 from smt.evaluation.position import fall_between, loss_by_position
 from smt.evaluation.recall import encode_words, recall, usual_distances
@@ -165,7 +165,7 @@ def _perplexity(run: EvaluationRun) -> None:
         figures = {
             "tokens": f"{result.n_targets:,}",
             "loss (nats per token)": f"{result.loss:.4f}",
-            "perplexity": f"{result.perplexity:.2f}",
+            "perplexity": shown_perplexity(result.perplexity),
             "bits per byte": f"{result.bits_per_byte:.4f}",
             "bits per character": f"{result.bits_per_character:.4f}",
         }

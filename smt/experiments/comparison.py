@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smt.evaluation.perplexity import shown_perplexity
 from smt.experiments.record import RunRecord
 from smt.runtime.extras import optional
 from smt.runtime.files import check_folder, finite, text_writer, write_files
@@ -28,7 +29,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps": ("steps", "{:,}".format),
     "tokens": ("tokens", "{:,}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
-    "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),
+    "perplexity": ("perplexity", shown_perplexity),
     "best_loss": ("best loss", "{:.4f}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "difference": ("difference", "{:+.4f}".format),
