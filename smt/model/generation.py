@@ -32,9 +32,8 @@ def generate(next_logits: NextLogits, input_ids: Tensor, max_new_tokens: int, **
     Returns:
         (B, T + new) int64, where new is max_new_tokens, or less when all rows have ended before.
     """
-    return torch.cat(
-        [input_ids, *(tokens[:, None] for tokens in stream(next_logits, input_ids, max_new_tokens, **options))], dim=1
-    )
+    new = [tokens[:, None] for tokens in stream(next_logits, input_ids, max_new_tokens, **options)]
+    return torch.cat([input_ids.long(), *new], dim=1)
 
 
 def stream(

@@ -20,7 +20,7 @@ from smt_kernels import stride_write
 
 NORM_EPS = 1e-5
 # Mamba (Gu & Dao, 2023), section 3.6: time steps start log-uniform in this range.
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+DT_MIN, DT_MAX = 1e-3, 1e-1
 
 
 Mixer = TypeVar("Mixer", bound="SelectiveMixer")
@@ -112,8 +112,7 @@ class SelectiveMixer(nn.Module):
             nn.init.normal_(linear.weight, std=std)
         nn.init.normal_(self.out_proj.weight, std=residual_std)
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
-        log_dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(DT_MIN), math.log(DT_MAX))
-        dt = log_dt.exp().clamp(min=DT_FLOOR)
+        dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def _apply(self: Mixer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:

@@ -36,7 +36,7 @@ def read_state(path: str | Path, device: torch.device | str = "cpu") -> tuple[SM
     if not path.is_file():
         raise FileNotFoundError(f"there is no state file {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
@@ -52,7 +52,7 @@ def read_state(path: str | Path, device: torch.device | str = "cpu") -> tuple[SM
         except RuntimeError as error:
             raise ValueError(f"{path} must have layers of one shape: {error}") from error
     _check(path, config, steps, tensors)
-    return config, steps, tensors
+    return config, steps, {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _read(path: Path, metadata: dict[str, str]) -> tuple[SMTConfig, list[int]]:

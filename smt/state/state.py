@@ -143,7 +143,9 @@ class SMTState:
 
         def moved(name: str, tensor: Tensor) -> Tensor:
             there = tensor.to(*args, **kwargs)
-            return tensor.to(there.device, torch.promote_types(there.dtype, torch.float32)) if name == "ssm" else there
+            if name != "ssm" or there.dtype.itemsize >= torch.float32.itemsize:
+                return there
+            return tensor.to(there.device, torch.float32)  # not from ``there``, which has lost digits
 
         state = self._map(moved)
         return replace(state, device_steps=self.device_steps.to(state.tokens.device))

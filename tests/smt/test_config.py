@@ -1,6 +1,7 @@
 """The configuration refuses what cannot work, when it is built, and names the field."""
 
 import math
+import warnings
 
 import pytest
 
@@ -31,6 +32,7 @@ from smt.runtime.fields import parse
         ({"encoding": "stream", "d_model": 36, "transformer_n_heads": 4}, ValueError, "must be even, got 9"),
         ({"stride": "16"}, TypeError, "stride must be of type int, got '16'"),
         ({"pooling_norm": 1}, TypeError, "pooling_norm must be of type bool, got 1"),
+        ({"stride": True}, TypeError, "stride must be of type int, got True"),
         ({"d_model": 768.0}, TypeError, "d_model must be of type int, got 768.0"),
     ],
 )
@@ -46,9 +48,16 @@ def test_an_unknown_field_is_refused_with_the_nearest_name():
         parse(SMTConfig, "stirde", "3")
 
 
-@pytest.mark.parametrize("stride", [4, 40])
+@pytest.mark.parametrize("stride", [4, 7, 33, 40])
 def test_a_stride_far_from_a_third_of_the_tokens_warns(stride):
     with pytest.warns(UserWarning, match=f"stride = {stride} is far from m_input_tokens // 3 = 16"):
+        SMTConfig(stride=stride)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_a_stride_of_half_to_twice_a_third_of_the_tokens_is_usual(stride):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         SMTConfig(stride=stride)
 
 
@@ -57,6 +66,7 @@ def test_derived_sizes():
     assert (config.window_size, config.write_frequency, config.coverage) == (65, 1 / 16, 50 / 16)
     assert (config.head_dim, config.n_kv_heads, config.ssm_d_inner, config.dt_rank) == (64, 12, 1536, 48)
     assert config.n_state_slots == 15 + 8 - 1
+    assert (config.dropout, config.pooling_dropout, config.rope_theta) == (0.1, 0.0, 10_000)
 
 
 @pytest.mark.parametrize(("d_model", "std"), [(768, 0.02), (192, 0.04), (48, 0.08)])
@@ -80,10 +90,12 @@ def test_presets_are_the_sizes_of_the_source_documents():
     small = SMTConfig.preset("small", vocab_size=100)
     assert sizes(small) == (10, 30, 10)
     assert (small.d_model, small.transformer_n_layers, small.ssm_n_layers, small.transformer_n_heads) == (512, 6, 12, 8)
-    assert small.vocab_size == 100
+    assert (small.vocab_size, small.d_k) == (100, 512)
     published = SMTConfig.published()
     assert (published.encoding, published.empty_slots, published.pool_source) == ("token", "zero", "window")
     assert (published.write_group, published.pooling_norm) == (1, False)
+    assert (published.dropout, published.pooling_dropout) == (0.1, 0.1)
+    assert (published.slot_gate, published.slot_readout) == ("open", False)
     with pytest.raises(ValueError, match="preset must be one of wikitext, pg19, small, got 'large'"):
         SMTConfig.preset("large")
 

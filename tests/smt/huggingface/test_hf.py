@@ -37,6 +37,7 @@ def test_a_saved_model_is_the_same_after_loading(folder):
     assert not again.training
     config = AutoConfig.from_pretrained(folder)
     assert isinstance(config, SMTPreTrainedConfig) and config.smt == SMTConfig(**SIZES)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (16, 2, 2)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["SMTForCausalLM"]
 
 
@@ -56,6 +57,7 @@ def test_wrapping_keeps_the_weights_themselves():
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     wrapped = SMTForCausalLM.of(model, eos_token_id=3)
     assert wrapped.generation_config.eos_token_id == 3
+    assert SMTForCausalLM.of(StrideMemoryTransformer(SMTConfig(**SIZES)).bfloat16()).config.dtype == torch.bfloat16
     for name, parameter in wrapped.model.named_parameters():
         assert parameter is model.get_parameter(name) and torch.equal(parameter, before[name])
 
@@ -107,6 +109,11 @@ def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
 
 
+def test_one_process_of_several_writes_the_card(tmp_path):
+    build(torch.float32).save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "README.md").exists()
+
+
 def test_a_model_card_is_written_once(tmp_path):
     model = build(torch.float32)
     model.save_pretrained(tmp_path)
@@ -129,6 +136,8 @@ def test_labels_are_shifted_inside_and_100_is_left_out():
     torch.testing.assert_close(output.loss, shifted_loss(output.logits, labels))
     torch.testing.assert_close(model(ids, labels=ids).loss, model.model.loss(ids)[0])
     assert output.past_key_values is None and model(ids, labels=ids, return_dict=False)[0] == model(ids, labels=ids).loss
+    model.config.return_dict = False
+    assert type(model(ids)) is tuple and torch.equal(model(ids, return_dict=True).logits, model(ids)[0])
 
 
 def test_training_holds_no_logits_unless_asked_for():
@@ -190,6 +199,24 @@ def test_a_state_with_padding_behind_it_is_never_returned():
         model(ids, attention_mask=mask, use_cache=True)
 
 
+def test_a_state_is_returned_where_it_is_likely_used_or_asked_for():
+    model, ids = build(), torch.randint(VOCAB, (2, 12))
+    assert model(ids).past_key_values is not None and model(ids, use_cache=False).past_key_values is None
+    assert model(ids, labels=ids).past_key_values is None and model(ids, labels=ids, use_cache=True).past_key_values is not None
+    model.config.use_cache = False
+    assert model(ids).past_key_values is None
+    model.config.use_cache = True
+    assert model.train()(ids).past_key_values is None and model(ids, use_cache=True).past_key_values is not None
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_label_of_a_first_token_is_never_looked_at(mode):
+    model, ids = getattr(build(dropout=0.0), mode)(), torch.randint(VOCAB, (2, 12))
+    labels = ids.clone()
+    labels[:, 0] = 99_999
+    assert torch.equal(model(ids, labels=labels).loss, model(ids, labels=ids).loss)
+
+
 def test_logits_to_keep_are_the_last_or_those_named():
     model = build()
     ids = torch.randint(VOCAB, (2, 12))
@@ -230,10 +257,20 @@ def test_low_precision_loads_keep_the_rates_of_the_memory(dtype, folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {dtypes[name] for name in dtypes if name.endswith("A_log")} == {torch.float32}
+    rates = "model.memory.ssm.layers.1.mixer.A_log"
+    assert torch.equal(model.get_parameter(rates), build(torch.float32).get_parameter(rates)), "to the last digit"
     assert {dtypes[name] for name in dtypes if not name.endswith("A_log")} == {dtype}
     ids = torch.randint(VOCAB, (2, 20))
     output = model.generate(ids, max_new_tokens=5, do_sample=False)
     assert output.shape == (2, 25) and model(ids).logits.dtype == dtype
+
+
+def test_new_tokens_are_drawn_as_fresh_ones_and_another_embedding_is_another_vocabulary():
+    model = build(torch.float32)
+    model.resize_token_embeddings(VOCAB + 500, mean_resizing=False)
+    assert model.get_input_embeddings().weight[VOCAB:].std().item() == pytest.approx(0.3, rel=0.05)
+    model.set_input_embeddings(torch.nn.Embedding(50, 16))
+    assert model.config.vocab_size == model.model.config.vocab_size == model(torch.tensor([[49]])).logits.shape[-1] == 50
 
 
 def test_a_larger_vocabulary_keeps_what_was_learnt():
@@ -243,6 +280,7 @@ def test_a_larger_vocabulary_keeps_what_was_learnt():
     model.resize_token_embeddings(VOCAB + 3)
     torch.testing.assert_close(model(ids).logits[..., :VOCAB], before)
     assert model.config.vocab_size == model.model.config.vocab_size == VOCAB + 3
+    assert model(ids).past_key_values.state.config == model.model.config
     assert model(torch.full((1, 4), VOCAB + 2)).logits.shape == (1, 4, VOCAB + 3)
 
 

@@ -185,6 +185,52 @@ def test_what_a_state_cannot_do_is_refused(options, error, message):
         build().generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, **options)
 
 
+def test_a_cache_of_a_state_has_the_columns_of_its_longest_row():
+    model = build()
+    ids, mask, _ = padded([4, 9])
+    with torch.no_grad():
+        state = model.model.encode(ids, attention_mask=mask)[1].state
+        cache = SMTCache(state)
+        assert cache.get_seq_length() == 9
+        token = torch.tensor([[1], [2]])
+        logits = model(token, attention_mask=torch.cat([mask, torch.ones_like(token)], dim=1), past_key_values=cache).logits
+        assert torch.equal(logits, model.model(token, state)[0]) and cache.get_seq_length() == 10
+
+
+def test_a_cache_is_changed_in_place_but_not_while_gradients_need_what_it_was():
+    model = build()
+    ids, mask, alone = padded([4, 9])
+    more, parameters = torch.randint(VOCAB, (2, 5)), list(model.parameters())
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask).past_key_values
+        before = cache.state.tokens.data_ptr()
+        model(more[:, :1], past_key_values=cache)
+    assert cache.state.tokens.data_ptr() == before
+    first = model(ids, attention_mask=mask)
+    kept = first.past_key_values.state.clone()
+    state = first.past_key_values.state
+    second = model(more, past_key_values=first.past_key_values).logits
+    assert all(torch.equal(tensor, kept.tensors()[name]) for name, tensor in state.tensors().items())
+    expected = sum(
+        model(torch.cat([prompt, row])[None]).logits[:, -5:].square().sum() for prompt, row in zip(alone, more, strict=True)
+    )
+    for mine, theirs in zip(
+        torch.autograd.grad(second.square().sum(), parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_decoding_step_is_given_no_mask():
+    model, ids = build(), torch.randint(VOCAB, (2, 6))
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    longer = torch.cat([ids, ids[:, :1]], dim=1)
+    inputs = model.prepare_inputs_for_generation(
+        longer, next_sequence_length=1, cache_position=torch.tensor([6]), attention_mask=torch.ones_like(longer), cache=cache
+    )
+    assert inputs["input_ids"].shape == (2, 1) and inputs["attention_mask"] is None
+
+
 def test_a_cache_reorders_repeats_and_refuses_to_be_cut():
     model = build()
     ids, mask, _ = padded([4, 9])
@@ -194,6 +240,8 @@ def test_a_cache_reorders_repeats_and_refuses_to_be_cut():
     assert cache.state.steps == (4, 4, 9, 9)
     cache.reorder_cache(torch.tensor([3, 0]))
     assert cache.state.steps == (9, 4)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.state.steps == (4,)
     with pytest.raises(ValueError, match="cannot be cut"):
         cache.crop(2)
     cache.reset()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smt import SMTConfig, StrideMemoryTransformer
@@ -48,6 +49,11 @@ def test_a_saved_model_comes_back_with_its_config_weights_and_number_format(enco
     assert {path.name for path in (tmp_path / "deep" / "folder").iterdir()} == {"config.yaml", "model.safetensors"}
 
 
+def test_a_model_is_loaded_onto_a_device(saved):
+    model = StrideMemoryTransformer.from_pretrained(saved, device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_a_loaded_model_trains_and_leaves_its_file_alone(saved):
     before = (saved / "model.safetensors").read_bytes()
     model = StrideMemoryTransformer.from_pretrained(saved).train()
@@ -58,7 +64,9 @@ def test_a_loaded_model_trains_and_leaves_its_file_alone(saved):
     assert (saved / "model.safetensors").read_bytes() == before
 
 
-def test_the_tensors_have_the_names_of_the_state_dict(saved):
+def test_the_tensors_have_the_names_of_the_state_dict_and_the_file_says_whose_they_are(saved):
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which loaders of other libraries look for
     assert load_file(saved / "model.safetensors").keys() == model_of().state_dict().keys()
 
 

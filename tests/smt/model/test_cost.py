@@ -174,6 +174,45 @@ def test_decoding_reads_a_constant_number_of_bytes_while_gpt2_reads_its_cache():
     assert decode_bytes(config, 4) == 2 * decode_bytes(config, 2)
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_decoding_reads_every_weight_but_those_of_a_write_once_in_a_stride(encoding):
+    config = small(encoding=encoding, transformer_n_kv_heads=2)
+    model, state = StrideMemoryTransformer(config), SMTState.initial(config, 1, device="cpu", dtype=torch.float32)
+    not_counted = ("positions", "slot_type", "slot_gate")
+    sizes = {name: p.numel() for name, p in model.named_parameters() if not name.endswith(not_counted)}
+    once = sum(size for name, size in sizes.items() if name.startswith("memory."))
+    always = sum(sizes.values()) - once
+    assert decode_bytes(config, 4) == 4 * (always + once / config.stride) + state.n_bytes()
+    readout = model.decoder.slot_readout.weight.numel()
+    assert decode_bytes(dataclasses.replace(config, writes=False), 4) == 4 * (always - readout) + state.n_bytes()
+    gpt2 = small()
+    weights = sum(p.numel() for p in build_gpt2(gpt2, n_positions=1).parameters()) - gpt2.d_model
+    assert gpt2_decode_bytes(gpt2, 50, 2) == 2 * (weights + 50 * kv_cache_floats(gpt2))
+
+
+def test_attention_is_counted_query_by_query():
+    layers, d, n, m, stride = 3, 32, 5, 12, 4
+    window = n + m
+    stream = smt_cost(small(encoding="stream")).attention
+    assert stream == 2 * d * (layers * window + (layers - 1) * n / stride)  # a token sees the window, a slot the slots
+    assert smt_cost(small(encoding="stream", writes=False)).attention == 2 * d * layers * m
+    for encoding, queries in (("token", 1), ("stride", stride)):
+        # Every entry of a window in all layers but the last, and there those alone that have logits.
+        pairs = (layers - 1) * window * window + queries * window
+        assert smt_cost(small(encoding=encoding)).attention == 2 * d * pairs / queries
+
+
+@pytest.mark.parametrize(("pool_source", "entries"), [("window", 17), ("tokens", 12)])
+def test_the_memory_is_counted_once_in_a_stride(pool_source, entries):
+    config = small(pool_source=pool_source)
+    cost, without = smt_cost(config), smt_cost(small(slot_readout=False))
+    d, d_k, stride = 32, 24, 4
+    assert cost.pooling == (2 * d * d_k + 2 * entries * d) / stride  # W_q x and W_k^T q; scores and weighted sum
+    assert cost.ssm == ssm_products(config) / stride
+    assert cost.head - without.head == d * d / stride and without.head == 96 * d
+    assert [pooling_passes(small(pooling_norm=norm), entries) for norm in (False, True)] == [entries * d, 3 * entries * d]
+
+
 def test_costs_of_parts_add_up_and_no_memory_costs_nothing():
     cost = smt_cost(SMTConfig(encoding="stream"))
     assert cost.total == cost.projections + cost.attention + cost.pooling + cost.ssm + cost.head

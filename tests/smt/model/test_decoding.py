@@ -257,6 +257,11 @@ def test_aux_tells_the_writes_of_each_row():
     assert aux.write_frequency == 3 / 15
     torch.testing.assert_close(aux.attention_weights[:1], alone.attention_weights)
     assert not aux.attention_weights[1:].any()
+    with torch.no_grad():
+        _, nothing = model(ids[:, :1], attention_mask=torch.zeros_like(ids[:, :1]))
+    assert nothing["n_tokens"] == nothing["write_frequency"] == 0 and nothing.state.steps == (0, 0, 0)
+    with pytest.raises(KeyError, match="n_write"):
+        nothing["n_write"]
     with pytest.raises(ValueError, match="the rows made different writes"):
         _ = aux.write_steps
 

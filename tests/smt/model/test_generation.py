@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.baselines import FullAttentionGPT2
-from smt.model.generation import sample
+from smt.model.generation import generate, sample
 
 VOCAB = 37
 ENCODINGS = ["token", "stride", "stream"]
@@ -64,6 +65,21 @@ def test_generation_stops_when_all_rows_have_ended():
     assert model.generate(ids, 30, temperature=0, eos_token_id=first).shape == (1, 11)
     several = list(range(VOCAB))
     assert model.generate(ids.repeat(2, 1), 30, eos_token_id=several).shape == (2, 11)
+
+
+def test_rows_behind_their_end_are_padded_with_the_first_end_token_unless_told_otherwise():
+    class NoState:
+        def rows(self, rows):
+            return self
+
+    def successor(tokens, state, mask):
+        return F.one_hot(tokens[:, -1].long() + 1, VOCAB), NoState()
+
+    ids = torch.tensor([[1], [3]], dtype=torch.int32)
+    for options, padding in (({}, 9), ({"pad_token_id": 0}, 0)):
+        output = generate(successor, ids, 5, vocab_size=VOCAB, temperature=0, eos_token_id=[9, 4], **options)
+        assert output.tolist() == [[1, 2, 3, 4], [3, 4, padding, padding]] and output.dtype == torch.int64
+    assert torch.equal(generate(successor, ids, 0, vocab_size=VOCAB), ids.long())
 
 
 def test_streaming_yields_the_tokens_of_generate_as_they_are_drawn():
@@ -141,6 +157,21 @@ def test_tokens_are_drawn_with_their_probabilities():
     assert (abs(share - probability) <= 5 * (probability * (1 - probability) / n).sqrt()).all()  # 5 standard errors
 
 
+def test_only_the_most_likely_tokens_are_drawn_from():
+    def drawn(logits, top_k=None, top_p=None):
+        return set(sample(torch.tensor(logits).expand(500, -1), 1.0, top_k, top_p, None).flatten().tolist())
+
+    assert drawn([0.0, -0.1, -0.2], top_k=2) == {0, 1} and drawn([0.0, -0.1, -0.2], top_k=3) == {0, 1, 2}
+    assert len(drawn([0.0, 0.0], top_p=0.5)) == 1, "one of two equal tokens has half of the probability"
+    assert drawn([0.0, 0.0], top_p=0.51) == drawn([0.0, 0.0], top_p=1.0) == {0, 1}
+
+
+def test_low_precision_draws_as_its_logits_in_fp32_do():
+    logits = torch.randn(200, VOCAB).bfloat16()
+    low, full = (sample(each, 0.9, 30, 0.95, torch.Generator().manual_seed(1)) for each in (logits, logits.float()))
+    assert torch.equal(low, full)
+
+
 def test_a_waiting_time_of_zero_draws_no_impossible_token(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda tensor, generator: tensor.zero_())
     assert sample(torch.tensor([[-float("inf"), 0.0]]), 1.0, None, None, None).tolist() == [[1]]
@@ -150,6 +181,13 @@ def test_a_waiting_time_of_zero_draws_no_impossible_token(monkeypatch):
 def test_logits_that_are_no_numbers_are_refused(temperature):
     with pytest.raises(ValueError, match="logits must be numbers, the model gives nan"):
         sample(torch.tensor([[0.0, float("nan")]]), temperature, None, None, None)
+
+
+def test_a_model_that_refuses_a_prompt_is_left_in_training_mode():
+    model = build().train()
+    with pytest.raises(ValueError, match="input_ids must lie in"):
+        model.generate(torch.full((1, 3), VOCAB), 4)
+    assert model.training
 
 
 def test_a_model_that_is_in_evaluation_mode_is_not_put_into_it_for_every_token(monkeypatch):

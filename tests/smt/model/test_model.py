@@ -197,3 +197,24 @@ def test_dropout_acts_in_training_only(encoding, field):
     ids = torch.randint(211, (1, 70))
     assert not torch.equal(model.train()(ids)[0], model(ids)[0])
     assert torch.equal(model.eval()(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_dropout_falls_on_embeddings_slots_and_both_residual_branches(encoding):
+    """Where all of it is dropped, the final norm sees zeros, and nothing that is kept tells one row from another."""
+    model = build(encoding=encoding, dropout=math.nextafter(1, 0), slot_readout=False).train()
+    for parameter in model.decoder.parameters():
+        parameter.data.normal_()  # a branch of fresh biases would be zero by itself
+    hidden, aux = model.encode(torch.randint(211, (2, 40)))
+    assert torch.equal(hidden, model.decoder.norm.bias.expand_as(hidden))
+    assert torch.equal(*aux.state.kv_slots[:, 1].unbind(1)) and not torch.equal(*aux.state.slots)
+
+
+@pytest.mark.parametrize("pool_source", ["window", "tokens"])
+def test_pooling_dropout_falls_on_what_is_written(pool_source):
+    model = build(pooling_dropout=math.nextafter(1, 0), pool_source=pool_source).train()
+    ids = torch.randint(211, (2, 40))
+    slots = model(ids)[1].state.slots
+    assert torch.equal(*slots) and not torch.equal(*model.eval()(ids)[1].state.slots)
+    some = build(pooling_dropout=0.5, pool_source=pool_source).train()(ids[:1].repeat(2, 1))[1].state.slots
+    assert not torch.equal(*some), "each row has weights of its own dropped"

@@ -6,6 +6,7 @@ from naive import Stream, naive_forward
 from transformers import GPT2Config, GPT2Model, MambaConfig, MambaModel
 
 from smt import SMTConfig, StrideMemoryTransformer
+from smt.model.readout import told
 
 D_MODEL, VOCAB = 32, 61
 
@@ -164,6 +165,12 @@ def test_a_fresh_readout_tells_nothing_and_learns_from_every_token_after_the_fir
     for step, learns in ((4, False), (5, True), (59, True)):
         (gradient,) = torch.autograd.grad(hidden[0, step].sum(), model.decoder.slot_readout.weight, retain_graph=True)
         assert bool(gradient.any()) == learns
+
+
+def test_small_slots_are_told_less_than_their_direction_and_an_empty_one_nothing():
+    slots = torch.tensor([[1e-3, -1e-3], [0.0, 0.0]])
+    expected = slots / (slots.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(told(torch.nn.Identity(), slots), expected)
 
 
 def test_one_hundred_tokens_make_six_writes():

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, MambaConfig, Ma
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.model.windows import Span
 from smt.pretrained.loading import config_of
-from smt.pretrained.sources import open_source
+from smt.pretrained.sources import Source, open_source
 from smt.state.state import SMTState
 
 # Older releases of transformers list the head of a Mamba, which is its embedding, among its tensors.
@@ -89,7 +89,7 @@ def test_the_memory_is_mamba(form, tmp_path):
     source = randomised(mamba()).eval()
     model = smt()
     model.load_mamba({"with-head": source, "bare": source.backbone}.get(form) or original(source, tmp_path / "mamba"))
-    x = torch.randn(2, 19, 32)
+    x = 0.005 * torch.randn(2, 19, 32)  # so small that the eps of norms counts
     with torch.no_grad():
         torch.testing.assert_close(ssm_on(model, x), source.backbone(inputs_embeds=x).last_hidden_state, rtol=1e-5, atol=1e-5)
 
@@ -144,9 +144,25 @@ def test_a_fresh_memory_follows_the_scale_of_a_loaded_embedding():
     source.transformer.wte.weight.data.mul_(7)
     model = smt()
     assert torch.allclose(model.memory.ssm.norm_f.weight, torch.tensor(model.config.initializer_std))
-    model.load_gpt2(source)
-    rms = source.transformer.wte.weight.square().mean().sqrt()
-    assert torch.allclose(model.memory.ssm.norm_f.weight, rms)
+    for _ in range(2):  # and so does one that has followed another before
+        model.load_gpt2(source)
+        rms = source.transformer.wte.weight.square().mean().sqrt()
+        assert torch.allclose(model.memory.ssm.norm_f.weight, rms)
+        source.transformer.wte.weight.data.mul_(3)
+
+
+def test_without_its_embedding_a_gpt2_leaves_the_memory_alone():
+    model = smt()
+    before = [parameter.clone() for parameter in model.memory.parameters()]
+    report = model.load_gpt2(gpt2(), embedding=False)
+    assert all(map(torch.equal, before, model.memory.parameters()))
+    assert report.skipped["wte.weight"] == "embedding=False" and "embedding.weight" in report.fresh
+
+
+def test_a_gpt2_may_have_just_the_positions_of_the_window():
+    source, model = gpt2(n_positions=65), smt()
+    report = model.load_gpt2(source)
+    assert torch.equal(model.decoder.positions, source.transformer.wpe.weight) and not report.skipped
 
 
 def test_a_loaded_memory_keeps_its_scale_unless_asked_to_match():
@@ -208,6 +224,31 @@ def test_an_original_mamba_of_another_form_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=r"attn_layer_idx = \[3\] instead of .* ssm_cfg.layer = 'Mamba2' instead of 'Mamba1'"):
         smt().load_mamba(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        *(("gpt2", field, value) for field, value in (("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False))),
+        ("gpt2", "add_cross_attention", True),
+        *(("mamba", field, value) for field, value in (("layer_norm_epsilon", 1e-6), ("hidden_act", "gelu"))),
+        *(("original", field, value) for field, value in (("rms_norm", False), ("d_intermediate", 64))),
+        *(("original", "ssm_cfg", {"d_state": 8, field: value}) for field, value in (("bias", True), ("conv_bias", False))),
+    ],
+)
+def test_what_changes_the_meaning_of_weights_is_refused(family, field, value):
+    fields = {"d_model": 32, "n_layer": 2, "ssm_cfg": {"d_state": 8}}
+    source = open_source(gpt2()) if family == "gpt2" else open_source(mamba()) if family == "mamba" else Source("", fields, {})
+    source.config[field] = value
+    field, value = next(reversed(value.items())) if isinstance(value, dict) else (field, value)
+    with pytest.raises(ValueError, match=f"computes something else than this model: .*{field} = {value!r} instead of "):
+        (smt().load_gpt2 if family == "gpt2" else smt().load_mamba)(source)
+
+
+def test_a_gpt2_does_not_fit_fewer_heads_of_keys_and_values():
+    message = "as many key/value heads as query heads but transformer_n_kv_heads = 2$"
+    with pytest.raises(ValueError, match=message):
+        smt(transformer_n_kv_heads=2).load_gpt2(gpt2())
 
 
 @pytest.mark.parametrize(
@@ -280,9 +321,12 @@ def test_the_config_of_sources_takes_them_whole(tmp_path):
     config = config_of(gpt2=gpt2(vocab_size=50), mamba=folder, stride=10)
     assert (config.d_model, config.d_k, config.transformer_n_layers, config.transformer_n_heads) == (32, 32, 2, 4)
     assert (config.ssm_n_layers, config.ssm_d_state, config.ssm_d_conv, config.dt_rank) == (2, 8, 4, 2)
-    assert (config.vocab_size, config.stride) == (50, 10)
+    assert (config.vocab_size, config.stride, config.encoding) == (50, 10, "stride")
     alone = config_of(mamba=folder, transformer_n_heads=2)
     assert alone.vocab_size == 61, "the rows of the embedding, padding included"
+    assert alone.encoding == "stream"
+    of_40 = Source("a folder", {"d_model": 40, "n_layer": 1}, {"embedding.weight": torch.zeros(7, 40)})
+    assert config_of(mamba=of_40, transformer_n_heads=4).ssm_dt_rank == 3, "40 / 16, rounded up"
     assert config_of(mamba=mamba(hidden_size=128)).transformer_n_heads == 2, "heads of 64"
     with pytest.raises(ValueError, match=r"Mamba .* has hidden_size = 32, but d_model = 64: one width for all"):
         config_of(gpt2=gpt2(n_embd=64), mamba=mamba())

@@ -1,5 +1,7 @@
 """Carried state: pieces and single steps give what one forward pass gives."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -115,7 +117,7 @@ def test_joined_states_are_the_rows_of_their_states():
 def test_a_state_moves_to_another_device_and_the_model_says_when_it_is_elsewhere():
     model = build(encoding="stream")
     state = model(torch.randint(VOCAB, (2, 9)))[1].state.to("meta")
-    assert {tensor.device.type for tensor in state.tensors().values()} == {"meta"}
+    assert {tensor.device.type for tensor in (*state.tensors().values(), state.device_steps)} == {"meta"}
     with pytest.raises(ValueError, match="state must be on the model's device cpu, got meta"):
         model(torch.randint(VOCAB, (2, 9)), state=state)
 
@@ -187,6 +189,15 @@ def test_what_training_leaves_has_no_keys_and_single_steps_form_them(encoding, t
             torch.testing.assert_close(following, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("encoding", ["token", "stride"])
+def test_single_steps_form_the_keys_of_tokens_where_there_are_no_slots(encoding):
+    model = build(encoding=encoding, n_ssm_outputs=0)
+    ids = torch.randint(VOCAB, (2, 41))
+    state = model(ids[:, :40])[1].state.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids[:, 40:], state)[0], model(ids)[0][:, 40:], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("encoding", ["token", "stride", "stream"])
 def test_a_piece_without_a_write_leaves_a_state_that_may_be_overwritten_alone(encoding):
     model = build(encoding=encoding)
@@ -200,11 +211,21 @@ def test_a_piece_without_a_write_leaves_a_state_that_may_be_overwritten_alone(en
     assert all(torch.equal(tensor, kept.tensors()[name]) for name, tensor in before.tensors().items())
 
 
-def test_a_state_of_another_config_is_refused():
-    state = build(encoding="stream")(torch.randint(VOCAB, (2, 9)))[1].state
-    for field, value in (("stride", 10), ("encoding", "stride"), ("d_model", 32), ("ssm_n_layers", 1), ("write_group", 4)):
-        with pytest.raises(ValueError, match=f"state belongs to a model with {field}"):
-            build(**{"encoding": "stream", field: value})(torch.randint(VOCAB, (2, 9)), state=state)
+# What a state is made of: sizes of its tensors, where its entries lie, and what they were made with.
+OTHERS = dict(
+    d_model=32, transformer_n_layers=1, transformer_n_heads=4, transformer_n_kv_heads=1, rope_theta=500.0, n_ssm_outputs=14,
+    m_input_tokens=49, stride=10, encoding="stride", empty_slots="zero", pool_source="tokens", write_group=4, writes=False,
+    ssm_n_layers=1, ssm_d_state=8, ssm_d_conv=3, ssm_expand_factor=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), OTHERS.items(), ids=OTHERS)
+def test_a_state_of_another_config_is_refused(field, value):
+    config = build(encoding="stream").config
+    state = SMTState.initial(config, 2, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"state belongs to a model with {field} = "):
+        build(**{"encoding": "stream", field: value})(torch.randint(VOCAB, (2, 9)), state=state)
+    state.check(dataclasses.replace(config, vocab_size=50, dropout=0.3, slot_gate="closed"), 2)  # which change no state
 
 
 def test_a_state_of_another_batch_size_is_refused():

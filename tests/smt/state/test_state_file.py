@@ -48,6 +48,13 @@ def test_a_loaded_state_is_the_saved_one(saved):
     assert [file.name for file in path.parent.iterdir()] == ["state.safetensors"], "no temporary file is left"
 
 
+def test_a_state_is_loaded_onto_a_device(saved):
+    _, state, path = saved
+    loaded = SMTState.load(path, "meta")
+    for name, tensor in (*loaded.tensors().items(), ("device_steps", loaded.device_steps)):
+        assert tensor.device.type == "meta" and tensor.shape == getattr(state, name).shape, name
+
+
 def test_a_save_that_fails_leaves_the_old_file(saved, monkeypatch):
     _, state, path = saved
     before = path.read_bytes()

@@ -55,6 +55,36 @@ def test_an_ssm_state_stays_in_fp32_at_least():
     assert aux.state.to(torch.float64).ssm.dtype == torch.float64
 
 
+def test_a_copy_that_is_asked_for_shares_nothing_with_its_state():
+    state = build()(torch.randint(37, (1, 9)))[1].state.detach()
+    for name, tensor in state.to("cpu", copy=True).tensors().items():
+        assert tensor.data_ptr() != state.tensors()[name].data_ptr(), name
+    assert state.to(torch.float32).ssm.data_ptr() == state.ssm.data_ptr()
+
+
+def test_keys_and_values_of_autocast_keep_their_dtype_when_the_model_changes_its_own():
+    state = SMTState.initial(build().config, 1, device="cpu", dtype=torch.float32, attention_dtype=torch.bfloat16)
+    changed = state.in_dtype(torch.float64)
+    assert {changed.kv_tokens.dtype, changed.kv_slots.dtype} == {torch.bfloat16} and changed.tokens.dtype == torch.float64
+    alike = SMTState.initial(build().config, 1, device="cpu", dtype=torch.float32).in_dtype(torch.float64)
+    assert {tensor.dtype for tensor in alike.tensors().values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("autocast_first", [True, False])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_state_keeps_its_dtypes_when_autocast_begins_or_ends_between_two_pieces(encoding, autocast_first):
+    model, ids, formats = build(encoding), torch.randint(37, (2, 30)), []
+    state, mask = None, torch.ones_like(ids)
+    mask[1, :4] = 0  # so that rows run apart, and are put together in the tensors of the state
+    for piece, enabled in ((slice(0, 20), autocast_first), (slice(20, 30), not autocast_first), (slice(0, 7), True)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            state = model(ids[:, piece], state, attention_mask=mask[:, piece])[1].state
+        formats.append({name: tensor.dtype for name, tensor in state.tensors().items()})
+    assert formats[0] == formats[1] == formats[2]
+    of_keys = torch.bfloat16 if autocast_first else torch.float32
+    assert formats[0]["kv_slots"] == of_keys and formats[0]["tokens"] == formats[0]["ssm"] == torch.float32
+
+
 def test_a_model_in_low_precision_decays_its_states_as_before():
     model, low = build(), build().to(torch.bfloat16)
     formats = {name: parameter.dtype for name, parameter in low.named_parameters()}
