@@ -171,7 +171,7 @@ def test_all_models_begin_stage_2_with_pairs_of_their_own(made):
 
 def test_pairs_to_measure_on_are_of_held_out_documents_and_those_to_train_on_of_training_ones(made):
     file, folder = made
-    text = run_module.prepare(StudySettings.from_yaml(file), folder.parent).text
+    text = prepare(StudySettings.from_yaml(file), folder.parent).text
     spelled = [[" ".join(map(str, document.tolist())) for document in part] for part in (text.train, text.validation)]
     for model in STUDY["models"]:
         for name, part in (("pairs.jsonl", 0), ("held_out_pairs.jsonl", 1)):

@@ -49,7 +49,7 @@ def test_the_command_takes_a_file_its_short_form_and_other_seeds(tmp_path, monke
         asked.append((settings.name, settings.n_pairs, settings.seeds, out))
         raise ValueError("that is enough")
 
-    monkeypatch.setattr("smt.study.run.prepare", prepare)
+    monkeypatch.setattr("smt.study.prepared.prepare", prepare)
     for options in ([], ["--quick"], ["--quick", "--seeds", "1,2", "--out", "there"]):
         assert main(["study", "--config", str(tmp_path / "mine.yaml"), *options]) == 1
     assert asked == [

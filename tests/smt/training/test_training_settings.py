@@ -228,7 +228,7 @@ class TestClock:
         clock = Clock(TrainingConfig(minutes=2), 0.0, now=lambda: now)
         now = 65.0
         state = clock.state_dict()
-        assert clock.progress == 0.5 and state == {"used": 55.0, "remaining": 55.0}
+        assert clock.progress == 0.5 and state == {"used": 55.0, "remaining": 55.0, "evaluations": 2}
         now = 7000.0
         resumed = Clock(TrainingConfig(minutes=2), 6990.0, now=lambda: now)
         resumed.load_state_dict(state)
