@@ -53,9 +53,10 @@ def plot_position_differences(results: Mapping[str, LossByPosition], control: st
     _draw_positions(axes, shown, {})
     axes.axhline(0.0, color="0.3", linewidth=1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.4g}" if value else "0")
-    name = in_plot(control)
-    axes.set_ylabel(f"loss minus that of {name}\n(nats per token; below 0 is better)", fontsize=12)
-    axes.set_title(f"what each model gains or loses against {name}\n(with 95 % intervals over documents)", fontsize=13)
+    axes.set_ylabel("loss minus that of the control\n(nats per token; below 0 is better)", fontsize=12)
+    axes.set_title(
+        f"what each model gains or loses against {in_plot(control)}\n(with 95 % intervals over documents)", fontsize=13
+    )
     _legend_below(axes)
     _save(figure, path)
 

@@ -40,8 +40,9 @@ def by_position(first, n_bins):
 @pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(("first", "n_bins"), [(256, 3), (1, 16)], ids=["short", "long"])
 def test_positions_have_whole_numbers_at_every_tick_and_differences_an_even_axis(first, n_bins, figure):
-    plots.plot_position_differences({"a": by_position(first, n_bins)}, "control", "a.png")
+    plots.plot_position_differences({"a": by_position(first, n_bins)}, "encoding=stream, pool_source=window", "a.png")
     axes = figure().axes[0]
+    assert axes.yaxis.label.get_window_extent().height < axes.get_window_extent().height
     low, high = axes.get_xlim()
     shown = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
     assert 2 <= len([text for text in shown if text]) <= 10
