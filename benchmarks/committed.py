@@ -52,6 +52,11 @@ def found(rows: list[dict], task: str, case: str, length: int, batch: int = 1) -
 
 def study(name: str) -> dict[tuple[str, str], dict[str, str]]:
     """The rows of a study's table by budget and variant."""
+    return {tuple(row["run"].split(",", 1)): row for row in table(name)}
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """The rows of the table of a file of studies."""
     lines = (STUDIES / f"{name}.md").read_text(encoding="utf-8").splitlines()
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
-    return {tuple(row[0].split(",", 1)): dict(zip(header, row, strict=True)) for row in rows}
+    return [dict(zip(header, row, strict=True)) for row in rows]

@@ -249,10 +249,11 @@ def main(arguments: list[str] | None = None) -> int:
             page.write_text(filled(text), encoding="utf-8")
             print(page.relative_to(ROOT))
     if not options.no_plots:
-        from publish_plots import draw_memory, draw_speed
+        from publish_plots import draw_memory, draw_memory_by_position, draw_speed
 
         draw_speed()
         draw_memory()
+        draw_memory_by_position()
         publish_study.draw_studies()
     return 0
 

@@ -21,46 +21,70 @@ from committed import (
     STREAM,
     STREAM_ATTENTION,
     STRIDE,
+    STUDIES,
     VARIANTS,
     read,
     study,
+    table,
 )
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-from report import COLOURS, MARKERS
+from matplotlib.ticker import LogLocator, MultipleLocator
+from report import COLOURS
 
-SPEED, MEMORY = (ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("speed", "memory"))
+SPEED, MEMORY, POSITION = (ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("speed", "memory", "memory_by_position"))
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "smt"}
+# Ours are blue, and thicker than what they are compared with.
+OURS, OURS_TOO = COLOURS[1], COLOURS[6]
+LOOKS = {
+    **{case: {"color": COLOURS[0], "marker": "o", "lw": 1.3, "ms": 5} for case in (FULL, GPT2, CACHE)},
+    STATIC_CACHE: {"color": COLOURS[4], "marker": "v", "lw": 1.3, "ms": 5},
+    **{case: {"color": COLOURS[3], "marker": "^", "lw": 1.3, "ms": 5} for case in (FLEX, MAMBA)},
+    STRIDE: {"color": OURS_TOO, "marker": "D", "lw": 3, "ms": 6.5},
+    **{case: {"color": OURS, "marker": "s", "lw": 3, "ms": 6.5} for case in (STREAM_ATTENTION, STREAM)},
+}
+CARD, CARD_SHAPE = "card_h100", "8 x 4,096"
+CARD_CASES = {
+    "GPT-2, flash attention, compiled": "GPT-2, compiled",
+    "SMT stream": "SMT stream (ours)",
+    "SMT stream, groups of 32": "SMT, groups of 32 writes (ours)",
+    "SMT stream, pools tokens": "SMT, pools tokens (ours)",
+    "SMT stream, no writes": "SMT without memory (ours)",
+}
 
 
 def digest(plot: Path) -> str:
     """What tells the figures behind a plot apart; kept in its file."""
-    sources = (
-        [study("memory")]
-        if plot == MEMORY
-        else [read(name)["rows"] for name in ("attention_cpu", "training_cpu", "decoding_cpu")]
-    )
+    if plot == SPEED:
+        sources = [read(name)["rows"] for name in ("attention_cpu", "training_cpu", "decoding_cpu", CARD)]
+    else:
+        sources = [study("memory") if plot == MEMORY else table("memory_by_position")]
     return hashlib.sha256(repr(sources).encode()).hexdigest()[:16]
 
 
 def draw_speed(path: Path = SPEED) -> None:
-    """Time per token over length: attention, a training step, and decoding after a long past."""
+    """Time per token over length: attention, a training step, and decoding after a long past; and a training step on a GPU."""
     panels = {
         "attention, forward": (
             "attention_cpu",
             "Forward:",
-            {FULL: "full attention", FLEX: "FlexAttention, same mask", STREAM_ATTENTION: "stream_attention"},
+            {FULL: "full attention", FLEX: "FlexAttention, same mask", STREAM_ATTENTION: "SMT's stream_attention (ours)"},
         ),
-        "training step": ("training_cpu", "Training", {GPT2: "GPT-2", STREAM: "stream", STRIDE: "stride"}),
+        "training step": (
+            "training_cpu",
+            "Training",
+            {GPT2: "GPT-2", STRIDE: "SMT stride (ours)", STREAM: "SMT stream (ours)"},
+        ),
         "decoding a token": (
             "decoding_cpu",
             "Decoding",
-            {CACHE: "GPT-2, KV cache", STATIC_CACHE: "GPT-2, static cache", MAMBA: "Mamba", STREAM: "stream"},
+            {CACHE: "GPT-2, KV cache", STATIC_CACHE: "GPT-2, static cache", MAMBA: "Mamba", STREAM: "SMT stream (ours)"},
         ),
     }
-    styles = {FULL: 0, GPT2: 0, CACHE: 0, STATIC_CACHE: 4, STREAM_ATTENTION: 1, STREAM: 1, STRIDE: 2, FLEX: 3, MAMBA: 3}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.5), layout="constrained")
+        figure = plt.figure(figsize=(11, 5.7), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, height_ratios=(3.6, 2.1))
+        axes = upper.subplots(1, len(panels))
         for panel, (title, (name, task, cases)) in zip(axes, panels.items(), strict=True):
             rows = [row for row in read(name)["rows"] if row["task"].startswith(task) and row["batch"] == 1]
             for case, label in cases.items():
@@ -69,23 +93,63 @@ def draw_speed(path: Path = SPEED) -> None:
                     for row in rows
                     if row["case"] == case and row.get("seconds") is not None
                 ]
-                look = {"color": COLOURS[styles[case]], "marker": MARKERS[styles[case]], "lw": 1.8, "ms": 6}
-                panel.plot(*zip(*points, strict=True), label=label, **look)
+                panel.plot(*zip(*points, strict=True), label=label, ls=":" if len(points) < 4 else "-", **LOOKS[case])
+                _say_where_it_ends(panel, points[-1], [row for row in rows if row["case"] == case])
             lengths = sorted({row["length"] for row in rows})
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             low, high = panel.dataLim.intervaly
-            panel.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
+            panel.set_xticks(lengths, [_short(length) for length in lengths])
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 10 * low else (1,)))
             panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             panel.minorticks_off()
-            panel.set_ylim(low / 1.5, high * (high / low) ** 0.6)  # the legend covers no curve
+            panel.set_ylim(low / 1.5, high * (high / low) ** 0.7)  # the legend covers no curve
             panel.set_title(title, loc="left", fontweight="bold", fontsize=12)
             panel.set_xlabel("tokens of past" if task == "Decoding" else "tokens in the sequence")
             panel.grid(axis="y", lw=0.5, color="0.88")
             panel.legend(frameon=False, fontsize=10, loc="upper left")
         axes[0].set_ylabel("milliseconds per token\n(two CPU cores)")
+        _draw_card(lower.subplots())
+        _footnote(figure, "Markers: what was measured; lines only join them.")
         _save(figure, path, SPEED)
+
+
+def _say_where_it_ends(panel: Axes, last: tuple[int, float], rows: list[dict]) -> None:
+    """Beside the last point of a curve, why the next length was not measured."""
+    after = [row for row in rows if row["length"] > last[0]]
+    if after:
+        reason = f"{_short(after[0]['length'])}: {after[0]['not_measured']}".replace(" > ", ",\nlimit ")
+        place = {"xytext": (30, -41), "textcoords": "offset points", "ha": "right", "va": "top"}
+        panel.annotate(reason, last, fontsize=8, color="0.25", **place)
+
+
+def _draw_card(axes: Axes) -> None:
+    """A training step on a GPU: milliseconds of GPT-2 and of ours, a bar each."""
+    document = read(CARD)
+    rows = {row["case"]: row for row in document["rows"] if (row["section"], row["shape"]) == ("training step", CARD_SHAPE)}
+    shown = [rows[case] for case in CARD_CASES]
+    bars = axes.barh(
+        range(len(shown)),
+        [1e3 * row["seconds"] for row in shown],
+        color=[OURS if row["case"].startswith("SMT") else COLOURS[0] for row in shown],
+        height=0.68,
+    )
+    labels = [f"{1e3 * row['seconds']:.0f} ms" + (f", {row['ratio']:.2f}x as fast" if row["ratio"] else "") for row in shown]
+    axes.bar_label(bars, labels, padding=4, fontsize=10)
+    axes.set_yticks(range(len(shown)), list(CARD_CASES.values()))
+    axes.invert_yaxis()
+    axes.margins(x=0.24)
+    described = document["environment"]
+    device, date = described["device"].split()[1], described["date"].split()[0]
+    axes.set_title(f"training step on one {device}", loc="left", fontweight="bold", fontsize=12)
+    axes.set_title(f"{CARD_SHAPE} tokens, bf16, decoder of GPT-2 small, {date}", loc="right", fontsize=10, color="0.25")
+    axes.set_xlabel("milliseconds, less is better")
+    axes.grid(axis="x", lw=0.5, color="0.88")
+    axes.set_axisbelow(True)
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}k" if length >= 1024 else str(length)
 
 
 def draw_memory(path: Path = MEMORY) -> None:
@@ -105,9 +169,53 @@ def draw_memory(path: Path = MEMORY) -> None:
             panel.margins(x=0.2)
             panel.set_title(title, loc="left", fontweight="bold", fontsize=12)
             panel.set_xlabel("loss minus that of no writes (nats per token)\nleft of 0 is better")
-        axes[0].set_yticks(range(len(variants)), [re.sub(r"[`*]", "", VARIANTS[name]) for name in variants])
+        axes[0].set_yticks(range(len(variants)), [_words(name) for name in variants])
         axes[0].invert_yaxis()
+        n_documents = re.search(r"over (\d+) documents", (STUDIES / "memory.md").read_text(encoding="utf-8"))[1]
+        _footnote(figure, f"One seed. Whiskers: one standard error over the {n_documents} held-out documents, not over seeds.")
         _save(figure, path, MEMORY)
+
+
+def draw_memory_by_position(path: Path = POSITION) -> None:
+    """How much more three variants lose than no writes after equal tokens, by tokens of the document before."""
+    rows = table("memory_by_position")
+    looks = {
+        "stream": {"color": OURS, "marker": "s", "lw": 2.6, "ms": 6},
+        "no_writes_3_layers": {"color": COLOURS[2], "marker": "D", "lw": 1.5, "ms": 5},
+        "silent_slots": {"color": "0.35", "marker": "o", "lw": 1.5, "ms": 5},
+    }
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(11, 4.2), layout="constrained")
+        for name, look in looks.items():
+            points = [(float(row["middle of the bin"].replace(",", "")), *map(float, row[name].split(" ± "))) for row in rows]
+            axes.plot(*zip(*(point[:2] for point in points), strict=True), label=_words(name), **look)
+            x, mean, margin = zip(*(point for point in points if len(point) == 3), strict=True)
+            low, high = ([m + sign * by for m, by in zip(mean, margin, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.16, lw=0)
+        axes.axhline(0, color="0.3", lw=1)
+        axes.set_xscale("log", base=2)
+        starts = [int(row["tokens from"].replace(",", "")) for row in rows]
+        axes.set_xticks(starts, [_short(start) for start in starts])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(MultipleLocator(0.05))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.2f}" if round(value, 2) else "0")
+        axes.set_title("loss by position, after equal tokens", loc="left", fontweight="bold", fontsize=12)
+        axes.set_xlabel("tokens of the document before")
+        axes.set_ylabel("loss minus that of no writes\n(nats per token), below 0 is better")
+        axes.grid(axis="y", lw=0.5, color="0.88")
+        axes.legend(frameon=False, fontsize=10, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.0))
+        axes.set_ylim(top=0.06)
+        _footnote(figure, "One seed. Shaded: 95 % intervals over documents; the last point is of one document.")
+        _save(figure, path, POSITION)
+
+
+def _words(variant: str) -> str:
+    """A variant of a study without the marks of a table."""
+    return re.sub(r"[`*]", "", VARIANTS[variant])
+
+
+def _footnote(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=9, color="0.35", x=0.01, ha="left")
 
 
 def _save(figure: Figure, path: Path, plot: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from documents import ROOT, Page, arguments, pages
 
 import smt.cli
+from smt_kernels import stride_write
 
 PAGES = pages()
 README = PAGES[0]
@@ -162,14 +162,71 @@ def test_figures_of_the_readme_stand_in_the_results(publish) -> None:
     assert sorted(figure for figure in figures if figure not in results) == []
 
 
-def test_pictures_are_those_that_their_sources_draw(publish) -> None:
-    sys.path.insert(0, str(ROOT / "docs" / "pictures"))
-    try:
-        draw = importlib.import_module("draw")
-    finally:
-        sys.path.pop(0)
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "pictures"))
+    return importlib.import_module("draw")
+
+
+def test_pictures_are_those_that_their_sources_draw(publish, draw) -> None:
     for name, picture in draw.PICTURES.items():
         assert (draw.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == picture().svg(), f"draw {name}.svg again"
     plots = importlib.import_module("publish_plots")
-    for path in (plots.SPEED, plots.MEMORY):
+    for path in (plots.SPEED, plots.MEMORY, plots.POSITION):
         assert plots.digest(path) in path.read_text(encoding="utf-8"), "run python benchmarks/publish.py"
+
+
+def test_pictures_of_windows_name_every_colour_and_are_no_wider_than_their_grid(draw) -> None:
+    for name, picture in draw.PICTURES.items():
+        made, svg = picture(), picture().svg()
+        assert {colour for colour, _ in made.cells.values()} <= {*made.legend}, name
+        last = max(int(x) for x in re.findall(rf"M(\d+) \d+h{draw.CELL - 1}", svg))
+        assert int(re.search(r' width="(\d+)"', svg)[1]) <= last + 4 * draw.CELL, name
+
+
+def test_the_picture_of_stream_attention_shows_the_queries_of_slots_too(draw) -> None:
+    made = draw.stream_attention()
+    of_slots = {(row, column) for row, group, column in made.cells if group == 0 and row >= made.parted}
+    assert of_slots == {(24 + slot, seen) for slot in range(5) for seen in range(max(0, slot - 2), slot + 1)}
+    assert made.rows[made.parted :] == [f"of slot {slot}" for slot in range(5)]
+
+
+def test_the_picture_of_stride_write_is_what_gradients_show(draw) -> None:
+    made, shapes = draw.stride_write(), {"x": (1, 8, 2), "z": (1, 8, 2), "conv_state": (1, 2, 3), "ssm_state": (1, 2, 2)}
+    draws = torch.Generator().manual_seed(0)
+    given = {name: torch.rand(shape, generator=draws, dtype=torch.float64) for name, shape in shapes.items()}
+    leaves = {name: value.requires_grad_() for name, value in given.items()}
+    sizes = {"conv_weight": (2, 4), "conv_bias": (2,), "x_proj_weight": (5, 2), "dt_proj_weight": (2, 1), "dt_proj_bias": (2,)}
+    weights = {name: torch.rand(size, generator=draws, dtype=torch.float64) for name, size in sizes.items()}
+    gate, a = torch.arange(8)[None] != 4, -torch.ones(2, 2, dtype=torch.float64)
+
+    def acts_on(write: int, a: torch.Tensor, state_reaches: bool) -> set[tuple[int, int]]:
+        d = torch.ones(2, dtype=torch.float64)
+        written = {**weights, "a": a} if state_reaches else {**weights, "a": 1e6 * a}  # what decays at once is not carried
+        y = stride_write(**leaves, **written, d=d, gate=gate)[0][0, write].sum()
+        slopes = torch.autograd.grad(y, list(leaves.values()), allow_unused=True, retain_graph=False)
+        x, z, before, h = (torch.zeros(1) if slope is None else slope.abs() for slope in slopes)
+        seen = {(1, index) for index in range(8) if (x[0, index].sum() + z[0, index].sum()) > 0}
+        return seen | {(0, index) for index in range(3) if before[0, :, index].sum() > 0} | ({(2, 0)} if h.sum() > 0 else set())
+
+    for write in range(8):
+        shown = {(group, column): colour for (row, group, column), (colour, _) in made.cells.items() if row == write}
+        assert acts_on(write, a, True) == {*shown}
+        taps = acts_on(write, a, False)
+        assert taps == {place for place, colour in shown.items() if colour in (draw.TOKEN, draw.BOTH)} - {(2, 0)}
+        earlier = {(group, column) for row, group, column in made.cells if row < write}  # what the state holds
+        assert taps & earlier == {place for place, colour in shown.items() if colour == draw.BOTH}
+
+
+def test_the_picture_of_speeds_marks_ours_what_was_measured_and_why_a_curve_ends(publish, monkeypatch) -> None:
+    plots, drawn = importlib.import_module("publish_plots"), []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, plot: drawn.append(figure))
+    plots.draw_speed()
+    *panels, card = drawn[0].axes
+    for panel in panels:
+        thick = {line.get_label() for line in panel.get_lines() if line.get_linewidth() > 2}
+        assert thick == {line.get_label() for line in panel.get_lines() if "(ours)" in line.get_label()} != set()
+        assert all(line.get_marker() != "None" for line in panel.get_lines())
+    assert [text.get_text() for panel in panels for text in panel.texts] == ["64k: predicted 52.7 s,\nlimit 40 s, not run"]
+    assert "H100" in card.get_title("left") and re.search(r"20\d\d-\d\d-\d\d", card.get_title("right"))
+    assert len(card.patches) == 5 and card.get_xlim()[0] == 0

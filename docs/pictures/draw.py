@@ -13,8 +13,9 @@ from pathlib import Path
 from smt_kernels import WindowSpec
 
 FOLDER = Path(__file__).resolve().parent
-CELL, GAP, LEFT, TOP = 15, 14, 116, 58
+CELL, GAP, LEFT, TOP, LINE = 15, 14, 116, 50, 22
 TOKEN, SLOT, NEWEST, PALE, EMPTY = "#0072B2", "#D55E00", "#009E73", "#9ecae1", "#eceff1"
+BOTH = f"{TOKEN} {PALE}"  # two colours, each in one half of the cell
 SMALL = WindowSpec(n_memory=3, n_tokens=8, stride=4)
 
 
@@ -33,8 +34,9 @@ class Picture:
     rows_title: str
     rows: Sequence[str]
     columns: Sequence[Columns]
-    cells: dict[tuple[int, int, int], tuple[str, str]]  # (row, group, column) -> colour, text
-    legend: dict[str, str]  # colour -> meaning
+    cells: dict[tuple[int, int, int], tuple[str, str]]  # (row, group, column) -> colour or two, text
+    legend: dict[str, str]  # colour or two -> meaning
+    parted: int | None = None  # a gap before this row
 
     def svg(self) -> str:
         """The file."""
@@ -42,8 +44,9 @@ class Picture:
         for group in self.columns:
             starts.append(x)
             x += max(CELL * len(group.labels), 7 * len(group.title)) + GAP
-        legend_width = LEFT + sum(34 + 7 * len(meaning) for meaning in self.legend.values())
-        width, height = max(x + 6, legend_width), TOP + CELL * len(self.rows) + 40
+        width, legend_top = x + 6, self._top_of(len(self.rows)) + 14
+        places = self._legend_places(width)
+        height = legend_top + LINE * (1 + max(line for _, line in places))
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             'font-family="sans-serif" font-size="12">',
@@ -58,37 +61,55 @@ class Picture:
         squares: dict[str, str] = {}  # one path for each colour
         texts = []
         for row, label in enumerate(self.rows):
-            y = TOP + CELL * row
+            y = self._top_of(row)
             parts.append(f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end" font-size="11">{escape(label)}</text>')
             for number, (group, start) in enumerate(zip(self.columns, starts, strict=True)):
                 for column in range(len(group.labels)):
-                    colour, text = self.cells.get((row, number, column), (EMPTY, ""))
+                    colours, text = self.cells.get((row, number, column), (EMPTY, ""))
                     x = start + CELL * column
-                    squares[colour] = squares.get(colour, "") + f"M{x} {y}h{CELL - 1}v{CELL - 1}h{1 - CELL}z"
+                    for colour, shape in _halves(colours, x, y, CELL - 1):
+                        squares[colour] = squares.get(colour, "") + shape
                     if text:
                         place = f'x="{x + CELL / 2 - 0.5}" y="{y + 11}" text-anchor="middle" font-size="9"'
                         texts.append(f'<text {place} fill="white">{escape(text)}</text>')
         parts += [f'<path fill="{colour}" d="{path}"/>' for colour, path in squares.items()] + texts
-        x = LEFT
-        for colour, meaning in self.legend.items():
-            parts.append(f'<rect x="{x}" y="{height - 24}" width="13" height="13" rx="2" fill="{colour}"/>')
-            parts.append(f'<text x="{x + 18}" y="{height - 13}">{escape(meaning)}</text>')
-            x += 34 + 7 * len(meaning)
+        for (colours, meaning), (x, line) in zip(self.legend.items(), places, strict=True):
+            y = legend_top + LINE * line
+            parts += [f'<path fill="{colour}" d="{shape}"/>' for colour, shape in _halves(colours, x, y, 13)]
+            parts.append(f'<text x="{x + 18}" y="{y + 11}">{escape(meaning)}</text>')
         return "\n".join([*parts, "</svg>"]) + "\n"
+
+    def _top_of(self, row: int) -> int:
+        """The upper edge of a row."""
+        return TOP + CELL * row + (GAP // 2 if self.parted is not None and row >= self.parted else 0)
+
+    def _legend_places(self, width: float) -> list[tuple[int, int]]:
+        """Where each meaning begins, x and line: as many on a line as the grid is wide."""
+        places, x, line = [], GAP, 0
+        for meaning in self.legend.values():
+            needed = 34 + 7 * len(meaning)
+            if x > GAP and x + needed > width:
+                x, line = GAP, line + 1
+            places.append((x, line))
+            x += needed
+        return places
 
 
 def stream_attention(spec: WindowSpec = SMALL, n_steps: int = 24) -> Picture:
-    """Every step sees the last slots written before it and the last tokens."""
-    slots = range(spec.writes_made(n_steps))
+    """Every step sees the last slots written before it and the last tokens; a slot sees itself and the slots before it."""
+    slots, among_slots = range(spec.writes_made(n_steps)), WindowSpec(0, spec.n_memory, None)
+    of_slots = ((n_steps + slot, among_slots.visible_tokens(slot)) for slot in slots)
     return Picture(
         "query of step",
-        [str(step) for step in range(n_steps)],
+        [*map(str, range(n_steps)), *(f"of slot {slot}" for slot in slots)],
         [_columns("slot", slots), _columns("token", range(n_steps))],
         {
             **_seen(((step, spec.visible_slots(step)) for step in range(n_steps)), 0, slots, SLOT),
             **_seen(((step, spec.visible_tokens(step)) for step in range(n_steps)), 1, range(n_steps), TOKEN),
+            **_seen(of_slots, 0, slots, SLOT),
         },
         {SLOT: "slots that it sees", TOKEN: "tokens that it sees"},
+        parted=n_steps,
     )
 
 
@@ -163,7 +184,10 @@ def attention_pool(spec: WindowSpec = SMALL, n_writes: int = 8, group: int = 2) 
 
 
 def stride_write(n_writes: int = 8, taps: int = 4, off: Sequence[int] = (4,)) -> Picture:
-    """What the output of each write depends on: convolution taps directly, all else through the state; a gated write passes."""
+    """What the output of each write depends on: taps of its convolution, and what earlier writes put into the state.
+
+    All taps but its own x were taps of an earlier write, too, and act through the state besides. A gated write passes.
+    """
     history, on = taps - 1, [write for write in range(n_writes) if write not in off]
     cells: dict[tuple[int, int, int], tuple[str, str]] = {}
     for write in on:
@@ -171,14 +195,19 @@ def stride_write(n_writes: int = 8, taps: int = 4, off: Sequence[int] = (4,)) ->
         for group, column in inputs:
             cells[write, group, column] = (PALE, "")
         for group, column in inputs[-taps:]:
-            cells[write, group, column] = (TOKEN, "")
+            cells[write, group, column] = (TOKEN if write == on[0] or (group, column) == inputs[-1] else BOTH, "")
         cells[write, 2, 0] = (SLOT, "")
     return Picture(
         "output of write",
         [f"{write}{'  (gate off)' if write in off else ''}" for write in range(n_writes)],
         [_columns("before", range(-history, 0)), _columns("x and z of write", range(n_writes)), Columns("h", [""])],
         cells,
-        {TOKEN: "taps of the convolution", PALE: "through the state", SLOT: "the state from before"},
+        {
+            TOKEN: "through its convolution",
+            BOTH: "through both",
+            PALE: "through the state",
+            SLOT: "the state from before",
+        },
     )
 
 
@@ -186,6 +215,14 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     function.__name__: function
     for function in (stream_attention, stride_encoding, window_attention, stream_attention_decode, attention_pool, stride_write)
 }
+
+
+def _halves(colours: str, x: float, y: float, size: int) -> list[tuple[str, str]]:
+    """The square of one colour, or the two halves of two, as paths."""
+    first, *second = colours.split()
+    if not second:
+        return [(first, f"M{x} {y}h{size}v{size}h{-size}z")]
+    return [(first, f"M{x} {y}h{size}l{-size} {size}z"), (second[0], f"M{x + size} {y}v{size}h{-size}z")]
 
 
 def _columns(title: str, entries: Sequence[int], every: int = 1) -> Columns:

@@ -15,7 +15,7 @@ from smt.evaluation.pooling import PoolingAnalysis
 from smt.evaluation.position import LossByPosition
 from smt.evaluation.recall import Recall
 from smt.runtime.names import in_plot
-from smt.runtime.pictures import empty_picture
+from smt.runtime.pictures import empty_picture, marker_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def plot_positions(results: Mapping[str, LossByPosition], marks: Mapping[str, in
 
 
 def plot_position_differences(results: Mapping[str, LossByPosition], control: str, path: str | Path) -> None:
-    """How much more each model loses than the control, over position, linear to ±0.02 and logarithmic beyond.
+    """How much more each model loses than the control, over position.
 
     Bins of fewer than ``LEAST_TOKENS`` tokens are left out where a longer one exists.
     """
@@ -52,11 +52,11 @@ def plot_position_differences(results: Mapping[str, LossByPosition], control: st
     }
     _draw_positions(axes, shown, {})
     axes.axhline(0.0, color="0.3", linewidth=1)
-    axes.set_yscale("symlog", linthresh=0.02)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
-    name = in_plot(control)
-    axes.set_ylabel(f"loss minus that of {name}\n(nats per token; below 0 is better)", fontsize=12)
-    axes.set_title(f"what each model gains or loses against {name}\n(with 95 % intervals over documents)", fontsize=13)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.4g}" if value else "0")
+    axes.set_ylabel("loss minus that of the control\n(nats per token; below 0 is better)", fontsize=12)
+    axes.set_title(
+        f"what each model gains or loses against {in_plot(control)}\n(with 95 % intervals over documents)", fontsize=13
+    )
     _legend_below(axes)
     _save(figure, path)
 
@@ -76,11 +76,13 @@ def _draw_positions(axes: Axes, results: Mapping[str, LossByPosition], marks: Ma
         known = [(middle, mean) for middle, mean in bins if mean.margin is not None]
         low, high = ([mean.nats + sign * mean.margin for _, mean in known] for sign in (-1, 1))
         axes.fill_between([middle for middle, _ in known], low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xscale("log", base=2)  # as bins grow; a tick, with its number, at powers of two alone
+    axes.xaxis.get_major_locator().set_params(numticks=9)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
+    axes.minorticks_off()
     axes.set_xlabel("tokens of the document before", fontsize=12)
     axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     for name, position in marks.items():
         axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
         axes.annotate(
@@ -94,6 +96,7 @@ def _draw_positions(axes: Axes, results: Mapping[str, LossByPosition], marks: Ma
             va="top",
             fontsize=10,
             color="0.3",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
         )
 
 
@@ -144,15 +147,17 @@ def plot_recall(results: Mapping[str, Recall], marks: Mapping[str, int], path: s
 
 def plot_ablations(results: Mapping[str, Ablation], spans: Mapping[str, str], path: str | Path) -> None:
     """What each hindrance costs in loss, by where the token stands; ``spans`` name the positions of window, slots, beyond."""
-    figure, axes = _figure()
+    figure, axes = _figure(size=(9, 4.8))
     whole, hindered = results["whole"], {name: result for name, result in results.items() if name != "whole"}
     there = [span for span in spans if getattr(whole, span) is not None]
     width = 0.8 / len(hindered)
     for index, (name, result) in enumerate(hindered.items()):
         x = [place + (index - (len(hindered) - 1) / 2) * width for place in range(len(there))]
-        y = [getattr(result, span).nats - getattr(whole, span).nats for span in there]
+        rises = [getattr(result, span).nats - getattr(whole, span).nats for span in there]
+        y = [rise if abs(rise) >= 0.0005 else 0.0 for rise in rises]  # what is shown as zero has no side
         bars = axes.bar(x, y, width, color=COLOURS[index % len(COLOURS)], label=in_plot(name))
-        axes.bar_label(bars, [f"{value:+.3f}" for value in y], padding=2, fontsize=8)
+        axes.bar_label(bars, [f"{value:+.3f}" if value else "0" for value in y], padding=2, fontsize=8)
+    axes.use_sticky_edges = False  # numbers of bars below zero have room, too
     axes.margins(y=0.15)
     axes.axhline(0, color="0.3", linewidth=0.8)
     axes.set_xticks(
@@ -178,6 +183,7 @@ def plot_pooling(result: PoolingAnalysis, path: str | Path) -> None:
     mean = result.mean
     bars.set(xlabel="entry of the window (oldest slot to newest token)", ylabel="mean weight (%)", xlim=(-1, size))
     bars.margins(y=0.12)
+    bars.xaxis.get_major_locator().set_params(integer=True)
     bars.set_title(
         f"attention pooling over {result.n_writes:,} writes: slots {mean.ssm_total:.0%}, tokens {mean.input_total:.0%}, "
         f"entropy {mean.entropy:.2f} nats",
@@ -185,16 +191,20 @@ def plot_pooling(result: PoolingAnalysis, path: str | Path) -> None:
     )
     _legend_below(bars)
     x = range(result.first_write, result.first_write + len(result.by_write))
-    lines.plot(x, [100 * write.ssm_total for write in result.by_write], color="tab:orange", linewidth=1, label="slots, all")
-    lines.plot(x, [100 * write.ssm_max for write in result.by_write], color="tab:orange", linestyle=":", label="largest slot")
-    lines.plot(x, [100 * write.input_max for write in result.by_write], color="tab:blue", linestyle=":", label="largest token")
+    by_write, marker = result.by_write, marker_of(x)
+    for label, colour, dashes, weights in (
+        ("slots, all", "tab:orange", "-", [write.ssm_total for write in by_write]),
+        ("largest slot", "tab:orange", ":", [write.ssm_max for write in by_write]),
+        ("largest token", "tab:blue", ":", [write.input_max for write in by_write]),
+    ):
+        percent = [100 * weight for weight in weights]
+        lines.plot(x, percent, color=colour, linestyle=dashes, linewidth=1, marker=marker, label=label)
     lines.set(xlabel="number of the write", ylabel="weight (%)")
     lines.set_ylim(bottom=0)
     lines.grid(alpha=0.3)
     entropy = lines.twinx()
-    entropy.plot(
-        x, [write.entropy for write in result.by_write], color="tab:green", linewidth=1, label="entropy (right-hand axis)"
-    )
+    name = "entropy (right-hand axis)"
+    entropy.plot(x, [write.entropy for write in by_write], color="tab:green", linewidth=1, marker=marker, label=name)
     entropy.set_ylabel("entropy (nats)")
     entropy.set_ylim(0, 1.15 * math.log(size))
     handles = [line for axes in (lines, entropy) for line in axes.get_lines()]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import TYPE_CHECKING
 
 from smt.runtime.extras import needs_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# So many points are shown as such.
+FEW = 20
 
 
 def empty_picture(size: tuple[float, float]) -> Figure:
@@ -22,3 +26,8 @@ def empty_picture(size: tuple[float, float]) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def marker_of(points: Sized) -> str | None:
+    """A dot for lines of few points: a line of one would not be seen."""
+    return "." if len(points) <= FEW else None

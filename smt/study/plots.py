@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smt.runtime.pictures import empty_picture
-from smt.study.cell import ORPO, TRAINING
+from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
 from smt.study.figures import NAMES, STAGE_NAMES, Figure, Study, at, over_seeds
 from smt.study.measure import LONG
 from smt.study.tables import KIB, LOSS
@@ -16,31 +16,27 @@ from smt.study.tables import KIB, LOSS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.lines import Line2D
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "black", "tab:gray")
+CARRIED_LOSS = at("carried", "loss")
 SMALL, MEDIUM, LARGE = 11, 12, 14
 # Inches, and characters of a line of text.
 PAGE, PAGE_COLUMNS = (11.7, 16.5), 116
 
 
 def plot_results(study: Study, path: str | Path) -> None:
-    """Loss, speed and what is kept, a bar for each model."""
-    canvas = empty_picture((16, 10))
-    axes = canvas.subplots(2, 2).flatten()
-    _bars(
-        axes[0],
-        study,
-        LOSS,
-        "validation loss after equal tokens\n(nats per token, less is better)",
-        "{:.3f}".format,
-        floor=True,
-    )
-    _bars(axes[1], study, at("tokens_per_second"), "training (tokens per second)", "{:,.0f}".format)
-    _bars(axes[2], study, at("decoding", "1"), "decoding one sequence (tokens per second)", "{:,.0f}".format)
+    """Losses after equal tokens and after equal time, as dots; speed and what is kept, a bar for each model."""
+    canvas = empty_picture((17, 10.5))
+    axes = canvas.subplot_mosaic("AAABBB;CCDDEE")
+    _losses(axes["A"], study, TRAINING, "validation loss after equal tokens")
+    _losses(axes["B"], study, EQUAL_TIME, "validation loss after equal time", names=False)
+    _say_how_it_read(axes["A"], study, ncols=2)
+    _bars(axes["C"], study, at("tokens_per_second"), "training (tokens per second)", "{:,.0f}".format)
+    _bars(axes["D"], study, at("decoding", "1"), "decoding one sequence (tokens per second)", "{:,.0f}".format, names=False)
     kept = [Figure({0: model[f"bytes_at_{LONG}"] / KIB}) for model in study["models"].values()]
-    _draw_bars(
-        axes[3], study, kept, f"kept for decoding at {LONG:,} tokens\n(KiB per sequence, less is better)", "{:,.0f}".format
-    )
+    label = f"kept for decoding at {LONG:,} tokens\n(KiB per sequence, less is better)"
+    _draw_bars(axes["E"], study, kept, label, "{:,.0f}".format, names=False)
     save(canvas, path)
 
 
@@ -59,14 +55,15 @@ def plot_stages(study: Study, path: str | Path) -> None:
     curves.legend(fontsize=SMALL)
     curves.grid(alpha=0.3)
     stages = [(STAGE_NAMES[stage], stage, LOSS) for stage in (TRAINING, ORPO)]
-    _pairs(losses, study, stages, "validation loss (nats per token)")
+    carried = [(f"{STAGE_NAMES[stage]}, memory carried", stage, CARRIED_LOSS) for stage in (TRAINING, ORPO)]
+    _pairs(losses, study, stages, "validation loss (nats per token)", carried)
     losses.set_title("held-out documents", fontsize=LARGE)
     found = [(f"{when} stage 2", ORPO, at("preference", when, "margin")) for when in ("before", "after")]
     _pairs(margins, study, found, "log odds, true minus own continuation")
     margins.set_title("held-out pairs", fontsize=LARGE)
     margins.set_yticklabels([])
-    losses.legend(fontsize=SMALL, loc="lower left", bbox_to_anchor=(0, -0.24))
-    margins.legend(fontsize=SMALL, loc="lower left", bbox_to_anchor=(0, -0.24))
+    for axes, columns in ((losses, 2), (margins, 1)):
+        axes.legend(handles=_grey(axes), fontsize=SMALL, loc="upper left", bbox_to_anchor=(0, -0.13), ncols=columns)
     save(canvas, path)
 
 
@@ -89,12 +86,10 @@ def plot_report(study: Study, conditions: Sequence[str], winners: Sequence[str],
     lower.axis("off")
     left, right = (lower.inset_axes(bounds) for bounds in ((0.17, 0.56, 0.34, 0.40), (0.64, 0.56, 0.34, 0.40)))
     below, last = (lower.inset_axes(bounds) for bounds in ((0.17, 0.06, 0.34, 0.40), (0.64, 0.06, 0.34, 0.40)))
-    _bars(
-        left, study, LOSS, "validation loss after equal tokens\n(nats per token, less is better)", "{:.3f}".format, floor=True
-    )
+    _losses(left, study, TRAINING, "validation loss after equal tokens")
+    _say_how_it_read(left, study, ncols=1)
     _bars(right, study, at("tokens_per_second"), "training (tokens per second)", "{:,.0f}".format, names=False)
-    _bars(below, study, LOSS, "validation loss after ORPO\n(nats per token, less is better)", "{:.3f}".format, stage=ORPO,
-          floor=True)  # fmt: skip
+    _losses(below, study, ORPO, "validation loss after ORPO")
     _bars(last, study, at("decoding", "1"), "decoding one sequence\n(tokens per second)", "{:,.0f}".format, names=False)
     save(canvas, path)
 
@@ -122,6 +117,59 @@ def _table(axes: Axes, study: Study) -> None:
             cell.set_width(1.4 * cell.get_width())
 
 
+def _losses(axes: Axes, study: Study, stage: str, label: str, *, names: bool = True) -> None:
+    """A dot for each model with the spread over seeds, and a diamond where it has been evaluated with its memory carried."""
+    n_seeds = 0
+    for place, model in enumerate(study["models"]):
+        style = {"color": COLOURS[place % len(COLOURS)], "linestyle": "none", "capsize": 4}
+        anew, carried = (over_seeds(study, model, stage, find) for find in (LOSS, CARRIED_LOSS))
+        if anew is None:
+            axes.annotate("-", (0.5, place), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL)
+            continue
+        n_seeds = max(n_seeds, len(anew.of_seeds))
+        axes.errorbar(anew.mean, place, xerr=anew.spread or 0.0, marker="o", markersize=8, **style)
+        behind = carried is not None and carried.mean > anew.mean
+        _number(axes, anew, place, left=behind)
+        if carried is not None:
+            hollow = {"marker": "D", "markersize": 8, "markerfacecolor": "white"}
+            axes.errorbar(carried.mean, place, xerr=carried.spread or 0.0, **hollow, **style)
+            _number(axes, carried, place, left=not behind)
+    _name_models(axes, study, names=names)
+    axes.margins(x=0.2)
+    of_seeds = f"± over {n_seeds} seeds" if n_seeds > 1 else "one seed"
+    axes.set_xlabel(f"{label}\n(nats per token, less is better; {of_seeds})", fontsize=MEDIUM)
+
+
+def _number(axes: Axes, figure: Figure, place: float, *, left: bool) -> None:
+    """The mean beside its interval."""
+    spread, side, align = figure.spread or 0.0, -1 if left else 1, "right" if left else "left"
+    at_end = {"xytext": (8 * side, 0), "textcoords": "offset points", "va": "center", "ha": align}
+    axes.annotate(f"{figure.mean:.3f}", (figure.mean + side * spread, place), fontsize=SMALL, **at_end)
+
+
+def _say_how_it_read(axes: Axes, study: Study, *, ncols: int) -> None:
+    """Above, what the markers of losses mean; nothing where no model has been evaluated in both ways."""
+    from matplotlib.lines import Line2D
+
+    if all(over_seeds(study, model, TRAINING, CARRIED_LOSS) is None for model in study["models"]):
+        return
+    style = {"color": "0.35", "linestyle": "none", "markersize": 8}
+    handles = [
+        Line2D([], [], marker="o", label="every piece of text read anew", **style),
+        Line2D([], [], marker="D", markerfacecolor="white", label="memory carried, as “SMT, carried” is trained", **style),
+    ]
+    axes.legend(handles=handles, fontsize=SMALL, loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, frameon=False)
+
+
+def _name_models(axes: Axes, study: Study, *, names: bool) -> None:
+    """A line for each model, the first above."""
+    labels = [NAMES[model] for model in study["models"]] if names else [""] * len(study["models"])
+    axes.set_yticks(range(len(labels)), labels, fontsize=MEDIUM)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=SMALL)
+    axes.grid(alpha=0.3, axis="x")
+
+
 def _bars(
     axes: Axes,
     study: Study,
@@ -129,12 +177,10 @@ def _bars(
     label: str,
     show: Callable[[float], str],
     *,
-    stage: str = TRAINING,
-    floor: bool = False,
     names: bool = True,
 ) -> None:
-    figures = [over_seeds(study, model, stage, find) for model in study["models"]]
-    _draw_bars(axes, study, figures, label, show, floor=floor, names=names)
+    figures = [over_seeds(study, model, TRAINING, find) for model in study["models"]]
+    _draw_bars(axes, study, figures, label, show, names=names)
 
 
 def _draw_bars(
@@ -144,52 +190,56 @@ def _draw_bars(
     label: str,
     show: Callable[[float], str],
     *,
-    floor: bool = False,
     names: bool = True,
 ) -> None:
-    """A bar for each model; ``floor``: they begin where they differ, and the axis says so."""
+    """A bar from zero for each model."""
     values = [0.0 if figure is None else figure.mean for figure in figures]
     errors = [(figure.spread if figure is not None else None) or 0.0 for figure in figures]
-    places, there = range(len(values)), [value for value in values if value]
-    start = 0.0
-    if floor and there:
-        start = max(0.0, min(there) - 0.6 * (max(there) - min(there) + max(errors)) - 1e-3)
     shown = {"xerr": errors, "error_kw": {"ecolor": "0.25", "capsize": 4}} if any(errors) else {}
-    axes.barh(places, [max(0.0, value - start) for value in values], left=start, color=COLOURS[: len(values)], **shown)
+    axes.barh(range(len(values)), values, color=COLOURS[: len(values)], **shown)
     for place, (value, error, figure) in enumerate(zip(values, errors, figures, strict=True)):
         axes.annotate(
             "-" if figure is None else show(value), (value + error, place), xytext=(5, 0), textcoords="offset points",
             va="center", fontsize=SMALL,
         )  # fmt: skip
-    axes.set_yticks(places, [NAMES[model] for model in study["models"]] if names else [""] * len(values), fontsize=MEDIUM)
-    axes.invert_yaxis()
+    _name_models(axes, study, names=names)
     axes.margins(x=0.2)
-    if start:
-        axes.set_xlim(left=start)
-        label += f"; begins at {start:.2f}"
     axes.set_xlabel(label, fontsize=MEDIUM)
-    axes.tick_params(axis="x", labelsize=SMALL)
-    axes.grid(alpha=0.3, axis="x")
 
 
-def _pairs(axes: Axes, study: Study, found: Sequence[tuple[str, str, Callable[..., Any]]], label: str) -> None:
-    """Two dots for each model with an arrow between them."""
+def _pairs(
+    axes: Axes,
+    study: Study,
+    found: Sequence[tuple[str, str, Callable[..., Any]]],
+    label: str,
+    carried: Sequence[tuple[str, str, Callable[..., Any]]] = (),
+) -> None:
+    """Two dots for each model, before and after, joined; ``carried``: below them, two diamonds, where a model has those."""
     for place, model in enumerate(study["models"]):
-        figures = [over_seeds(study, model, stage, find) for _, stage, find in found]
-        for index, ((name, _, _), figure) in enumerate(zip(found, figures, strict=True)):
-            if figure is not None:
-                style = {"color": COLOURS[place % len(COLOURS)], "marker": "os"[index], "markersize": 9, "capsize": 4}
-                face = {"markerfacecolor": "white"} if index == 0 else {}
-                label_of = {"label": name} if place == 0 else {}
-                axes.errorbar(figure.mean, place, xerr=figure.spread or 0.0, linestyle="none", **style, **face, **label_of)
-        if None not in figures:
-            ends = {"xy": (figures[1].mean, place), "xytext": (figures[0].mean, place)}
-            axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": "0.5"})
-    axes.set_yticks(range(len(study["models"])), [NAMES[model] for model in study["models"]], fontsize=MEDIUM)
-    axes.invert_yaxis()
+        colour = COLOURS[place % len(COLOURS)]
+        for kind, markers, height in ((found, "os", place), (carried, "Dd", place + 0.25)):
+            figures = [over_seeds(study, model, stage, find) for _, stage, find in kind]
+            there = [figure for figure in figures if figure is not None]
+            axes.plot([figure.mean for figure in there], [height] * len(there), color=colour, linewidth=1, alpha=0.5)
+            for marker, face, (name, _, _), figure in zip(markers, ("white", colour), kind, figures, strict=False):
+                if figure is not None:
+                    style = {"color": colour, "marker": marker, "markersize": 8, "markerfacecolor": face, "capsize": 4}
+                    axes.errorbar(figure.mean, height, xerr=figure.spread or 0.0, linestyle="none", **style, label=name)
+    _name_models(axes, study, names=True)
     axes.set_xlabel(label, fontsize=MEDIUM)
-    axes.tick_params(axis="x", labelsize=SMALL)
     axes.grid(alpha=0.3)
+
+
+def _grey(axes: Axes) -> list[Line2D]:
+    """What the markers of pairs mean, in the colour of no model."""
+    from matplotlib.lines import Line2D
+
+    shown = {name: drawn.lines[0] for drawn, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    style = {"color": "0.35", "linestyle": "none", "markersize": 8}
+    hollow = {
+        name: {"markerfacecolor": "white"} if line.get_markerfacecolor() == "white" else {} for name, line in shown.items()
+    }
+    return [Line2D([], [], marker=line.get_marker(), label=name, **style, **hollow[name]) for name, line in shown.items()]
 
 
 def _text(study: Study, model: str, stage: str, find: Callable[..., Any], show: Callable[[float], str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from smt.runtime.names import in_plot
-from smt.runtime.pictures import empty_picture
+from smt.runtime.pictures import empty_picture, marker_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,8 @@ class Losses(Protocol):
 def training_curves(history: Losses, path: str | Path, *, title: str) -> None:
     """Draw training and held-out loss over the steps, with perplexity on the right-hand axis."""
     figure, axes = _figure()
-    axes.plot(history.train_steps, history.train_loss, color="tab:blue", linewidth=1, label="training")
+    marker = marker_of(history.train_steps)
+    axes.plot(history.train_steps, history.train_loss, color="tab:blue", linewidth=1, marker=marker, label="training")
     axes.plot(history.eval_steps, history.val_loss, color="tab:orange", marker="o", label="held out")
     if history.val_loss:
         axes.annotate(
@@ -82,7 +83,8 @@ def comparison(figures: Mapping[str, float], histories: Mapping[str, Losses], pa
 def _curves(axes: Axes, histories: Mapping[str, Losses]) -> None:
     for place, (name, history) in enumerate(histories.items()):
         style = _style(place)
-        axes.plot(history.train_steps, history.train_loss, **style, linewidth=0.6, alpha=0.25)
+        marker = marker_of(history.train_steps)
+        axes.plot(history.train_steps, history.train_loss, **style, linewidth=0.6, marker=marker, alpha=0.25)
         axes.plot(history.eval_steps, history.val_loss, **style, marker="o", markersize=3, label=in_plot(name))
 
 
@@ -93,6 +95,8 @@ def _style(place: int) -> dict[str, str]:
 
 def _losses(axes: Axes, title: str) -> None:
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title=in_plot(title))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.1)
     axes.grid(alpha=0.3)
 
 

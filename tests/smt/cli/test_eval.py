@@ -57,7 +57,7 @@ def test_every_task_runs_on_both_kinds_of_model_and_leaves_table_json_and_plots(
     for model, figures in results["perplexity"].items():
         assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
         assert figures["bits_per_character"] > figures["bits_per_byte"]  # ö has two bytes
-        assert f"{figures['perplexity']:.2f}" in printed, model
+        assert f"{figures['perplexity']:,.2f}" in printed, model
     plots = {"loss_by_position", "needle", "recall", "ablation", "pooling"}
     assert {path.stem for path in tmp_path.glob("*.png")} == plots
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))

@@ -16,6 +16,7 @@ from smt.experiments.record import RunRecord
 from smt.study import rates as rates_module
 from smt.study import run as run_module
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING, load, work
+from smt.study.plots import plot_results, plot_stages
 from smt.study.preference import preferences
 from smt.study.prepared import prepare
 from smt.study.record import STUDY_FILE
@@ -24,6 +25,7 @@ from smt.study.settings import StudySettings
 from smt.study.tables import results_csv
 from smt.training.settings import RunConfig
 
+ROOT = Path(__file__).resolve().parents[3]
 STUDY = {
     "models": ["parallel", "smt"],
     "seeds": [1],
@@ -320,3 +322,24 @@ def test_maps_are_drawn_of_what_has_finished_and_nothing_is_trained(made, tmp_pa
     assert not (tmp_path / "micro" / "report.png").exists()
     drawn = sorted(path.name for path in (tmp_path / "micro").glob("attention_maps_*.png"))
     assert drawn == ["attention_maps_orpo.png", "attention_maps_training.png"]
+
+
+def test_losses_are_dots_and_say_whether_memory_was_carried(monkeypatch):
+    study, saved = json.loads((ROOT / "benchmarks" / "results" / "hymba_cpu.json").read_text()), []
+    monkeypatch.setattr("smt.study.plots.save", lambda canvas, path: saved.append(canvas))
+    plot_results(study, "a.png")
+    tokens, time, *bars = saved[0].axes
+    assert not tokens.patches and not time.patches and all(axes.get_xlim()[0] == 0 for axes in bars)
+    shown = [{text.get_text() for text in axes.texts} for axes in (tokens, time)]
+    assert {"4.291", "4.274", "4.439", "4.238"} <= shown[0] and {"4.447", "4.248"} <= shown[1]
+    assert ["anew" in text.get_text() for text in tokens.get_legend().get_texts()] == [True, False]
+
+
+def test_before_and_after_stage_2_are_joined_without_arrows_and_named_in_no_models_colour(monkeypatch):
+    study, saved = json.loads((ROOT / "benchmarks" / "results" / "hymba_cpu.json").read_text()), []
+    monkeypatch.setattr("smt.study.plots.save", lambda canvas, path: saved.append(canvas))
+    plot_stages(study, "a.png")
+    _, losses, margins = saved[0].axes
+    for axes, n_markers in ((losses, 4), (margins, 2)):
+        handles = axes.get_legend().legend_handles
+        assert not axes.texts and len(handles) == n_markers and {handle.get_color() for handle in handles} == {"0.35"}
