@@ -13,7 +13,6 @@ GPT2 = "compiled GPT-2"
 LENGTH = "8 x 4,096"  # of training steps
 SPEED = (
     ("card_h100", "training step, `stream`", "training step", "SMT stream", GPT2),
-    ("card_h200", "without graphs, older kernels", "training step", "SMT stream", GPT2),
     ("card_h100", "training step, groups of 32 writes", "training step", "SMT stream, groups of 32", GPT2),
     ("card_h100", "training step, pools tokens", "training step", "SMT stream, pools tokens", GPT2),
     ("card_h100", "training step, no writes", "training step", "SMT stream, no writes", GPT2),
