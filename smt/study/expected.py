@@ -10,6 +10,8 @@ from smt.study.tables import markdown
 
 # Their table is marked "expected": nothing in it was measured.
 PERPLEXITIES = (5, 15)
+# Of what they train on.
+TOKENS, PARAMETERS = 4000 * 16 * 256, 51e6
 # Nats per character that models of this size reach on such text, and what each token of its vocabulary spells.
 NATS_PER_CHARACTER = 1.47
 
@@ -27,7 +29,12 @@ def expected_table(study: Study) -> str:
     measured = f"{min(found):,.0f} to {max(found):,.0f}" if found else "-"
     owners = {row["kv_sharing"]: (row["layers"], row["owners"]) for row in study["sharing"]["documents"]}
     (layers, pairs), (_, runs) = owners["pairs"], owners["runs"]
+    trained = study["stages"][TRAINING]
+    tokens = trained["steps"] * trained["batch_size"] * trained["chunk_length"]
+    parameters = max(model["parameters"] for model in study["models"].values())
     rows = [
+        ["tokens to train on", f"{TOKENS / 1e6:.1f} million", f"{tokens / 1e6:.2g} million"],
+        ["parameters", f"{PARAMETERS / 1e6:.0f} million", f"{parameters / 1e6:.2g} million"],
         ["perplexity per token", f"{PERPLEXITIES[0]} to {PERPLEXITIES[1]}", measured],
         [
             f"the same at {NATS_PER_CHARACTER} nats per character, {per_token:.2f} bytes per token",

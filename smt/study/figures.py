@@ -57,7 +57,7 @@ class Best:
     Attributes:
         model: which.
         figure: its own.
-        alike: models that are not told apart from it; None: of one seed, by which nothing can be told.
+        alike: models that are not significantly different; None: of one seed, which tells nothing of it.
     """
 
     model: str
@@ -88,7 +88,7 @@ def at(*path: str) -> Callable[[Mapping[str, Any]], Any]:
 def best(study: Study, stage: str, find: Callable[[Mapping[str, Any]], Any], *, lowest: bool) -> Best | None:
     """The model with the best mean; None where no run has the figure.
 
-    Two models are told apart where a paired t-test over their seeds says so (``smt.study.paired_test``).
+    Two models are significantly different where a paired t-test over their seeds says so (``smt.study.paired_test``).
     """
     figures = {model: over_seeds(study, model, stage, find) for model in study["models"]}
     there = {model: figure for model, figure in figures.items() if figure is not None}
@@ -96,11 +96,11 @@ def best(study: Study, stage: str, find: Callable[[Mapping[str, Any]], Any], *, 
         return None
     first, *others = sorted(there, key=lambda model: there[model].mean if lowest else -there[model].mean)
     several = len(there[first].of_seeds) > 1
-    alike = [model for model in others if not _told_apart(there[model], there[first])] if several else None
+    alike = [model for model in others if not _is_significant(there[model], there[first])] if several else None
     return Best(first, there[first], alike)
 
 
-def _told_apart(one: Figure, other: Figure) -> bool:
+def _is_significant(one: Figure, other: Figure) -> bool:
     differences = [one.of_seeds[seed] - other.of_seeds[seed] for seed in one.of_seeds if seed in other.of_seeds]
     return len(differences) > 1 and p_value(differences) < SIGNIFICANCE
 

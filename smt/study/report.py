@@ -59,8 +59,8 @@ def conditions(study: Study) -> list[str]:
     first, second = study["stages"][TRAINING], study["stages"][ORPO]
     length, held_out, seeds = first["chunk_length"], text["held_out"], settings["seeds"]
     spread = (
-        "; ± is the sample standard deviation over them. Two models are told apart where a paired t-test over them gives "
-        f"p < {SIGNIFICANCE}, not corrected for the number of models."
+        "; ± is the sample standard deviation over them. Two models are significantly different where a paired t-test over "
+        f"them gives p < {SIGNIFICANCE}, not corrected for the number of models."
     )
     lines = [
         _named(seeds) + (spread if len(seeds) > 1 else " alone: no spread."),

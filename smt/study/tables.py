@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smt.runtime.names import in_markdown
@@ -82,6 +82,7 @@ def quality_table(study: Study, stage: str = TRAINING) -> str:
         rows.append(
             [
                 NAMES[model],
+                *_layers(of_model["config"]),
                 f"{of_model['parameters']:,}",
                 f"{of_model['embedding'] / of_model['parameters']:.0%}",
                 *(_shown(figure, "{:,.0f}".format) for figure in training),
@@ -90,7 +91,7 @@ def quality_table(study: Study, stage: str = TRAINING) -> str:
                 _shown(figures[1], "{:.3f}".format),
             ]
         )
-    header = ["model", "parameters", "embedding", "steps", "seconds"]
+    header = ["model", "layers", "MLP", "parameters", "embedding", "steps", "seconds"]
     return markdown([*header, "validation loss", "perplexity per token", "bits per byte"], rows)
 
 
@@ -165,7 +166,7 @@ def winners_table(study: Study) -> str:
         if found is not None:
             alike = "one seed" if found.alike is None else listed(found.alike) or "-"
             rows.append([name, NAMES[found.model], found.figure.text(show), *[alike] * several])
-    return markdown(["", "best", "its figure", *["not told apart from it"] * several], rows)
+    return markdown(["", "best", "its figure", *["not significantly different"] * several], rows)
 
 
 def winners(study: Study) -> list[str]:
@@ -174,7 +175,7 @@ def winners(study: Study) -> list[str]:
     for name, (stage, find, lowest, show) in CONTESTS.items():
         found = best(study, stage, find, lowest=lowest)
         if found is not None:
-            others = f"; not told apart: {listed(found.alike)}" if found.alike else ""
+            others = f"; not significantly different: {listed(found.alike)}" if found.alike else ""
             lines.append(f"{name}: {NAMES[found.model]}, {found.figure.text(show)}{others}")
     return lines
 
@@ -208,6 +209,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     lines = [[in_markdown(cell) for cell in row] for row in (header, *rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:]))
+
+
+def _layers(config: Mapping[str, Any]) -> tuple[str, str]:
+    """How many layers a model has, and the width of their MLPs."""
+    if "ssm_n_layers" in config:  # ours, whose decoder is GPT-2's
+        return f"{config['transformer_n_layers']} + {config['ssm_n_layers']} Mamba", f"{4 * config['d_model']:,}"
+    return f"{config['n_layers']}", f"{config['d_mlp']:,}"
 
 
 def _shown(figure: Figure | None, show: Callable[[float], str]) -> str:
