@@ -27,7 +27,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["smt", "smt.*", "smt_kernels", "smt_kernels.*"]),
     package_data={
-        "smt": ["configs/*.yaml", "studies/*.yaml"],
+        "smt": ["configs/*.yaml"],
+        "smt.experiments": ["studies/*.yaml"],
         "smt.study": ["configs/*.yaml"],
         "smt.huggingface": ["model_card.md"],
     },

@@ -41,6 +41,7 @@ from committed import (
 )
 
 from smt.evaluation.statistics import mean_difference
+from smt.experiments.settings import STUDY_FOLDER
 
 BLOCK = re.compile(r"(<!-- made by benchmarks/publish\.py: ([\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
@@ -141,7 +142,7 @@ def stdlib_sentence() -> str:
 
 def study_table(name: str) -> str:
     """A study's cells, a line for each variant and two columns for each budget."""
-    cells, budgets = study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
+    cells, budgets = study(name), yaml.safe_load((STUDY_FOLDER / f"{name}.yaml").read_text())["budgets"]
     shown = [" ".join(f"{value:,} {unit}" for unit, value in budget.items()) for budget in budgets.values()]
     lines = [*_header("", "parameters", shown[0], "to *no writes*", shown[1], "to *no writes*", "steps then")]
     for variant, title in VARIANTS.items():
@@ -171,7 +172,7 @@ def seeds_table(name: str) -> str:
 
 def _losses_by_seed(name: str) -> tuple[dict[str, list[float]], list[str]]:
     """The losses of every variant that a study whose budgets are seeds has with all of them; and the seeds."""
-    cells, seeds = study(name), yaml.safe_load((ROOT / "smt" / "studies" / f"{name}.yaml").read_text())["budgets"]
+    cells, seeds = study(name), yaml.safe_load((STUDY_FOLDER / f"{name}.yaml").read_text())["budgets"]
     losses = {
         variant: [float(cells[seed, variant]["best loss"]) for seed in seeds]
         for variant in VARIANTS

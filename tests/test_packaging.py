@@ -20,4 +20,6 @@ def test_every_file_of_the_packages_is_installed(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert files_of(tmp_path) == files_of(ROOT)
-    assert {"smt/configs/tiny.yaml", "smt/studies/switches.yaml", "smt/huggingface/model_card.md"} < files_of(tmp_path)
+    assert {"smt/configs/tiny.yaml", "smt/experiments/studies/switches.yaml", "smt/huggingface/model_card.md"} < files_of(
+        tmp_path
+    )

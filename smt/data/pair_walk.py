@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt.data.pairs import Pair, hash_pairs
-from smt.data.walk import IGNORE_INDEX, epoch_seed
+from smt.data.walk import epoch_seed
+from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smt.data.walk import IGNORE_INDEX, DocumentWalk
+from smt.data.walk import DocumentWalk
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.precision import precision
 from smt.state.carried import CarriedStates
+from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ from smt.runtime.fields import check_folder_name, check_names, nearest
 from smt.runtime.files import read_yaml
 from smt.training.settings import RunConfig
 
-STUDY_FOLDER = Path(__file__).parent.parent / "studies"
+STUDY_FOLDER = Path(__file__).parent / "studies"
 # How long a run trains; one of them at a time, minutes where the others are None.
 BOUNDS = {"steps", "epochs", "minutes"}
 PARTS_OF_A_STUDY = ("base", "variants", "budgets")

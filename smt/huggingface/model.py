@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smt.data.walk import IGNORE_INDEX
 from smt.huggingface.cache import SMTCache
 from smt.huggingface.config import SMTPreTrainedConfig
 from smt.huggingface.model_card import CARD_FILE, model_card
@@ -24,6 +23,7 @@ from smt.model.weights import is_hooked
 from smt.pretrained.sources import HF_CONFIG_FILE
 from smt.runtime.extras import needs_extra
 from smt.runtime.files import follow_umask
+from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 
 with needs_extra("hf"):
     from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smt.data.walk import IGNORE_INDEX
 from smt.model.decoder import Decoder
 from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded, encode_chunk
@@ -21,6 +20,7 @@ from smt.model.step_layers import with_keys
 from smt.state.rings import take
 from smt.state.state import SMTState
 from smt_kernels.checks import readable
+from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 from smt_kernels.operators import is_transformed
 
 

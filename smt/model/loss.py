@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smt.data.walk import IGNORE_INDEX
 from smt.runtime.precision import dtype_of_products, is_lowered
 from smt_kernels import linear_cross_entropy
+from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 from smt_kernels.precision import accumulation
 
 # Logits that ``target_nats`` holds at a time: 64 MiB in float32.

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
-from smt.data.walk import IGNORE_INDEX
 from smt.model.batch import check_rows, check_targets, check_tokens, encode_batch, token_counts
 from smt.model.checkpoint import load_model, save_model
 from smt.model.decoder import Decoder
@@ -25,6 +24,7 @@ from smt.model.weights import is_hooked, rows_of
 from smt.pretrained.loading import load_gpt2, load_mamba
 from smt.pretrained.transfer import LoadReport
 from smt.state.state import SMTState
+from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 
 # The modes of ``torch.compile`` that record CUDA graphs.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")

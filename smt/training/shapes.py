@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from smt.data.walk import IGNORE_INDEX, Batch
+from smt.data.walk import Batch
+from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 
 
 def full_shape(batch: Batch, length: int) -> Batch:

@@ -33,7 +33,7 @@ LEVELS = [
     ["smt.config", "smt.data"],
     ["smt.runtime", "smt_kernels"],
 ]
-LANDING = ["__init__.py", "__main__.py", "config.py", "configs", "studies"]  # and the rooms
+LANDING = ["__init__.py", "__main__.py", "config.py", "configs"]  # and the rooms
 
 Graph = dict[str, set[str]]
 
