@@ -3,6 +3,14 @@
 A custom operator is what ``torch.compile``, ``opcheck`` and dispatch modes see of an operation. Its schema and dispatch cost
 about 0.1 ms per call forward and backward: as much as dozens of the small operations that a call on a few rows is made of. So
 elsewhere an operation is called straight: as an autograd function, or as itself where no gradient is required.
+
+``register(_empty, kept=2, gradients=3)`` in ``window_attention`` for example makes of ``_empty``'s annotations
+
+    window_attention(Tensor q, Tensor k, Tensor v, Tensor? valid_memory, Tensor? valid_tokens, SymInt n_memory, float scale,
+                     str backend) -> (Tensor, Tensor)
+    window_attention_backward(Tensor grad_0, Tensor result_0, Tensor result_1, the same arguments) -> (Tensor, Tensor, Tensor)
+
+where the results are the output and the log-sum-exp, both of which are kept, and the gradients are of q, k and v.
 """
 
 from __future__ import annotations
