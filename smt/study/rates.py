@@ -1,6 +1,6 @@
-"""Which learning rate suits each model of a study: stage 1 at each, with a seed that is not compared; ``main`` runs one.
+"""Which learning rate suits each model of a study: stage 1 at each, with seeds that are not compared; ``main`` runs one.
 
-    <study>/learning_rates/<model>,learning_rate=<rate>/cell.yaml, training/, training.json
+    <study>/learning_rates/<model>,learning_rate=<rate>,seed=<seed>/cell.yaml, training/, training.json
 
 What is there already is not run again.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def work(folder: Path) -> None:
 
 
 def chosen_rates(prepared: Prepared, tell: Callable[[str], None]) -> dict[str, float]:
-    """Of each model, the rate of ``learning_rates`` with the lowest held-out loss; nothing where the study tries none.
+    """Of each model, the rate of ``learning_rates`` with the lowest mean loss; nothing where the study tries none.
 
     Speed is no matter here, so on a CPU as many runs go on at once as there are cores. A rate at which training fails is
     none to choose.
@@ -81,7 +82,7 @@ def chosen_rates(prepared: Prepared, tell: Callable[[str], None]) -> dict[str, f
 
 
 def tried_rates(prepared: Prepared) -> dict[str, dict[float, float]]:
-    """Of each model, held-out losses by learning rate, of the runs that have come to an end; nothing where none are tried.
+    """Of each model, mean held-out losses by learning rate, where all runs have come to an end; nothing where none are tried.
 
     As a model is trained, it is read: ``smt_carried`` with its memory carried, all others with every piece read anew.
     """
@@ -91,20 +92,22 @@ def tried_rates(prepared: Prepared) -> dict[str, dict[float, float]]:
     tried: dict[str, dict[float, float]] = {model: {} for model in settings.models}
     for model in settings.models:
         for rate in settings.learning_rates:
-            path = measured_file(_folder(prepared, model, rate), TRAINING)
-            if path.is_file():
-                tried[model][rate] = read_json(path)["carried" if model == CARRIED else "held_out"]["loss"]
+            paths = [measured_file(_folder(prepared, model, rate, seed), TRAINING) for seed in settings.learning_rate_seeds]
+            if all(path.is_file() for path in paths):
+                losses = [read_json(path)["carried" if model == CARRIED else "held_out"]["loss"] for path in paths]
+                tried[model][rate] = statistics.fmean(losses)
     return tried
 
 
 def _trials(prepared: Prepared) -> dict[Path, RunConfig]:
     settings = prepared.settings
     return {
-        _folder(prepared, model, rate): prepared.training_of(model, settings.learning_rate_seed, rate)
+        _folder(prepared, model, rate, seed): prepared.training_of(model, seed, rate)
+        for seed in settings.learning_rate_seeds
         for model in settings.models
         for rate in settings.learning_rates
     }
 
 
-def _folder(prepared: Prepared, model: str, rate: float) -> Path:
-    return prepared.folder / FOLDER / f"{model},learning_rate={rate:g}"
+def _folder(prepared: Prepared, model: str, rate: float, seed: int) -> Path:
+    return prepared.folder / FOLDER / f"{model},learning_rate={rate:g},seed={seed}"

@@ -102,7 +102,8 @@ def _rate(study: Study, of_all: float) -> str:
     if not study["learning_rates"]:
         return f"a learning rate of {of_all:g} for all"
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
-    return f"the learning rate of {rates} that gave it the lowest held-out loss with seed {settings['learning_rate_seed']}"
+    seeds = _named(settings["learning_rate_seeds"]).lower()
+    return f"the learning rate of {rates} that gave it the lowest mean held-out loss with {seeds}"
 
 
 def _documents(of: dict[str, int]) -> str:
@@ -133,9 +134,10 @@ def report(study: Study) -> str:
             quality_table(study, EQUAL_TIME),
         ]
     if rates := rates_table(study):
+        seeds = _named(study["settings"]["learning_rate_seeds"]).lower()
         parts += [
             "## Learning rates",
-            f"Held-out loss after stage 1 with seed {study['settings']['learning_rate_seed']}, read as the model is trained:",
+            f"Mean held-out loss after stage 1 with {seeds}, read as the model is trained:",
             rates,
         ]
     parts += [

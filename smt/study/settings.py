@@ -27,9 +27,9 @@ class StudySettings:
         seeds: each model is trained with every one of them.
         equal_time_seeds: with so many of the seeds, the first of them, each model is trained once more, for as many steps as
             should take the time of the middle one of all models, by the speeds of all seeds.
-        learning_rates: of stage 1, which every model is trained at before with ``learning_rate_seed``; it then has the one with
-            the lowest held-out loss. Empty: all models have that of ``run``.
-        learning_rate_seed: none of ``seeds``.
+        learning_rates: of stage 1, which every model is trained at before, with ``learning_rate_seeds``; it then has the one
+            with the lowest mean held-out loss. Empty: all models have that of ``run``.
+        learning_rate_seeds: none of ``seeds``.
         run: ``data`` and ``training`` of stage 1, as in the configuration of a run.
         hymba: fields that all layouts share; the width of their MLPs follows from the number of parameters.
         smt: fields of ours; its numbers of layers follow from the number of parameters.
@@ -54,7 +54,7 @@ class StudySettings:
     seeds: tuple[int, ...] = (1, 2, 3)
     equal_time_seeds: int = 1
     learning_rates: tuple[float, ...] = ()
-    learning_rate_seed: int = 0
+    learning_rate_seeds: tuple[int, ...] = (0,)
     run: dict[str, Any] = field(default_factory=dict)
     hymba: dict[str, Any] = field(default_factory=dict)
     smt: dict[str, Any] = field(default_factory=dict)
@@ -95,8 +95,10 @@ class StudySettings:
                 raise ValueError(f"{name} must be one or more, each once, got {values}")
         if not all(rate > 0 for rate in self.learning_rates) or len(set(self.learning_rates)) < len(self.learning_rates):
             raise ValueError(f"learning_rates must be above 0, each once, got {self.learning_rates}")
-        if self.learning_rates and self.learning_rate_seed in self.seeds:
-            raise ValueError(f"learning_rate_seed must be none of seeds = {self.seeds}, got {self.learning_rate_seed}")
+        if self.learning_rates and (not self.learning_rate_seeds or {*self.learning_rate_seeds} & {*self.seeds}):
+            raise ValueError(
+                f"learning_rate_seeds must be one or more, none of seeds = {self.seeds}, got {self.learning_rate_seeds}"
+            )
 
     @classmethod
     def from_yaml(cls, path: str | Path, *, quick: bool = False, seeds: tuple[int, ...] = ()) -> StudySettings:

@@ -126,7 +126,7 @@ def test_every_model_has_the_learning_rate_that_suits_it(made):
     study = study_of(folder)
     for model, losses in study["learning_rates"].items():
         for rate, loss in losses.items():
-            trial = RunRecord.read(folder / "learning_rates" / f"{model},learning_rate={rate}" / TRAINING)
+            trial = RunRecord.read(folder / "learning_rates" / f"{model},learning_rate={rate},seed=0" / TRAINING)
             config = yaml.safe_load((trial.folder / "config.yaml").read_text())["training"]
             assert (config["learning_rate"], config["seed"]) == (float(rate), 0)
             if model == "parallel":  # ours is evaluated in its run with its memory carried
@@ -142,7 +142,7 @@ def test_a_learning_rate_at_which_training_fails_is_not_chosen(made, tmp_path, m
     losses = {("parallel", "0.001"): 2.0, ("smt", "0.001"): 5.0, ("smt", "0.01"): 4.0}
 
     def trains(folder):
-        model, rate = folder.name.split(",learning_rate=")
+        model, rate = re.fullmatch("(.*),learning_rate=(.*),seed=0", folder.name).groups()
         if (model, rate) not in losses:
             return "DivergedError: no"
         (folder / "training.json").write_text(json.dumps({"held_out": {"loss": losses[model, rate]}, "carried": None}))
@@ -226,7 +226,10 @@ def test_another_study_is_not_mixed_into_a_folder(made, tmp_path, capsys):
     other = tmp_path / "micro.yaml"
     other.write_text(yaml.safe_dump(settings))
     assert main(["study", "--config", str(other), "--out", str(folder.parent)]) == 1
-    assert "parallel,learning_rate=0.001 is of another study; give this one another --out or name" in capsys.readouterr().err
+    assert (
+        "parallel,learning_rate=0.001,seed=0 is of another study; give this one another --out or name"
+        in capsys.readouterr().err
+    )
     other.write_text(yaml.safe_dump({**settings, "learning_rates": []}))
     assert main(["study", "--config", str(other), "--out", str(folder.parent)]) == 1
     assert "is of another study, with other run; give this one another --out or name" in capsys.readouterr().err
