@@ -19,7 +19,7 @@ from smt.study.paired_test import p_value
 from smt.study.settings import CARRIED, FOLDER, StudySettings
 from smt.study.sharing import sharing
 from smt.study.sizes import count, sized_models
-from smt.study.tables import CONTESTS, LOSS, carried_table, orpo_table, quality_table, speed_table, winners_table
+from smt.study.tables import CONTESTS, LOSS, carried_table, orpo_table, quality_table, rates_table, speed_table, winners_table
 from smt.training.objective import ChunkLoss
 
 SIZES = dict(
@@ -190,10 +190,17 @@ def run_of(model, stage, better, worse):
 
 
 def study_of_two():
-    models = {name: {"parameters": 200, "embedding": 50, f"bytes_at_{measure.LONG}": 5 * 1024} for name in ("smt", "mamba")}
+    configs = {
+        "smt": {"transformer_n_layers": 3, "ssm_n_layers": 2, "d_model": 16},
+        "mamba": {"n_layers": 4, "d_mlp": 24, "d_model": 16},
+    }
+    sizes = {"parameters": 200, "embedding": 50, f"bytes_at_{measure.LONG}": 5 * 1024}
+    models = {name: {**sizes, "config": config} for name, config in configs.items()}
     figures = {"smt": (9, 2.0), "mamba": (1, 8.0)}
     runs = [run_of(model, stage, *figures[model]) for model in models for stage in ("training", "equal_time", "orpo")]
-    return {"models": models, "runs": runs, "settings": {"seeds": [1], "context": 16}}
+    rates = {"smt": {"0.002": 4.0, "0.01": 3.0}, "mamba": {"0.002": 2.0}}
+    settings = {"seeds": [1], "context": 16, "learning_rates": [0.002, 0.01]}
+    return {"models": models, "runs": runs, "settings": settings, "learning_rates": rates}
 
 
 def cells(table):
@@ -212,7 +219,9 @@ def test_a_model_that_is_better_in_everything_wins_everywhere():
 
 def test_tables_have_their_figures_in_the_columns_that_say_so():
     study = study_of_two()
-    assert cells(quality_table(study))["Mamba"] == ["200", "25%", "3", "4", "8.000", "8.0", "8.000"]
+    assert cells(quality_table(study))["Mamba"] == ["4", "24", "200", "25%", "3", "4", "8.000", "8.0", "8.000"]
+    assert cells(quality_table(study))["SMT (stream)"][:2] == ["3 + 2 Mamba", "64"]
+    assert cells(rates_table(study)) == {"SMT (stream)": ["4.000", "3.000", "0.01"], "Mamba": ["2.000", "failed", "0.002"]}
     assert cells(orpo_table(study))["Mamba"] == ["8.000", "8.000", "12.5%", "87.5%", "1.500", "4.500"]
     assert cells(speed_table(study))["SMT (stream)"] == ["900", "90", "720", "2.0", "4.0", "5.0", "2"]
     assert [row.split(" | ")[1:] for row in carried_table(study).splitlines()[2:]] == [
