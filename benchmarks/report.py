@@ -29,7 +29,7 @@ def print_machine(described: dict[str, str]) -> None:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > cores:
         print(f"\nThis machine is busy: on average {load:.1f} processes wanted its {cores} cores in the last minute.")
-        print("Times are too high, and their ratios mean little.")
+        print("Times are too high, and speed-ups mean little.")
 
 
 def print_header(task: str, baseline: str, case_width: int) -> None:
