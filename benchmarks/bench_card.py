@@ -19,6 +19,7 @@ import torch
 from card_cases import Suite, gpt2_small, release
 from card_clock import ceilings
 from card_rows import Row
+from report import print_machine
 
 from smt.runtime.environment import environment
 from smt.runtime.process import keep_freed_memory
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(suite: Suite, deadline: float, options: argparse.Namespace) -> list[Row]:
     """The rows of all cases that begin before ``deadline`` (``time.monotonic``)."""
     document = {"environment": environment(suite.device), "ceilings": ceilings(suite.device)}
-    print("\n".join(f"{name:<13} {value}" for name, value in document["environment"].items()))
+    print_machine(document["environment"])
     print(ceilings_line(document["ceilings"]), flush=True)
     rows: list[Row] = []
     for case in suite.cases():

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from measure import Row
 
@@ -23,10 +23,10 @@ OFF_SCALE = 50
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False}
 
 
-def print_machine(described: dict[str, str]) -> None:
+def print_machine(described: dict[str, Any]) -> None:
     """What was measured on, and whether others are using it: with fewer free cores than threads, ratios mean little."""
     print("\n".join(f"{name:<13} {value}" for name, value in described.items()))
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    load, cores = os.getloadavg()[0], described["cores"]
     if load > cores:
         print(f"\nThis machine is busy: on average {load:.1f} processes wanted its {cores} cores in the last minute.")
         print("Times are too high, and speed-ups mean little.")

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, started: float) -> int:
     else:
         usual = SECOND_STAGE if given.get("stage") == SECOND_STAGE else usual_config(given)
         if options.config is None and usual != SECOND_STAGE:
-            given = {**_named_after(given.get("text") or given.get("dataset")), **given}
+            given = {**_named_after(given.get("text") or given.get("dataset") or given.get("source")), **given}
         config = staged(options.config or usual, given)
         outcome = train(config, options.out or "results", started=started)
     if outcome.is_main:
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, started: float) -> int:
 
 
 def _named_after(text: str | None) -> dict[str, str]:
-    """The experiment of a run of one's own text, a path or a name of the hub; that of the usual text otherwise."""
+    """The experiment of a run of a text of its own: a path, a name of the hub, or that of a source."""
     name = "" if text is None else Path(text).absolute().stem
     return {"experiment": name} if name else {}
 

@@ -144,7 +144,7 @@ def attempt_apart(folders: Iterable[Path], jobs: int, module: str = CELL_MODULE)
 
 def _begin(folder: Path, jobs: int, module: str) -> subprocess.Popen:
     """A process that works on a cell; its standard input is closed when this process ends, even by a signal."""
-    threads = str(max(1, _cores() // jobs))
+    threads = str(max(1, cores() // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     command = [sys.executable, "-c", START, module, str(folder), *sys.path]
     with (folder / OUTPUT_FILE).open("w", encoding="utf-8") as output:
@@ -174,5 +174,6 @@ def _end(processes: Collection[subprocess.Popen]) -> None:
         process.stdin.close()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from smt.baselines import RunModel, build
 from smt.data.settings import DataConfig
 from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
 from smt.evaluation.perplexity import Evaluation
 from smt.experiments import cell as any_cell
-from smt.experiments.cell import CELL_FILE
+from smt.experiments.cell import CELL_FILE, FAILURE_FILE
 from smt.model.checkpoint import CONFIG_FILE, load_weights
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.device import find_device
@@ -37,6 +38,8 @@ from smt.training.sample import continuation
 from smt.training.settings import RunConfig
 
 TRAINING, EQUAL_TIME, ORPO = "training", "equal_time", "orpo"
+# Set when all models have been trained for as many tokens, so it tells no two studies apart.
+EQUAL_TIME_STEPS = "equal_time_steps"
 # What a run says of the machine, which is the same in both stages.
 OF_THE_MACHINE = ("device", "compile", "mixed_precision")
 
@@ -53,8 +56,8 @@ def work(folder: Path) -> None:
     first = RunConfig.from_dict(wanted["run"])
     text = tokenize_corpus(first.data, first.model.vocab_size)
     _stage(folder, TRAINING, first, text, wanted)
-    if wanted["equal_time_steps"] is not None:
-        as_long = {**wanted["run"]["training"], "steps": wanted["equal_time_steps"]}
+    if wanted[EQUAL_TIME_STEPS] is not None:
+        as_long = {**wanted["run"]["training"], "steps": wanted[EQUAL_TIME_STEPS]}
         _stage(folder, EQUAL_TIME, RunConfig.from_dict({**wanted["run"], "training": as_long}), text, wanted)
     if not measured_file(folder, ORPO).is_file():
         seed = first.training.seed
@@ -62,6 +65,43 @@ def work(folder: Path) -> None:
         fields = {**{name: getattr(first.training, name) for name in OF_THE_MACHINE}, **wanted["orpo"]}
         second = second_stage(folder / TRAINING, folder / PAIRS_FILE, seed, fields)
         _stage(folder, ORPO, second, text, wanted)
+
+
+def as_yaml(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What a process is to do, as a file holds it: tuples are lists there."""
+    return yaml.safe_load(yaml.safe_dump(wanted))
+
+
+def asked_before(folder: Path) -> dict[str, Any]:
+    """What the process of a cell was to do before; nothing where there was none."""
+    path = folder / CELL_FILE
+    return read_yaml(path) if path.is_file() else {}
+
+
+def check_same(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raise ValueError if a cell of another study is in the folder."""
+    there = asked_before(folder)
+    if not there:
+        return
+    differing = [name for name in wanted if name != EQUAL_TIME_STEPS and there.get(name) != wanted[name]]
+    if differing:
+        raise ValueError(
+            f"{folder} is of another study, with other {', '.join(differing)}; give this one another --out or name, or remove "
+            "that folder"
+        )
+
+
+def ask(folder: Path, wanted: dict[str, Any]) -> None:
+    """Write down what the process of a cell is to do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
+    write_files({folder / CELL_FILE: text_writer(yaml.safe_dump(wanted, sort_keys=False))})
+
+
+def save_measured(folder: Path, stage: str, measured: dict[str, Any]) -> None:
+    """Write down what was measured after a stage."""
+    content = json.dumps(finite(measured), indent=2, allow_nan=False) + "\n"
+    write_files({measured_file(folder, stage): text_writer(content)})
 
 
 def measured_file(folder: Path, stage: str) -> Path:
@@ -109,8 +149,7 @@ def _stage(folder: Path, stage: str, config: RunConfig, text: TokenizedCorpus, w
                 when: preferences(each, text.tokenizer, folder / HELD_OUT_FILE, **of_pairs)
                 for when, each in (("before", load(folder / TRAINING, config)), ("after", model))
             }
-    content = json.dumps(finite(measured), indent=2, allow_nan=False) + "\n"
-    write_files({measured_file(folder, stage): text_writer(content)})
+    save_measured(folder, stage, measured)
 
 
 def losses_of(model: RunModel, data: DataConfig, text: TokenizedCorpus, run: Path) -> dict[str, Any]:

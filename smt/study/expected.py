@@ -10,7 +10,7 @@ from smt.study.tables import markdown
 
 # Their table is marked "expected": nothing in it was measured.
 PERPLEXITIES = (5, 15)
-# Of what they train on.
+# Their sizes, as in ``configs/hymba.yaml``: steps, rows and their tokens; and parameters.
 TOKENS, PARAMETERS = 4000 * 16 * 256, 51e6
 # Nats per character that models of this size reach on such text, and what each token of its vocabulary spells.
 NATS_PER_CHARACTER = 1.47

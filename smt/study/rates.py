@@ -7,21 +7,17 @@ What is there already is not run again.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from smt.data.tokenized import tokenize_corpus
 from smt.experiments import cell as any_cell
-from smt.experiments.run import attempt_apart
+from smt.experiments.run import attempt_apart, cores
 from smt.runtime.device import find_device
-from smt.runtime.files import finite, read_json, read_yaml, text_writer, write_files
+from smt.runtime.files import read_json, read_yaml
 from smt.runtime.process import keep_freed_memory
-from smt.study.cell import CELL_FILE, TRAINING, load, losses_of, measured_file
+from smt.study.cell import CELL_FILE, TRAINING, as_yaml, ask, check_same, load, losses_of, measured_file, save_measured
 from smt.study.prepared import Prepared
 from smt.study.settings import CARRIED
 from smt.training.run import run_in
@@ -44,9 +40,8 @@ def work(folder: Path) -> None:
     run = folder / TRAINING
     if not has_finished(run):
         run_in(run, config)
-    measured = losses_of(load(run, config), config.data, tokenize_corpus(config.data, config.model.vocab_size), run)
-    content = json.dumps(finite(measured), indent=2, allow_nan=False) + "\n"
-    write_files({measured_file(folder, TRAINING): text_writer(content)})
+    text = tokenize_corpus(config.data, config.model.vocab_size)
+    save_measured(folder, TRAINING, losses_of(load(run, config), config.data, text, run))
 
 
 def chosen_rates(prepared: Prepared, tell: Callable[[str], None]) -> dict[str, float]:
@@ -58,19 +53,16 @@ def chosen_rates(prepared: Prepared, tell: Callable[[str], None]) -> dict[str, f
     Raises:
         ValueError: a folder holds a run of another study, or every rate of a model has failed.
     """
-    there = {folder: yaml.safe_load(yaml.safe_dump(run.to_dict())) for folder, run in _trials(prepared).items()}
-    for folder, wanted in there.items():
-        path = folder / CELL_FILE
-        if path.is_file() and read_yaml(path) != wanted:
-            raise ValueError(f"{folder} is of another study; give this one another --out or name, or remove that folder")
-    waiting = {folder: wanted for folder, wanted in there.items() if not measured_file(folder, TRAINING).is_file()}
-    for folder, wanted in waiting.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_files({folder / CELL_FILE: text_writer(yaml.safe_dump(wanted, sort_keys=False))})
+    wanted = {folder: as_yaml(run.to_dict()) for folder, run in _trials(prepared).items()}
+    for folder in wanted:
+        check_same(folder, wanted[folder])
+    waiting = [folder for folder in wanted if not measured_file(folder, TRAINING).is_file()]
+    for folder in waiting:
+        ask(folder, wanted[folder])
     if waiting:
-        tell(f"{len(waiting)} of {len(there)} runs to choose learning rates by begin in {prepared.folder / FOLDER}")
+        tell(f"{len(waiting)} of {len(wanted)} runs to choose learning rates by begin in {prepared.folder / FOLDER}")
     device = find_device(prepared.first_stage.training.device)
-    jobs = (os.cpu_count() or 1) if device.type == "cpu" else 1
+    jobs = cores() if device.type == "cpu" else 1
     for folder, error in attempt_apart(waiting, jobs, TRIAL_MODULE):
         tell(f"{folder.name}: " + ("finished" if error is None else f"failed: {error}"))
     chosen = {}

@@ -9,18 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from smt.experiments.cell import FAILURE_FILE
 from smt.experiments.run import OUTPUT_FILE, attempt_apart
-from smt.runtime.files import read_json, read_yaml, text_writer, write_files
-from smt.study.cell import CELL_FILE, TRAINING, is_done, measured_file
+from smt.runtime.files import read_json
+from smt.study.cell import EQUAL_TIME_STEPS, TRAINING, as_yaml, ask, asked_before, check_same, is_done, measured_file
 from smt.study.prepared import Prepared
 from smt.study.rates import chosen_rates
 
 CELL_MODULE = "smt.study.cell"
-# Set when all models have been trained for as many tokens, so it tells no two studies apart.
-EQUAL_TIME_STEPS = "equal_time_steps"
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,8 @@ def run_study(prepared: Prepared, tell: Callable[[str], None] = print) -> list[S
     rates = chosen_rates(prepared, tell)
     wanted = {cell.label: _wanted(prepared, cell, rates.get(cell.model)) for cell in cells}
     for cell in cells:
-        _check_same(cell.folder, wanted[cell.label])
-        wanted[cell.label][EQUAL_TIME_STEPS] = _there(cell.folder).get(EQUAL_TIME_STEPS)  # decided when it ran before
+        check_same(cell.folder, wanted[cell.label])
+        wanted[cell.label][EQUAL_TIME_STEPS] = asked_before(cell.folder).get(EQUAL_TIME_STEPS)  # decided when it ran before
     ended = {cell.label: _run(cell, wanted[cell.label], f"[{i}/{len(cells)}]", tell) for i, cell in enumerate(cells, 1)}
     finished = [cell for cell in cells if ended[cell.label].error is None]
     timed = [cell for cell in finished if cell.seed in seeds]
@@ -81,9 +76,7 @@ def _run(cell: StudyCell, wanted: dict[str, Any], place: str, tell: Callable[[st
     if is_done(cell.folder, equal_time=wanted[EQUAL_TIME_STEPS] is not None):
         tell(f"{place} {cell.label}: finished before, not run again")
         return cell
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / FAILURE_FILE).unlink(missing_ok=True)
-    write_files({cell.folder / CELL_FILE: text_writer(yaml.safe_dump(wanted, sort_keys=False))})
+    ask(cell.folder, wanted)
     tell(f"{place} {cell.label}: begins, output in {cell.folder / OUTPUT_FILE}")
     started = time.perf_counter()
     ((_, error),) = attempt_apart([cell.folder], 1, CELL_MODULE)
@@ -121,23 +114,4 @@ def _wanted(prepared: Prepared, cell: StudyCell, learning_rate: float | None) ->
         **{name: getattr(settings, name) for name in ("context", "decode_tokens", "sample_tokens")},
         EQUAL_TIME_STEPS: None,
     }
-    return yaml.safe_load(yaml.safe_dump(wanted))  # tuples are lists there
-
-
-def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
-    there = _there(folder)
-    if not there:
-        return
-    there[EQUAL_TIME_STEPS] = None
-    differing = [name for name in wanted if there.get(name) != wanted[name]]
-    if differing:
-        raise ValueError(
-            f"{folder} is of another study, with other {', '.join(differing)}; give this one another --out or name, or remove "
-            "that folder"
-        )
-
-
-def _there(folder: Path) -> dict[str, Any]:
-    """What the process of a cell was to do before; nothing where there was none."""
-    path = folder / CELL_FILE
-    return read_yaml(path) if path.is_file() else {}
+    return as_yaml(wanted)

@@ -35,6 +35,7 @@ def test_train_prints_its_results_once_and_says_where_its_files_are(texts, tmp_p
         (["--text", "novel.txt", "--experiment", "first"], "first"),
         (["--text", "novel.txt", "--config", "shakespeare"], "shakespeare"),
         (["--dataset", "user/stories"], "stories"),
+        (["--source", "recall"], "recall"),
     ],
     ids=lambda value: "-".join(value).replace("/", "-") if isinstance(value, list) else None,
 )

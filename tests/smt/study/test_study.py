@@ -228,7 +228,10 @@ def test_another_study_is_not_mixed_into_a_folder(made, tmp_path, capsys):
     other = tmp_path / "micro.yaml"
     other.write_text(yaml.safe_dump(settings))
     assert main(["study", "--config", str(other), "--out", str(folder.parent)]) == 1
-    assert "parallel,learning_rate=0.001,seed=0 is of another study; give this one another" in capsys.readouterr().err
+    assert (
+        "parallel,learning_rate=0.001,seed=0 is of another study, with other training; give this one another"
+        in capsys.readouterr().err
+    )
     other.write_text(yaml.safe_dump({**settings, "learning_rates": []}))
     assert main(["study", "--config", str(other), "--out", str(folder.parent)]) == 1
     assert "is of another study, with other run; give this one another --out or name" in capsys.readouterr().err
