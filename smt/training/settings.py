@@ -348,11 +348,11 @@ def _give_way(data: dict[str, Any], training: dict[str, Any], given: Mapping[str
         data.pop("text", None)
     elif given.get("text") is not None and given.get("source", "text") != "text":
         raise ValueError(f"text is what the source 'text' reads, got it and source = {given['source']!r}")
-    for name in ("source", "text"):
-        if given.get("dataset") is not None and given.get(name) is not None and given[name] not in READ_A_DATASET:
-            raise ValueError(
-                f"dataset is what the sources {', '.join(READ_A_DATASET)} read, got it and {name} = {given[name]!r}"
-            )
+    if given.get("dataset") is not None:
+        others = {name: given[name] for name in ("text", "source") if given.get(name) is not None}
+        if "text" in others or others.get("source", "dataset") not in READ_A_DATASET:
+            name, value = next(iter(others.items()))
+            raise ValueError(f"dataset is what the sources {', '.join(READ_A_DATASET)} read, got it and {name} = {value!r}")
     if given.get("dataset") is not None and not {"source", "text"} & given.keys():
         data.pop("text", None)
         if data.get("source", DataConfig.source) not in READ_A_DATASET:

@@ -265,7 +265,7 @@ def test_a_text_that_is_given_takes_the_place_of_the_file_s(data, given, source)
 def test_two_texts_that_are_given_are_refused():
     with pytest.raises(ValueError, match="text is what the source 'text' reads, got it and source = 'pg19'"):
         RunConfig.from_dict({}, {"source": "pg19", "text": "novels"})
-    for given in ({"source": "stdlib"}, {"source": "recall"}, {"text": "novels"}):
+    for given in ({"source": "stdlib"}, {"source": "recall"}, {"text": "novels"}, {"text": "pg19"}):
         ((name, value),) = given.items()
         with pytest.raises(
             ValueError, match=f"dataset is what the sources shakespeare, .* read, got it and {name} = '{value}'"
