@@ -28,6 +28,7 @@ import torch
 from roofline import BATCH, GPUS, HEADS, LAUNCH_SECONDS, LENGTH, full_attention_seconds, predicted_seconds
 
 from smt.runtime.environment import environment
+from smt.runtime.tables import aligned, markdown
 from smt_kernels.testing.aot import TARGETS, compiler_version
 from smt_kernels.testing.audit import Key, Row, audit, budget, figures, load_budgets, unchecked, violations
 from smt_kernels.testing.cases import OPERATIONS
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(document | {"rows": [as_dict(row) for row in rows]}, indent=1))
     else:
         table = [_cells(row, budgets, compiler) for row in rows]
-        print(_markdown(table) if options.markdown else _aligned(table))
+        print((markdown if options.markdown else aligned)([COLUMNS, *table]))
         print(f"\n{_legend()}")
     for line in broken:
         print(f"{'over budget' if known else unchecked(budgets, compiler)}: {line}", file=sys.stderr)
@@ -150,17 +151,6 @@ def _instructions(counts: dict[str, int]) -> str:
 
 def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.3g} ms"
-
-
-def _markdown(table: list[tuple[str, ...]]) -> str:
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *table]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _aligned(table: list[tuple[str, ...]]) -> str:
-    lines = [COLUMNS, *table]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def _legend() -> str:

@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``smt ablate``."""
     cells = parser.add_mutually_exclusive_group(required=True)
     cells.add_argument("--grid", nargs="+", metavar="FIELD=A,B,...", help="every combination of values of fields of a run")
-    cells.add_argument("--study", metavar="YAML", help="file or packaged name: base, variants and budgets")
+    cells.add_argument("--study", metavar="YAML", help="file or packaged name: base, variants, budgets and seeds")
     parser.add_argument(
         "--config",
         metavar="YAML",
@@ -39,6 +39,7 @@ def run(options: argparse.Namespace, started: float) -> int:
     """Run the cells, and print their table."""
     from smt.experiments.report import report_study
     from smt.experiments.run import run_study
+    from smt.experiments.seeds import as_text
     from smt.experiments.settings import Study
 
     given = overrides(options)
@@ -58,6 +59,8 @@ def run(options: argparse.Namespace, started: float) -> int:
     report = report_study(study, outcomes, options.control)
     if report.comparison is not None:
         print(f"\n{report.comparison.text()}", flush=True)
+        if report.over_seeds:
+            print(f"\n{as_text(report.over_seeds)}", flush=True)
         print(f"\nfiles           {', '.join(map(str, report.save(folder)))}")
     else:
         print("\n".join(f"{label} failed: {error}" for label, error in report.failures.items()))

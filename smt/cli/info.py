@@ -10,6 +10,7 @@ import platform
 from typing import Any
 
 from smt.cli.parser import add_device
+from smt.runtime.tables import aligned
 
 EXAMPLES = """\
   smt info                                             a table
@@ -91,7 +92,4 @@ def _version(package: str) -> str | None:
 
 
 def _print_columns(rows: Any) -> None:
-    rows = [tuple(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(aligned([tuple(map(str, row)) for row in rows]))

@@ -11,6 +11,7 @@ from typing import Any
 from smt.runtime.extras import optional
 from smt.runtime.files import check_folder, finite, text_writer, write_files
 from smt.runtime.names import in_one_line
+from smt.runtime.tables import aligned
 
 RESULTS_FILE = "evaluation.json"
 
@@ -40,10 +41,7 @@ class Report:
 
     def table(self) -> str:
         """The figures of all tasks and models in columns."""
-        header = ("task", "model", "figure", "value")
-        widths = [max(len(row[column]) for row in [header, *self.rows]) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *self.rows]]
-        return "\n".join([lines[0].rstrip(), "-" * sum(widths, 6), *(line.rstrip() for line in lines[1:])])
+        return aligned([("task", "model", "figure", "value"), *self.rows], rule=True)
 
     def save(self, out: str | Path) -> list[Path]:
         """Leave ``evaluation.json`` in the folder ``out``, then the plots; the paths of what could be written.

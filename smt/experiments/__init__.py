@@ -2,5 +2,5 @@
 
 In reading order: ``record`` (a finished run, as its folder tells it), ``comparison`` (runs in one table and one plot),
 ``settings`` (the variants of a study; ``studies/`` has some), ``run`` and ``cell`` (train them), ``paired`` (two models on
-the same tokens), ``report`` (what a study ends with).
+the same tokens), ``seeds`` (means of cells that differ in the seed alone), ``report`` (what a study ends with).
 """

@@ -17,6 +17,7 @@ from smt.experiments.record import RunRecord
 from smt.runtime.extras import optional
 from smt.runtime.files import check_folder, finite, text_writer, write_files
 from smt.runtime.names import in_markdown, in_one_line
+from smt.runtime.tables import aligned, markdown
 from smt.training import plots
 
 # Keys of a row: the column's title, and how its values are shown.
@@ -96,25 +97,12 @@ class Comparison:
 
     def text(self) -> str:
         """The table for a terminal, and its notes."""
-        header, *rows = self._cells()
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        numeric = [key in NUMBERS for key in self.rows()[0]]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
-            ).rstrip()
-            for row in [header, *rows]
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([aligned(*self._cells(), rule=True), *(f"note: {note}" for note in self.notes)])
 
     def markdown(self) -> str:
         """The table and its notes."""
-        header, *rows = ([in_markdown(cell) for cell in row] for row in self._cells())
-        rule = ["---:" if key in NUMBERS else "---" for key in self.rows()[0]]
-        table = "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
-        return table + "".join(f"\n{in_markdown(note[0].upper() + note[1:])}.\n" for note in self.notes)
+        notes = "".join(f"\n{in_markdown(note[0].upper() + note[1:])}.\n" for note in self.notes)
+        return f"{markdown(*self._cells())}\n{notes}"
 
     def csv(self) -> str:
         """The rows, unrounded."""
@@ -149,10 +137,11 @@ class Comparison:
             return [*files, plot]
         return list(files)
 
-    def _cells(self) -> list[list[str]]:
+    def _cells(self) -> tuple[list[list[str]], list[int]]:
+        """The table, and which of its columns are numbers."""
         rows = self.rows()
         shown = [["-" if row[key] is None else in_one_line(COLUMNS[key][1](row[key])) for key in row] for row in rows]
-        return [[COLUMNS[key][0] for key in rows[0]], *shown]
+        return [[COLUMNS[key][0] for key in rows[0]], *shown], [index for index, key in enumerate(rows[0]) if key in NUMBERS]
 
 
 def _last_if_nan(value: float) -> float:

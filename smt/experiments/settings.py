@@ -1,4 +1,4 @@
-"""A set of variants of one configuration: the product of a grid, or budgets x variants of a YAML file."""
+"""A set of variants of one configuration: the product of a grid, or budgets x seeds x variants of a YAML file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smt.training.settings import RunConfig
 STUDY_FOLDER = Path(__file__).parent / "studies"
 # How long a run trains; one of them at a time, minutes where the others are None.
 BOUNDS = {"steps", "epochs", "minutes"}
-PARTS_OF_A_STUDY = ("base", "variants", "budgets")
+PARTS_OF_A_STUDY = ("base", "variants", "budgets", "seeds")
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,20 @@ class Cell:
         label: names it, and its folder.
         variant: what it changes in the configuration.
         budget: how long it trains; None: the study has one budget, that of its configuration.
+        seed: of its run; None: the study has one seed, that of its configuration.
         config: what it runs.
     """
 
     label: str
     variant: str
     budget: str | None
+    seed: int | None
     config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """What cells that differ in the seed alone have in common: the label without it."""
+        return _label(self.budget, None, self.variant)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Study:
             fields = dict(zip(axes, values, strict=True))
             variants[",".join(f"{field}={value}" for field, value in fields.items())] = fields
         experiment = RunConfig.from_yaml(base).experiment
-        return cls._of(name or "-".join([experiment, *axes]), base, variants, None, overrides)
+        return cls._of(name or "-".join([experiment, *axes]), base, variants, {}, [], overrides)
 
     @classmethod
     def from_yaml(
@@ -86,10 +93,11 @@ class Study:
         base: str | Path | None = None,
         name: str | None = None,
     ) -> Study:
-        """Read a YAML file, or the packaged study of that name: ``{base, variants: {name: {field: value}}, budgets}``.
+        """Read a YAML file, or the packaged study of that name: ``{base, variants: {name: {field: value}}, budgets, seeds}``.
 
-        Without ``budgets`` there is a cell for each variant, with them one for each budget and variant. A budget that names
-        one of ``steps``, ``epochs`` and ``minutes`` lifts the others.
+        There is a cell for each variant; with ``budgets``, which are named as variants are, one for each budget and variant;
+        with ``seeds``, a list, all that for each seed. A budget that names one of ``steps``, ``epochs`` and ``minutes``
+        lifts the others.
 
         Args:
             overrides: further fields, the same in every cell.
@@ -115,7 +123,7 @@ class Study:
         if not variants:
             raise ValueError(f"{file} must have variants, got none")
         budgets = _named_fields(values.get("budgets"), "budgets", file)
-        return cls._of(name or file.stem, base, variants, budgets, overrides)
+        return cls._of(name or file.stem, base, variants, budgets, _seeds(values.get("seeds"), file), overrides)
 
     @classmethod
     def _of(
@@ -123,34 +131,38 @@ class Study:
         name: str,
         base: str | Path,
         variants: Mapping[str, Mapping[str, Any]],
-        budgets: Mapping[str, Mapping[str, Any]] | None,
+        budgets: Mapping[str, Mapping[str, Any]],
+        seeds: Sequence[int],
         overrides: Mapping[str, Any] | None,
     ) -> Study:
         check_folder_name("name", name)
         cells = []
-        for (budget, bounds), (variant, fields) in itertools.product((budgets or {None: {}}).items(), variants.items()):
+        cells_of = itertools.product((budgets or {None: {}}).items(), seeds or [None], variants.items())
+        for (budget, bounds), seed, (variant, fields) in cells_of:
             if not BOUNDS.isdisjoint(bounds):
                 bounds = {**dict.fromkeys(BOUNDS - {"minutes"}), **bounds}
-            given = [overrides or {}, bounds, fields]
+            given = [overrides or {}, bounds, {} if seed is None else {"seed": seed}, fields]
             for first, second in itertools.combinations(given, 2):
                 if both := sorted(set(first) & set(second)):
                     raise ValueError(f"{both[0]} is varied by the study {name}, so it cannot have one value for all its cells")
-            label = _folder_name(variant if budget is None else f"{budget},{variant}")
+            label = _label(budget, seed, variant)
             check_folder_name(f"a label of the study {name}", label)
             if label in [cell.label for cell in cells]:
                 raise ValueError(f"the study {name} has two cells of the label {label!r}")
-            config = RunConfig.from_yaml(base, {**given[0], **given[1], **given[2], "experiment": name})
-            cells.append(Cell(label, variant, budget, config))
+            changed = {field: value for part in given for field, value in part.items()}
+            config = RunConfig.from_yaml(base, {**changed, "experiment": name})
+            cells.append(Cell(label, variant, budget, seed, config))
         return cls(name, tuple(cells))
 
     def control_of(self, cell: Cell, control: str) -> Cell:
-        """The cell that ``cell`` is compared with: the one of the label ``control``, or that variant with the same budget.
+        """The cell that ``cell`` is compared with: of the label ``control``, or that variant with the same budget and seed.
 
         Raises:
             ValueError: there is none.
         """
         by_label = {other.label: other for other in self.cells}
-        by_variant = {other.variant: other for other in self.cells if other.budget == cell.budget}
+        of = cell.budget, cell.seed
+        by_variant = {other.variant: other for other in self.cells if (other.budget, other.seed) == of}
         found = by_label.get(control) or by_variant.get(control)
         if found is None:
             check_names("control", [control], list(dict.fromkeys([*by_variant, *by_label])))
@@ -170,5 +182,16 @@ def _named_fields(values: Any, part: str, file: Path) -> dict[str, dict[str, Any
     return named
 
 
-def _folder_name(label: str) -> str:
-    return re.sub(r"[^\w.+=,-]", "_", label)
+def _seeds(values: Any, file: Path) -> list[int]:
+    """Different whole numbers, or none at all."""
+    if values is None:
+        return []
+    numbers = isinstance(values, list) and all(type(value) is int for value in values)
+    if not numbers or not values or len(set(values)) < len(values):
+        raise ValueError(f"seeds of {file} must be a list of different whole numbers, got {values!r}")
+    return values
+
+
+def _label(budget: str | None, seed: int | None, variant: str) -> str:
+    parts = [budget, None if seed is None else f"seed_{seed}", variant]
+    return re.sub(r"[^\w.+=,-]", "_", ",".join(part for part in parts if part is not None))

@@ -4,5 +4,5 @@
 command computes), ``precision`` (in which number format), ``environment`` (what a measurement was made on), ``extras``
 (optional packages), ``fields`` (dataclasses of settings: read from text, checked), ``meanings`` (what their docstrings say of
 each field), ``progress_bar`` (on a terminal, or lines in a file), ``pictures`` (written to files), ``names`` (shown as they
-are), ``streams`` (standard input and output, whatever they are).
+are), ``tables`` (for a terminal and in Markdown), ``streams`` (standard input and output, whatever they are).
 """

@@ -6,7 +6,7 @@ import math
 
 from smt.study.cell import ORPO, TRAINING
 from smt.study.figures import Study, at, over_seeds
-from smt.study.tables import markdown
+from smt.study.tables import table
 
 # Their table is marked "expected": nothing in it was measured.
 PERPLEXITIES = (5, 15)
@@ -49,4 +49,4 @@ def expected_table(study: Study) -> str:
         ],
         ["the same, as their code shares: whole runs", "-", f"{layers}/{runs} = {layers / runs:.2f}x"],
     ]
-    return markdown(["", "the documents expect", "here"], rows)
+    return table(["", "the documents expect", "here"], rows)

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from smt.runtime.names import in_markdown
+from smt.runtime.tables import markdown
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
 from smt.study.figures import NAMES, Figure, Study, at, best, listed, over_seeds
 from smt.study.measure import BATCH_SIZES, LONG
@@ -92,7 +92,7 @@ def quality_table(study: Study, stage: str = TRAINING) -> str:
             ]
         )
     header = ["model", "layers", "MLP", "parameters", "embedding", "steps", "seconds"]
-    return markdown([*header, "validation loss", "perplexity per token", "bits per byte"], rows)
+    return table([*header, "validation loss", "perplexity per token", "bits per byte"], rows)
 
 
 def carried_table(study: Study) -> str:
@@ -104,7 +104,7 @@ def carried_table(study: Study) -> str:
             if carried is not None:
                 anew = over_seeds(study, model, stage, LOSS)
                 rows.append([NAMES[model], name, _shown(anew, "{:.3f}".format), _shown(carried, "{:.3f}".format)])
-    return markdown(["model", "after", "every piece anew", "memory carried through whole documents"], rows) if rows else ""
+    return table(["model", "after", "every piece anew", "memory carried through whole documents"], rows) if rows else ""
 
 
 def rates_table(study: Study) -> str:
@@ -115,7 +115,7 @@ def rates_table(study: Study) -> str:
         by_rate = [losses.get(f"{rate:g}") for rate in rates]
         shown = ["failed" if loss is None else f"{loss:.3f}" for loss in by_rate]
         rows.append([NAMES[model], *shown, min(losses, key=losses.__getitem__)])
-    return markdown(["model", *(f"{rate:g}" for rate in rates), "chosen"], rows) if rows else ""
+    return table(["model", *(f"{rate:g}" for rate in rates), "chosen"], rows) if rows else ""
 
 
 def speed_table(study: Study) -> str:
@@ -140,7 +140,7 @@ def speed_table(study: Study) -> str:
     context = study["settings"]["context"]
     header = ["model", "training (tokens/s)", *(f"decoding, batch {size} (tokens/s)" for size in BATCH_SIZES)]
     header += [f"kept at {context} tokens, measured (KiB)", "counted (KiB)", f"counted at {LONG:,} (KiB)"]
-    return markdown([*header, "peak memory in training (MiB)"], rows)
+    return table([*header, "peak memory in training (MiB)"], rows)
 
 
 def orpo_table(study: Study) -> str:
@@ -155,7 +155,7 @@ def orpo_table(study: Study) -> str:
         ]
         rows.append([NAMES[model], _shown(before, "{:.3f}".format), _shown(after, "{:.3f}".format), *of_pairs])
     header = ["model", "loss before", "loss after", "reward accuracy before", "after", "log odds margin before", "after"]
-    return markdown(header, rows)
+    return table(header, rows)
 
 
 def winners_table(study: Study) -> str:
@@ -166,7 +166,7 @@ def winners_table(study: Study) -> str:
         if found is not None:
             alike = "one seed" if found.alike is None else listed(found.alike) or "-"
             rows.append([name, NAMES[found.model], found.figure.text(show), *[alike] * several])
-    return markdown(["", "best", "its figure", *["not significantly different"] * several], rows)
+    return table(["", "best", "its figure", *["not significantly different"] * several], rows)
 
 
 def winners(study: Study) -> list[str]:
@@ -201,14 +201,12 @@ def sharing_table(study: Study, which: str) -> str:
         )
     at_context = f"at {found[0]['tokens']} tokens"
     header = ["sharing", "layers / those that make keys and values", f"kept {at_context}, measured (KiB)", "counted (KiB)"]
-    return markdown([*header, f"counted at {LONG:,} (KiB)", "less in bytes"], rows)
+    return table([*header, f"counted at {LONG:,} (KiB)", "less in bytes"], rows)
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns but the first are flush right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    lines = [[in_markdown(cell) for cell in row] for row in (header, *rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:]))
+    return markdown([header, *rows], range(1, len(header)))
 
 
 def _layers(config: Mapping[str, Any]) -> tuple[str, str]:

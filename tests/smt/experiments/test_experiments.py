@@ -18,6 +18,7 @@ from smt.experiments.comparison import Comparison
 from smt.experiments.paired import BLOCK, FEW_DOCUMENTS, paired_difference
 from smt.experiments.record import named, read_records
 from smt.experiments.run import FAILURE_FILE, CellOutcome, run_study
+from smt.experiments.seeds import as_text
 from smt.experiments.settings import STUDY_FOLDER, Study
 from smt.runtime.process import Interrupted, signals_as_interrupts
 from smt.training.settings import RunConfig
@@ -73,6 +74,18 @@ class TestStudy:
         assert found == {label: f"{label.split(',')[0]},whole" for label in found}
         assert {study.control_of(cell, "short,narrow").label for cell in study.cells} == {"short,narrow"}
 
+    def test_every_seed_has_every_budget_and_variant_and_a_control_is_of_the_same_seed(self, tmp_path):
+        (tmp_path / "seeds.yaml").write_text(STUDY + "seeds: [4, 7]\n")
+        study = Study.from_yaml(tmp_path / "seeds.yaml")
+        assert [cell.label for cell in study.cells][:5] == [
+            *(f"short,seed_{seed},{variant}" for seed in (4, 7) for variant in ("whole", "narrow")),
+            "long,seed_4,whole",
+        ]
+        assert [cell.config.training.seed for cell in study.cells] == 3 * [4, 4, 7, 7]
+        assert {cell.name for cell in study.cells if cell.budget == "short"} == {"short,whole", "short,narrow"}
+        for cell in study.cells:
+            assert study.control_of(cell, "whole").label == cell.label.replace("narrow", "whole")
+
     @pytest.mark.parametrize("path", sorted(STUDY_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
     @pytest.mark.filterwarnings("ignore:stride")
     def test_every_packaged_study_is_valid(self, path):
@@ -95,7 +108,7 @@ class TestStudy:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("[1]", "must hold a mapping with base, variants, budgets, got list"),
+            ("[1]", "must hold a mapping with base, variants, budgets, seeds, got list"),
             ("base: [", "is not YAML"),
             ("variant: {}", "a study has no part 'variant'; did you mean 'variants'"),
             ("variants: {a: {}}", "must name its base"),
@@ -107,8 +120,12 @@ class TestStudy:
             ("{base: tiny, variants: {a: {steps: 1}}, budgets: {b: {steps: 2}}}", "steps is varied by the study"),
             ("{base: tiny, variants: {a b: {}, a_b: {}}}", "two cells of the label 'a_b'"),
             ("{base: tiny, variants: {..: {}}}", "a label of the study bad must be the name of a folder, got '..'"),
+            ("{base: tiny, variants: {a: {}}, seeds: 3}", "seeds of .* must be a list of different whole numbers, got 3"),
+            ("{base: tiny, variants: {a: {}}, seeds: []}", r"different whole numbers, got \[\]"),
+            ("{base: tiny, variants: {a: {}}, seeds: [1, true]}", r"different whole numbers, got \[1, True\]"),
+            ("{base: tiny, variants: {a: {}}, seeds: [1, 1]}", r"different whole numbers, got \[1, 1\]"),
+            ("{base: tiny, variants: {a: {seed: 1}}, seeds: [1, 2]}", "seed is varied by the study"),
         ],
-        ids=["list", "broken", "part", "base", "variants", "names", "fields", "field", "experiment", "both", "labels", "dots"],
     )
     def test_a_bad_file_is_refused(self, content, message, tmp_path):
         (tmp_path / "bad.yaml").write_text(content)
@@ -212,14 +229,45 @@ def test_it_is_said_where_differences_count_other_tokens_than_the_table(source, 
     assert any(note.startswith(said) for note in notes) == (source == "recall")
 
 
+def test_differences_are_taken_within_a_seed_then_their_means_over_the_seeds_that_all_finished(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(
+        "{base: tiny, variants: {memory: {}, failing: {d_model: 16}, none: {writes: false}}, seeds: [1, 2, 3]}"
+    )
+    study = Study.from_yaml(tmp_path / "mine.yaml")
+    losses, gains = torch.rand(3, 20, 30).double(), torch.rand(3, 20, 30).double()
+    found = {f"seed_{seed},none": scores(*losses[seed - 1]) for seed in (1, 2, 3)}
+    found |= {f"seed_{seed},memory": scores(*(losses[seed - 1] - gains[seed - 1])) for seed in (1, 2, 3)}
+    found |= {f"seed_{seed},failing": scores(*losses[seed - 1]) for seed in (1, 2)}
+    monkeypatch.setattr(report, "score_cells", lambda finished: (found, None))
+    best = {label: torch.cat([-score.log_probs for score in of]).mean().item() for label, of in found.items()}
+    monkeypatch.setattr(report.RunRecord, "read", lambda folder, name: record_of(name, 2.0, best[name]))
+    outcomes = [CellOutcome(cell, tmp_path, None if cell.label in found else "failed") for cell in study.cells]
+    made = report.report_study(study, outcomes, "none")
+    memory, none = made.over_seeds
+    assert (memory.name, none.name) == ("memory", "none") and none.difference is None
+    of_seeds = -gains.mean((1, 2))
+    assert memory.difference.mean == pytest.approx(of_seeds.mean().item())
+    assert memory.difference.standard_error == pytest.approx(of_seeds.std().item() / math.sqrt(3))
+    assert none.loss.mean == pytest.approx(losses.mean().item())
+    assert as_text(made.over_seeds).splitlines()[2].split()[-3:] == [
+        f"{memory.difference.mean:+.4f}",
+        "±",
+        f"{memory.difference.standard_error:.4f}",
+    ]
+    assert set(made.more["loss_by_position"]) == {"memory", "none"}
+    (curve,) = made.more["differences_by_position"]["none"].values()
+    last = curve["edges"][-2]
+    assert curve["bins"][-1]["nats"] == pytest.approx(-gains[:, :, last - 1 :].mean().item())
+
+
 def test_runs_are_sorted_from_the_best_on_and_one_that_has_no_figure_is_last():
     figures = {"a": math.nan, "b": 3.0, "c": math.inf, "d": 2.0}
     compared = Comparison.of([record_of(name, perplexity) for name, perplexity in figures.items()])
     assert [record.name for record in compared.records][:2] == ["d", "b"] and compared.by == "perplexity"
 
 
-def record_of(name, perplexity):
-    return SimpleNamespace(name=name, tokenizer="t", held_out="h", perplexity=perplexity)
+def record_of(name, perplexity, best_loss=1.0):
+    return SimpleNamespace(name=name, tokenizer="t", held_out="h", perplexity=perplexity, best_loss=best_loss)
 
 
 def scores(*losses):
