@@ -28,14 +28,15 @@ class LaunchSettings:
     """How one kernel is launched.
 
     ``head_chunk`` is how many of the head dimensions one program writes; the programs of one head each compute its scores, so
-    memory and registers do not grow with the head. ``query_block`` is the most queries that are multiplied at a time and
-    ``key_block`` the most keys.
+    memory and registers do not grow with the head. ``query_block`` is the most queries that are multiplied at a time,
+    ``key_block`` the most keys, and ``slot_block`` the most slots where these are another sequence.
     """
 
     num_warps: int
     head_chunk: int
     query_block: int = 64
     key_block: int = 64
+    slot_block: int = 32
     num_stages: int = 1
 
     @functools.cached_property

@@ -213,7 +213,8 @@ def _runs(inputs: Inputs, window: WindowSpec, timeline: Timeline) -> Iterator[Ru
             continue
         exists = tuple((piece.source is not None, piece.size) for piece in pieces)
         # Layouts repeat from group to group, so that a long training run meets a handful of them.
-        layout = layout_of.__wrapped__ if _is_capturing(tokens) else layout_of
+        # On a GPU they may lie in memory of a CUDA graph, whose other tensors must not outlive a call.
+        layout = layout_of if tokens.device.type == "cpu" else layout_of.__wrapped__
         key = window, first % group, end - begin, group, slots is not None, exists, dtype, tokens.device
         yield Run(slice(begin, end), pieces, layout(*key))
 
@@ -228,11 +229,6 @@ def _pieces(source: int, start: int, stop: int, length: int) -> list[_Piece]:
         _Piece(None, held_stop, stop - held_stop),
     ]
     return [piece for piece in pieces if piece.size]
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph records this call: what it allocates belongs to the graph and must not be kept for other calls."""
-    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=256)

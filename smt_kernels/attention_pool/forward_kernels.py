@@ -17,7 +17,7 @@ from smt_kernels.tiles import LOG2_E, dot, load, store
 
 EPS: tl.constexpr = tl.constexpr(REFERENCE_EPS)
 # They change from call to call; compiling anew where one happens to be 1 or a multiple of 16 would not pay.
-VARYING = ["windows_of_strip", *Strips._fields[1:], "stride_exists", "strides_place"]
+VARYING = ["windows_of_strip", *Strips._fields[1:], "stride_exists"]
 
 
 @triton.jit

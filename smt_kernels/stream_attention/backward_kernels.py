@@ -37,7 +37,7 @@ from smt_kernels.stream_attention.geometry import (
     token_visible,
     tokens_seen,
 )
-from smt_kernels.stream_attention.settings import SEPARATE, SLOT_BLOCK, TABLE
+from smt_kernels.stream_attention.settings import SEPARATE, TABLE
 from smt_kernels.tiles import LOG2_E, base_two, dot, load, products, row_products, rows, store
 from smt_kernels.window import WindowSpec
 
@@ -274,7 +274,7 @@ def backward(
             CHUNK=settings.head_chunk,
             T=settings.query_block,
             B=settings.key_block,
-            N=SLOT_BLOCK,
+            N=settings.slot_block,
             QUERIES=queries,
             TOKENS=tokens,
             **settings.options,
@@ -284,14 +284,14 @@ def backward(
     settings = head_settings(TABLE, "stream_attention_slots", head_dim, q.dtype, q.device)
     launch(
         _slots_kernel,
-        (ceil_div(sizes["n_slots"], SLOT_BLOCK) * n_batch * n_kv_heads, ceil_div(head_dim, settings.head_chunk)),
+        (ceil_div(sizes["n_slots"], settings.slot_block) * n_batch * n_kv_heads, ceil_div(head_dim, settings.head_chunk)),
         q.device,
         *(grad_out, q, memory_k, memory_v, lse, delta, dmemory_k, dmemory_v),
         *(x.stride()[:3] for x in (grad_out, q, memory_k, memory_v, dmemory_k)),
         **sizes,
         CHUNK=settings.head_chunk,
         R=settings.query_block,
-        N=SLOT_BLOCK,
+        N=settings.slot_block,
         **settings.options,
     )
     return dq, dk, dv, dmemory_k, dmemory_v

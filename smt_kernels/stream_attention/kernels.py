@@ -32,7 +32,7 @@ from torch import Tensor
 from smt_kernels.launch import ceil_div, head_settings, launch
 from smt_kernels.stream_attention.backward_kernels import backward
 from smt_kernels.stream_attention.geometry import SIZES, arguments, slot_visible, slots_seen, token_visible, tokens_seen
-from smt_kernels.stream_attention.settings import SLOT_BLOCK, TABLE
+from smt_kernels.stream_attention.settings import TABLE
 from smt_kernels.tiles import LOG2_E, attend, load, products, rows, store_normalised
 from smt_kernels.window import WindowSpec
 
@@ -127,7 +127,7 @@ def forward(
         CHUNK=settings.head_chunk,
         R=settings.query_block,
         K=settings.key_block,
-        N=SLOT_BLOCK,
+        N=settings.slot_block,
         **settings.options,
     )
     return out, lse

@@ -1,4 +1,7 @@
-"""Launch settings of stream attention, chosen for a window of 15 + 50 by the rules of ``smt_kernels.launch``."""
+"""Launch settings of stream attention, chosen for a window of 15 + 50 by the rules of ``smt_kernels.launch``.
+
+64 queries see 19 slots of that window: a block of 64 slots would waste most of its products.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ from smt_kernels.launch import FAMILIES, LaunchSettings, Table
 
 _FORWARD, _GROUPED = "stream_attention_forward", "stream_attention_forward_grouped"
 _STEPS, _SLOTS = "stream_attention_steps", "stream_attention_slots"
-
-# Slots multiplied at a time. 64 queries see 19 of the default window's: a block of 64 would waste most of its products.
-SLOT_BLOCK = 32
 
 # Where the registers do not hold the gradients of queries and tokens together, one launch computes each, and reads more: by
 # family and bytes of an element.
@@ -41,6 +41,15 @@ TABLE: Table = {
     **{(kernel, family, 4): _SINGLE[kernel] for kernel in _SINGLE for family in FAMILIES},
     **{
         (kernel, "ampere", 4): (*_SINGLE[kernel][:2], *(replace(_SINGLE[kernel][1], query_block=32),) * 3) for kernel in _SINGLE
+    },
+    # All chunks of a head lie in shared memory at once, of which consumer chips have 99 KiB: heads of 256 would take 132.
+    **{
+        (kernel, "ampere", 4): (
+            *_SINGLE[kernel][:2],
+            *(replace(_SINGLE[kernel][1], query_block=32),) * 2,
+            replace(_SINGLE[kernel][1], query_block=16, slot_block=16),
+        )
+        for kernel in (_STEPS, _SLOTS)
     },
     **{(kernel, "cdna", 4): _SINGLE_CDNA for kernel in _SINGLE},
     **{(_FORWARD, family, 2): _FORWARD_HALF for family in FAMILIES},

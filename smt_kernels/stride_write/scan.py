@@ -133,12 +133,7 @@ def after(b_h, b_dt, b_u, b_b, b_a):
     return decay(b_dt, b_a) * b_h + (b_dt * b_u)[None, None, :] * b_b[:, :, None]
 
 
-# What varies from call to call, or tells how states lie.
-_STATES = "a", "starts", "ends", "grad_ends", "d_starts", "d_a"
-VARYING = ["n_writes", *(f"strides_{states}" for states in _STATES)]
-
-
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=["n_writes"])
 def scan_kernel(
     z, gate, u, dt_proj_weight, dt_proj_bias, a, d, starts, projected, dt_product, y, ends, sums,
     strides_z, strides_gate, strides_a, strides_starts, strides_ends, strides_y, n_batch, n_writes, width,
@@ -199,7 +194,7 @@ def scan_kernel(
         store(sums + tl.program_id(0).to(tl.int64) * width + o_e, b_sum, m_e)
 
 
-@triton.jit(do_not_specialize=["n_chunks", "strides_first", "strides_last", *VARYING])
+@triton.jit(do_not_specialize=["n_chunks"])
 def carry_kernel(
     first, ends, sums, a, starts, last, strides_first, strides_ends, strides_a, strides_starts, strides_last,
     n_batch, n_chunks, width,

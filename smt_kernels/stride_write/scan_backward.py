@@ -21,7 +21,6 @@ from smt_kernels.stride_write.kept import CHUNK, Kept
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.scan import (
     ROWS,
-    VARYING,
     after,
     carry,
     columns_of,
@@ -42,7 +41,7 @@ from smt_kernels.stride_write.scan import (
 from smt_kernels.tiles import dot
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=["n_writes"])
 def local_backward_kernel(
     grad_y, z, gate, u, projected, dt_product, dt_proj_bias, a, ends, sums,
     strides_grad_y, strides_z, strides_gate, strides_a, strides_ends, n_batch, n_writes, width,
@@ -79,7 +78,7 @@ def local_backward_kernel(
     store(sums + tl.program_id(0).to(tl.int64) * width + o_e, b_sum, m_e)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=["n_writes"])
 def scan_backward_kernel(
     grad_y, grad_ends, z, gate, u, projected, dt_product, dt_proj_weight, dt_proj_bias, a, d, starts, checkpoints,
     d_z, d_u, d_dt_product, partials, d_starts, d_bias, d_a, d_d,
@@ -114,7 +113,7 @@ def scan_backward_kernel(
         b_da += load(state_at(d_a, strides_d_a, i_place, i_batch, o_e, o_n), m_state)
         b_dd += load(d_d + o_sums, m_e)
         b_dbias += load(d_bias + o_sums, m_e)
-    p_partials = partials + tl.program_id(1).to(tl.int64) * (n_writes * n_batch * WIDE)
+    p_partials = partials + tl.program_id(1).to(tl.int64) * n_writes * n_batch * WIDE
     n_steps = tl.minimum(n_writes, (i_chunk + 1) * CHUNK)
     n_blocks = tl.cdiv(n_steps - i_chunk * CHUNK, T)
     p_checkpoint = checkpoints + tl.program_id(0).to(tl.int64) * (CHUNK // T - 1) * width * STATE

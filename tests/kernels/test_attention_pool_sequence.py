@@ -161,8 +161,8 @@ def test_tokens_and_slots_that_no_write_pools_change_nothing(backend, device):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_results_do_not_depend_on_inference_mode_or_on_earlier_calls(device):
-    problem = make_sequence(Sequence(settings={"first_write": 7, "n_writes": 3}), torch.float64, device)
+def test_results_do_not_depend_on_inference_mode_or_on_earlier_calls():
+    problem = make_sequence(Sequence(settings={"first_write": 7, "n_writes": 3}), torch.float64, torch.device("cpu"))
     blocked.layout_of.cache_clear()
     with torch.inference_mode():
         pooled, weights = attention_pool_sequence(**problem.inputs, **problem.settings)
@@ -171,9 +171,9 @@ def test_results_do_not_depend_on_inference_mode_or_on_earlier_calls(device):
     assert blocked.layout_of.cache_info().hits > 0
 
 
-def test_layouts_repeat_from_group_to_group(device):
+def test_layouts_repeat_from_group_to_group():
     blocked.layout_of.cache_clear()
-    problem = make_sequence(Sequence(settings={"n_writes": 4, "write_group": 4}), torch.float32, device)
+    problem = make_sequence(Sequence(settings={"n_writes": 4, "write_group": 4}), torch.float32, torch.device("cpu"))
     for group in range(2, 10):
         timeline = {"first_write": 4 * group, "first_step": 16 * group - 30, "first_slot": 4 * group - 20}
         attention_pool_sequence(**problem.inputs, **problem.settings | timeline, backend="blocked")
