@@ -26,6 +26,7 @@ from smt.hymba.passes import Held, sequence_layer, step_layer
 from smt.model.batch import check_targets, check_tokens, token_counts
 from smt.model.checkpoint import load_model, save_model
 from smt.model.generation import NextLogits, generate, stream
+from smt.model.graphs import of_one_shape
 from smt.model.loss import head_loss
 from smt.model.mamba import MambaMixer
 from smt.model.parameters import count_parameters
@@ -280,8 +281,9 @@ class Hymba(nn.Module):
         the process (``torch._dynamo.config.recompile_limit``): there it is raised, and stays so, as it counts in later calls.
 
         Args:
-            options: of ``torch.compile``.
+            options: of ``torch.compile``; where graphs are recorded, ``dynamic`` is False unless given.
         """
+        options = of_one_shape(options)
         limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options = {"recompile_limit": limit, **options}

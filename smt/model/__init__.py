@@ -6,6 +6,6 @@ whatever the row's step); what these call: ``memory`` (pool a window, write a sl
 writes), ``decoder`` (three encodings) and its ``layers`` (a block, and whom its attention sees), ``windows`` (cut out of a
 sequence), ``readout`` (the newest slot tells the head), ``loss`` (without all logits) and
 ``preference`` (the odds of two completions). Small parts: ``rotary``, ``rms_norm``, ``weights`` (of layers that are not
-called). Around the model: ``generation`` (prompts continued), ``checkpoint`` (a model in a folder), ``parameters`` (how many
-it has), ``cost`` (what a configuration costs, counted).
+called), ``graphs`` (recorded by the compiler). Around the model: ``generation`` (prompts continued), ``checkpoint`` (a
+model in a folder), ``parameters`` (how many it has), ``cost`` (what a configuration costs, counted).
 """

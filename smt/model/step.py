@@ -5,7 +5,6 @@ Cost and size of everything here are those of the window. The tensors of the sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -43,19 +42,18 @@ def decode_step(memory: StrideMemory, decoder: Decoder, embedded: Tensor, state:
     if return_weights:
         weights = hidden.new_zeros(len(step), 1 if writers else 0, config.window_size)
     if writers:
-        of_writers = _write(memory, decoder, state, writers)
+        writing = rows if len(writers) == len(rows) else torch.tensor(writers, device=rows.device)
+        of_writers = _write(memory, decoder, state, writing, min(state.steps[row] for row in writers))
         if return_weights:
-            weights[writers, 0, config.window_size - of_writers.shape[1] :] = of_writers.to(weights.dtype)
+            weights[writing, 0, config.window_size - of_writers.shape[1] :] = of_writers.to(weights.dtype)
     steps = tuple(of_row + 1 for of_row in state.steps)
     return Encoded(hidden[:, None], replace(state, steps=steps, device_steps=step + 1), weights)
 
 
-def _write(memory: StrideMemory, decoder: Decoder, state: SMTState, writers: Sequence[int]) -> Tensor:
-    """Make the write of each row of ``writers``; returns its pooling weights (R, W), without slots (R, m)."""
+def _write(memory: StrideMemory, decoder: Decoder, state: SMTState, rows: Tensor, earliest: int) -> Tensor:
+    """Make the write of each of ``rows``, none before the step ``earliest``; returns its pooling weights (R, W), or (R, m)."""
     config, window = decoder.config, decoder.config.window
-    everyone, device = len(writers) == state.batch_size, state.tokens.device
-    rows = torch.arange(len(writers), device=device) if everyone else torch.tensor(writers, device=device)
-    step = state.device_steps[rows]
+    everyone, step = len(rows) == state.batch_size, state.device_steps[rows]
     write = window.writes_made(step + 1) - 1
     _, slot_stop = window.pooled_slots(write, config.write_group)
 
@@ -66,7 +64,6 @@ def _write(memory: StrideMemory, decoder: Decoder, state: SMTState, writers: Seq
     valid_memory = valid_tokens = None
     if config.empty_slots == "mask":
         # The host knows whether all entries exist.
-        earliest = min(state.steps[row] for row in writers)
         least = window.pooled_slots(window.writes_made(earliest + 1) - 1, config.write_group)[1]
         valid_memory = slot_stop.clamp(max=n_slots).int() if least < n_slots else None
         valid_tokens = (step + 1).clamp(max=config.m_input_tokens).int() if earliest + 1 < config.m_input_tokens else None

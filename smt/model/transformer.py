@@ -16,6 +16,7 @@ from smt.model.batch import check_rows, check_targets, check_tokens, encode_batc
 from smt.model.checkpoint import load_model, save_model
 from smt.model.decoder import Decoder
 from smt.model.generation import generate, stream
+from smt.model.graphs import of_one_shape, records_graphs
 from smt.model.loss import head_loss
 from smt.model.memory import AttentionPooling, StrideMemory
 from smt.model.parallel import initial_state
@@ -26,8 +27,6 @@ from smt.pretrained.transfer import LoadReport
 from smt.state.state import SMTState
 from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 
-# The modes of ``torch.compile`` that record CUDA graphs.
-GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # The parts that parameters are counted, trained and frozen by.
 PARTS = {"embedding": "embedding", "transformer": "decoder", "attention_pooling": "memory.pooling", "ssm": "memory.ssm"}
 
@@ -234,11 +233,9 @@ class StrideMemoryTransformer(nn.Module):
         Args:
             options: of ``torch.compile``; where graphs are recorded, ``dynamic`` is False unless given.
         """
-        records = options.get("mode") in GRAPH_MODES or (options.get("options") or {}).get("triton.cudagraphs", False)
-        if records:
-            options = {"dynamic": False, **options}  # a graph is of one shape: code for any would be compiled, and be slower
+        options = of_one_shape(options)
         self.decoder.compile(**options)
-        if records:
+        if records_graphs(options):
             self.memory.compile(**options)
 
     def count_parameters(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 
 def find_device(name: str) -> torch.device:
@@ -21,6 +22,13 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but PyTorch finds no GPU; use --device cpu")
     return device
+
+
+def compiler_is_missing(device: torch.device) -> str | None:
+    """Why ``torch.compile`` has nothing to compile with for ``device``; None: it has."""
+    if device.type != "cuda" or has_triton():
+        return None
+    return f"torch.compile needs Triton, and a GPU of capability 7.0 or later, for {device}"
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from smt.data.tokenizer import TRAINED
 from smt.hymba.config import HymbaConfig
 from smt.model.transformer import PARTS as MODEL_PARTS
 from smt.pretrained.loading import GPT2_ENCODING
+from smt.runtime.device import compiler_is_missing
 from smt.runtime.fields import (
     check_above,
     check_at_least,
@@ -156,12 +157,19 @@ class TrainingConfig:
         check_seed("seed", self.seed)
 
     def compiles(self, device: torch.device) -> bool:
-        """Whether a model is compiled that is trained on ``device``."""
+        """Whether a model is compiled that is trained on ``device``.
+
+        Raises:
+            ValueError: it must be, and cannot.
+        """
+        missing = compiler_is_missing(device)
+        if missing and self.compile in ("true", "graphs"):
+            raise ValueError(f"compile = {self.compile} is not possible: {missing}")
         if self.steps is not None:
             is_long = self.steps >= LEAST_STEPS_TO_COMPILE
         else:
             is_long = self.epochs is not None or self.minutes >= LEAST_MINUTES_TO_COMPILE
-        return {"auto": device.type == "cuda" and is_long, "false": False}.get(self.compile, True)
+        return {"auto": device.type == "cuda" and is_long and not missing, "false": False}.get(self.compile, True)
 
     def compile_options(self) -> dict[str, str]:
         """Those of ``model.compile``."""

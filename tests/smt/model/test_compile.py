@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
+import graph_steps
 import pytest
 import torch
 
@@ -112,3 +115,10 @@ def test_without_graphs_only_layers_are_compiled_and_a_copy_is_not():
     assert programs.count == 0
     torch.testing.assert_close(model.loss(ids)[0], expected)
     assert programs.count == 2, "the last layer has fewer queries than the others"
+
+
+@pytest.mark.cuda
+@pytest.mark.native
+def test_on_a_gpu_steps_with_graphs_equal_those_without_on_chunks_that_go_on():
+    done = subprocess.run([sys.executable, graph_steps.__file__, "cuda"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]

@@ -58,9 +58,19 @@ class TestSettings:
             *(({"compile": "graphs"}, True, True), ({"minutes": 1.0}, False, False), ({"minutes": 30.0}, True, False)),
         ],
     )
-    def test_a_gpu_compiles_what_is_trained_long_enough_to_gain_by_it(self, fields, on_gpu, on_cpu):
+    def test_a_gpu_compiles_what_is_trained_long_enough_to_gain_by_it(self, fields, on_gpu, on_cpu, monkeypatch):
+        monkeypatch.setattr("smt.runtime.device.has_triton", lambda: True)
         config = TrainingConfig(**fields)
         assert config.compiles(torch.device("cuda")) == on_gpu and config.compiles(torch.device("cpu")) == on_cpu
+
+    def test_a_gpu_without_triton_trains_uncompiled_and_is_not_told_to_compile(self, monkeypatch):
+        monkeypatch.setattr("smt.runtime.device.has_triton", lambda: False)
+        gpu, cpu = torch.device("cuda"), torch.device("cpu")
+        assert not TrainingConfig().compiles(gpu) and not TrainingConfig(compile="false").compiles(gpu)
+        for value in ("true", "graphs"):
+            with pytest.raises(ValueError, match=f"compile = {value} is not possible: torch.compile needs Triton"):
+                TrainingConfig(compile=value).compiles(gpu)
+            assert TrainingConfig(compile=value).compiles(cpu)
 
     def test_graphs_are_a_mode_of_the_compiler_and_overwrite_what_accumulates(self):
         assert TrainingConfig(compile="graphs").compile_options() == {"mode": "reduce-overhead"}
