@@ -9,7 +9,6 @@ from torch import Tensor
 
 from smt.config import SMTConfig
 from smt.data.walk import Batch
-from smt.state.layout import stacked
 from smt.state.state import SMTState
 
 
@@ -86,8 +85,6 @@ class CarriedStates:
         carried = cls()
         for lane, named in lanes.items():
             rows, steps = named.pop("rows"), named.pop("steps", None)
-            if "conv.0" in named:  # of a checkpoint whose layers have a tensor each
-                named = stacked(named)
             moved = {name: tensor.to(device) for name, tensor in named.items()}
             state = None if steps is None else SMTState.from_tensors(config, steps.tolist(), moved)
             carried._of[lane] = state, rows

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from smt.config import SMTConfig
 from smt.runtime.files import tensors_writer, write_files
-from smt.state.layout import KEYS_AND_VALUES, stacked, state_shapes, without_entries
+from smt.state.layout import KEYS_AND_VALUES, state_shapes, without_entries
 
-# Files of the earlier format, in which every layer has tensors of its own, are read.
-FORMAT, EARLIER = "smt.state/2", "smt.state/1"
+FORMAT = "smt.state/2"
 
 
 def write_state(path: str | Path, config: SMTConfig, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
@@ -41,16 +40,9 @@ def read_state(path: str | Path, device: torch.device | str = "cpu") -> tuple[SM
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if metadata.get("format") not in (FORMAT, EARLIER):
+    if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a saved state: its metadata has format {metadata.get('format')!r}, not {FORMAT!r}")
     config, steps = _read(path, metadata)
-    if metadata["format"] == EARLIER:
-        try:
-            tensors = stacked(tensors)
-        except KeyError as error:
-            raise ValueError(f"{path} lacks the tensor {error}") from error
-        except RuntimeError as error:
-            raise ValueError(f"{path} must have layers of one shape: {error}") from error
     _check(path, config, steps, tensors)
     return config, steps, {name: tensor.to(device) for name, tensor in tensors.items()}
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from smt.config import SMTConfig
@@ -45,25 +43,6 @@ def state_shapes(config: SMTConfig) -> dict[str, Shape]:
 def without_entries(shape: Shape) -> Shape:
     """The shape of keys and values that have not been formed: no entry of any row."""
     return shape._replace(row=(0, *shape.row[1:]))
-
-
-def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state as they are, of one whose layers have a tensor each (``smt.state/1``).
-
-    Raises:
-        KeyError: a tensor is missing.
-    """
-
-    def layers(name: str) -> Tensor:
-        of_layers = [tensors[name.format(0)]]
-        while (following := tensors.get(name.format(len(of_layers)))) is not None:
-            of_layers.append(following)
-        return torch.stack(of_layers)
-
-    named = {"tokens": tensors["tokens"], "slots": tensors["slots"], "conv": layers("conv.{}"), "ssm": layers("ssm.{}")}
-    for kind in ("token", "slot"):
-        named[f"kv_{kind}s"] = torch.stack([layers(f"layers.{{}}.{kind}_{part}") for part in "kv"], dim=1)
-    return named
 
 
 def existing(config: SMTConfig, step: Index) -> tuple[Index, Index]:

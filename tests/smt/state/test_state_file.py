@@ -88,6 +88,10 @@ DAMAGES = {
         "has no field 'strid'; did you mean 'stride'",
     ),
     "another format": (lambda tensors, metadata: metadata.update(format="weights"), "not a saved state: .* format 'weights'"),
+    "an earlier format": (
+        lambda tensors, metadata: metadata.update(format="smt.state/1"),
+        "not a saved state: .* 'smt.state/1'",
+    ),
 }
 
 
@@ -113,24 +117,3 @@ def test_a_state_of_another_config_is_refused_by_the_model(saved):
     with pytest.raises(ValueError, match="state belongs to a model with stride = 16, this one has 10"):
         other = StrideMemoryTransformer(SMTConfig(**{**CONFIG, "encoding": model.config.encoding, "stride": 10}))
         other(torch.tensor([[1], [2]]), SMTState.load(path))
-
-
-def of_the_earlier_format(tensors, metadata):
-    """As files were when every layer had tensors of its own."""
-    metadata["format"] = "smt.state/1"
-    for name in ("conv", "ssm"):
-        tensors.update({f"{name}.{index}": layer.contiguous() for index, layer in enumerate(tensors.pop(name))})
-    for name in ("token", "slot"):
-        for index, (k, v) in enumerate(tensors.pop(f"kv_{name}s")):
-            tensors[f"layers.{index}.{name}_k"], tensors[f"layers.{index}.{name}_v"] = k.contiguous(), v.contiguous()
-
-
-def test_a_file_of_the_earlier_format_is_read(saved):
-    _, state, path = saved
-    rewrite(path, of_the_earlier_format)
-    loaded = SMTState.load(path)
-    assert loaded.steps == state.steps and loaded.device_steps.tolist() == list(state.steps)
-    assert all(torch.equal(loaded.tensors()[name], tensor) for name, tensor in state.tensors().items())
-    rewrite(path, lambda tensors, metadata: tensors.pop("layers.0.slot_v"))
-    with pytest.raises(ValueError, match=r"lacks the tensor 'layers\.0\.slot_v'"):
-        SMTState.load(path)
