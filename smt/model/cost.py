@@ -164,30 +164,17 @@ def published_state_floats(config: SMTConfig) -> tuple[int, int]:
     return ssm, ssm + config.window_size * config.d_model
 
 
-def state_floats(config: SMTConfig) -> int:
-    """Numbers per sequence that ``SMTState`` carries from call to call."""
-    ssm = config.ssm_n_layers * config.ssm_d_inner * (config.ssm_d_state + config.ssm_d_conv - 1)
-    entries = (config.m_input_tokens + config.n_state_slots) * config.d_model
-    kept = config.n_ssm_outputs if config.encoding == "token" else config.window_size
-    return ssm + entries + 2 * config.transformer_n_layers * kept * config.n_kv_heads * config.head_dim
-
-
 def break_even_state_context(config: SMTConfig) -> int:
     """The context from which GPT-2's KV cache is larger than the published state with its window."""
     return math.ceil(published_state_floats(config)[1] / kv_cache_floats(config))
 
 
-def decoder_parameters(config: SMTConfig) -> int:
-    """Weights of the decoder's blocks and final norm, without position embeddings."""
+def gpt2_parameters(config: SMTConfig, n_positions: int) -> int:
+    """Weights of a GPT-2 of the same decoder with ``n_positions`` learned positions and a tied head."""
     d, kv = config.d_model, config.n_kv_heads * config.head_dim
     biases, norms = (d + 2 * kv) + d + 4 * d + d, 4 * d
     block = sum(_block_products(config)) + biases + norms
-    return config.transformer_n_layers * block + 2 * d
-
-
-def gpt2_parameters(config: SMTConfig, n_positions: int) -> int:
-    """Weights of a GPT-2 of the same decoder with ``n_positions`` learned positions and a tied head."""
-    return decoder_parameters(config) + (config.vocab_size + n_positions) * config.d_model
+    return config.transformer_n_layers * block + 2 * d + (config.vocab_size + n_positions) * d
 
 
 def ssm_parameters(config: SMTConfig) -> int:
@@ -196,20 +183,6 @@ def ssm_parameters(config: SMTConfig) -> int:
     projections = d * 2 * inner + inner * (rank + 2 * state) + rank * inner + inner + inner * d
     layer = projections + inner * (config.ssm_d_conv + 1) + inner * state + inner + d
     return config.ssm_n_layers * layer + d
-
-
-def decode_bytes(config: SMTConfig, element_size: int) -> float:
-    """Bytes that one decoded token of one sequence must read: decoder, head, state, and once per write the memory's weights."""
-    weights = decoder_parameters(config) + config.vocab_size * config.d_model
-    memory = (ssm_parameters(config) + 2 * config.d_model * config.d_k) / config.stride if config.writes else 0.0
-    readout = readout_products(config) if config.writes else 0  # decoding reads its matrix for every token
-    return element_size * (weights + readout + memory + state_floats(config))
-
-
-def gpt2_decode_bytes(config: SMTConfig, context: int, element_size: int) -> float:
-    """Bytes that one token decoded by a GPT-2 of the same decoder must read: decoder, head and KV cache."""
-    weights = decoder_parameters(config) + config.vocab_size * config.d_model
-    return element_size * (weights + kv_cache_floats(config) * context)
 
 
 def _gpt2_cost(config: SMTConfig, context: float) -> Cost:

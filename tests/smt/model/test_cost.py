@@ -6,16 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from smt import SMTConfig, SMTState, StrideMemoryTransformer
+from smt import SMTConfig, StrideMemoryTransformer
 from smt.baselines import build_gpt2
 from smt.model.cost import (
     attention_products,
     break_even_context,
     break_even_length,
     break_even_state_context,
-    decode_bytes,
     full_attention_ratio,
-    gpt2_decode_bytes,
     gpt2_decode_cost,
     gpt2_parameters,
     gpt2_training_cost,
@@ -28,7 +26,6 @@ from smt.model.cost import (
     smt_cost,
     ssm_parameters,
     ssm_products,
-    state_floats,
 )
 
 PUBLISHED = SMTConfig.published()
@@ -156,38 +153,6 @@ def test_parameters_of_the_baselines_are_those_of_real_models():
     config = small()
     assert sum(p.numel() for p in build_gpt2(config, n_positions=48).parameters()) == gpt2_parameters(config, 48)
     assert sum(p.numel() for p in StrideMemoryTransformer(config).memory.ssm.parameters()) == ssm_parameters(config)
-
-
-@pytest.mark.parametrize("group", [1, 8])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_state_floats_are_what_a_state_holds(encoding, group):
-    config = small(encoding=encoding, write_group=group)
-    state = SMTState.initial(config, 3, device=torch.device("cpu"), dtype=torch.float32)
-    assert state.n_bytes() == 3 * 4 * state_floats(config)
-
-
-def test_decoding_reads_a_constant_number_of_bytes_while_gpt2_reads_its_cache():
-    config = SMTConfig(encoding="stream")
-    at_1024, at_4096 = (gpt2_decode_bytes(config, context, 2) for context in (1024, 4096))
-    assert at_4096 - at_1024 == 3072 * 18_432 * 2
-    assert decode_bytes(config, 2) < at_4096
-    assert decode_bytes(config, 4) == 2 * decode_bytes(config, 2)
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_decoding_reads_every_weight_but_those_of_a_write_once_in_a_stride(encoding):
-    config = small(encoding=encoding, transformer_n_kv_heads=2)
-    model, state = StrideMemoryTransformer(config), SMTState.initial(config, 1, device="cpu", dtype=torch.float32)
-    not_counted = ("positions", "slot_type", "slot_gate")
-    sizes = {name: p.numel() for name, p in model.named_parameters() if not name.endswith(not_counted)}
-    once = sum(size for name, size in sizes.items() if name.startswith("memory."))
-    always = sum(sizes.values()) - once
-    assert decode_bytes(config, 4) == 4 * (always + once / config.stride) + state.n_bytes()
-    readout = model.decoder.slot_readout.weight.numel()
-    assert decode_bytes(dataclasses.replace(config, writes=False), 4) == 4 * (always - readout) + state.n_bytes()
-    gpt2 = small()
-    weights = sum(p.numel() for p in build_gpt2(gpt2, n_positions=1).parameters()) - gpt2.d_model
-    assert gpt2_decode_bytes(gpt2, 50, 2) == 2 * (weights + 50 * kv_cache_floats(gpt2))
 
 
 def test_attention_is_counted_query_by_query():
