@@ -2,8 +2,8 @@
 
 In reading order: ``config`` (sizes, and what each layer is made of), ``layers`` (one layer, and its mixers), ``attention`` (who
 sees whom, and values in pieces), ``passes`` (a layer over a piece of a sequence, and over one token per row), ``cache`` (what
-decoding keeps), ``output`` (loss and logits), ``model``; ``cost`` (all of it, counted from the configuration) and ``maps``
-(whom a layer looks at).
+decoding keeps) and ``cost`` (how many bytes that is), ``output`` (loss and logits), ``model``; ``maps`` (whom a layer looks
+at).
 """
 
 from smt.hymba.cache import HymbaCache

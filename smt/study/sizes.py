@@ -13,7 +13,6 @@ import torch
 from smt.baselines import build
 from smt.config import SMTConfig
 from smt.hymba.config import HymbaConfig
-from smt.hymba.cost import n_parameters
 from smt.runtime.fields import defaults_of, parse
 from smt.study.settings import CARRIED, OURS, StudySettings
 
@@ -46,7 +45,7 @@ def sized_models(settings: StudySettings, vocab_size: int) -> dict[str, Sized]:
         ValueError: a field that is wrong, or a model that cannot be made so small.
     """
     shared = _hymba(settings, vocab_size)
-    aim = n_parameters(replace(shared, layout="hybrid"))
+    aim = count("hymba", replace(shared, layout="hybrid"))
     sized = {}
     for name in settings.models:
         if name in (OURS, CARRIED):
@@ -71,7 +70,7 @@ def _hymba(settings: StudySettings, vocab_size: int) -> HymbaConfig:
 
 def _with_width(config: HymbaConfig, aim: int) -> HymbaConfig:
     """The configuration with the MLP that brings it nearest to ``aim`` parameters."""
-    narrow, wide = (n_parameters(replace(config, d_mlp=steps * WIDTH_STEP)) for steps in (1, 2))
+    narrow, wide = (count("hymba", replace(config, d_mlp=steps * WIDTH_STEP)) for steps in (1, 2))
     steps = 1 + round((aim - narrow) / (wide - narrow))
     if steps < 1:
         raise ValueError(
