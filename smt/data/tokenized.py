@@ -1,4 +1,4 @@
-"""From settings to tokens: read the source, train or load the tokenizer, tokenise the splits; what was done is reused."""
+"""From settings to tokens: read the source, train or load the tokenizer, tokenise what a run reads; what was done is reused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from smt.data.documents import Corpus, Documents, hash_texts
+from smt.data.documents import Corpus, hash_texts
 from smt.data.settings import DataConfig
 from smt.data.sources import cache_folder, read_corpus
 from smt.data.store import TokenStore, made_once, tokenise
@@ -15,29 +15,27 @@ from smt.data.tokenizer import TRAINED, Tokenizer
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    """The splits of a source as tokens.
+    """The splits of a source that a run reads, as tokens.
 
     Attributes:
         source: where the text comes from, in words.
         tokenizer: what made the tokens.
         train, validation: to train on, and to choose by.
-        test: for the last word; None where the source has none.
     """
 
     source: str
     tokenizer: Tokenizer
     train: TokenStore
     validation: TokenStore
-    test: TokenStore | None
 
     def describe(self) -> str:
         """One line of counts and sizes, and of what was left out."""
-        parts = {"training": self.train, "held out": self.validation, "for a test": self.test}
-        sizes = [f"{name} {_sizes(store)}" for name, store in parts.items() if store is not None]
+        parts = {"training": self.train, "held out": self.validation}
+        sizes = [f"{name} {_sizes(store)}" for name, store in parts.items()]
         left_out = [
             f"{', '.join(f'{count} {reason}' for reason, count in sorted(store.skipped.items()))} ({store.left_out_file})"
             for store in parts.values()
-            if store is not None and store.skipped
+            if store.skipped
         ]
         return f"{self.source}: {'; '.join(sizes)}" + (f"; left out: {'; '.join(left_out)}" if left_out else "")
 
@@ -83,12 +81,8 @@ def tokenize_corpus(settings: DataConfig, vocab_size: int) -> TokenizedCorpus:
     corpus = read_corpus(settings)
     cache = cache_folder(settings)
     tokenizer = _tokenizer(settings.tokenizer, corpus, vocab_size, cache / "tokenizers")
-    splits = [corpus.train, corpus.validation, corpus.test]
-    return TokenizedCorpus(corpus.source, tokenizer, *(_tokenise(documents, tokenizer, cache) for documents in splits))
-
-
-def _tokenise(documents: Documents | None, tokenizer: Tokenizer, cache: Path) -> TokenStore | None:
-    return None if documents is None else tokenise(documents, tokenizer, cache / "tokens")
+    train, validation = (tokenise(documents, tokenizer, cache / "tokens") for documents in (corpus.train, corpus.validation))
+    return TokenizedCorpus(corpus.source, tokenizer, train, validation)
 
 
 def _tokenizer(name: str, corpus: Corpus, vocab_size: int, cache: Path) -> Tokenizer:

@@ -4,7 +4,7 @@ import pytest
 from splits import in_memory
 
 from smt.data import tokenized
-from smt.data.documents import Document
+from smt.data.documents import Document, Documents
 from smt.data.parts import Parts
 from smt.data.settings import DataConfig
 from smt.data.tokenized import tokenize_corpus
@@ -112,11 +112,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(texts, tmp_path)
         tokenize_corpus(settings, 257)
 
 
-def test_splits_that_a_source_has_are_all_tokenised(tmp_path, monkeypatch):
-    splits = [in_memory(documents([text])) for text in ("train " * 9, "validation", "test")]
+def test_a_test_split_is_not_tokenised(tmp_path, monkeypatch):
+    splits = [*(in_memory(documents([text])) for text in ("train " * 9, "validation")), Documents(refuse, "test")]
     monkeypatch.setattr(tokenized, "read_corpus", lambda settings: tokenized.Corpus("three", *splits))
     corpus = tokenize_corpus(DataConfig(cache=str(tmp_path)), 280)
-    assert corpus.test.n_bytes == [4] and "; for a test 1 documents" in corpus.describe()
+    assert (corpus.train.n_bytes, corpus.validation.n_bytes) == ([54], [10])
 
 
 def test_a_tokenizer_is_trained_on_training_documents_alone(tmp_path, monkeypatch):
