@@ -32,7 +32,7 @@ Made = TypeVar("Made")
 # Of the layout of the files; another one does not read what an earlier one wrote.
 LAYOUT = 4
 TOKENS_FILE, COUNTED_FILE, DOCUMENTS_FILE = "tokens.bin", "counted.bin", "documents.json"
-FIELDS = ("hash", "text_hash", "vocab_size", "dtype", "names", "n_bytes", "offsets", "names_targets", "n_targets", "skipped")
+FIELDS = ("text_hash", "dtype", "names", "n_bytes", "offsets", "names_targets", "n_targets", "skipped")
 LEFT_OUT_FILE = "left_out.txt"
 
 ELSEWHERE = "name another folder with --cache, or in the environment variable SMT_CACHE"
@@ -49,7 +49,6 @@ class TokenStore(Sequence["np.ndarray"]):
         n_bytes: of UTF-8 text that the targets of each document spell: all of it, unless it names its targets.
         counted: of each document, (L,) bool, which tokens the loss counts; None: every document's all but the first.
         skipped: how many documents were left out, by reason; ``left_out_file`` names them.
-        vocab_size: of the tokenizer.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -74,7 +73,6 @@ class TokenStore(Sequence["np.ndarray"]):
         self.names: list[str] = self._info["names"]
         self.n_bytes: list[int] = self._info["n_bytes"]
         self.skipped = Counter(self._info["skipped"])
-        self.vocab_size: int = self._info["vocab_size"]
         self._offsets: list[int] = self._info["offsets"]
         self._tokens = self._mapped(TOKENS_FILE, np.dtype(self._info["dtype"]))
         self.counted: list[np.ndarray] | None = None
@@ -102,11 +100,6 @@ class TokenStore(Sequence["np.ndarray"]):
         if not 0 <= index < len(self):
             raise IndexError(f"document must lie in 0..{len(self) - 1}, got {index}")
         return self._tokens[self._offsets[index] : self._offsets[index + 1]]
-
-    @property
-    def hash(self) -> str:
-        """Of texts and tokenizer."""
-        return self._info["hash"]
 
     @property
     def text_hash(self) -> str:
@@ -137,7 +130,7 @@ def tokenise(documents: Documents, tokenizer: Tokenizer, cache: str | Path) -> T
         OSError: the store cannot be written; the message has its path.
     """
     key = hash_texts(str(LAYOUT), documents.hash, tokenizer.hash)
-    return made_once(Path(cache) / key[:32], lambda folder: _write(folder, documents, tokenizer, key), TokenStore)
+    return made_once(Path(cache) / key[:32], lambda folder: _write(folder, documents, tokenizer), TokenStore)
 
 
 def made_once(folder: Path, make: Callable[[Path], None], read: Callable[[Path], Made] = lambda folder: folder) -> Made:
@@ -200,7 +193,7 @@ def writes_cache(folder: Path) -> Iterator[None]:
         raise ValueError(f"cannot write to the cache {folder} ({error.strerror or error}): {ELSEWHERE}") from error
 
 
-def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -> None:
+def _write(folder: Path, documents: Documents, tokenizer: Tokenizer) -> None:
     import numpy as np
 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -223,11 +216,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, key: str) -
         raise ValueError(f"a split must have a document, this one has none{skipped and f', {skipped}'}")
     info = {
         "layout": LAYOUT,
-        "hash": key,
-        "documents_hash": documents.hash,
         "text_hash": text_hash.hexdigest(),
-        "tokenizer_hash": tokenizer.hash,
-        "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
         "names": names,
         "n_bytes": n_bytes,

@@ -39,11 +39,10 @@ class Subject:
     model: StrideMemoryTransformer | None = None
 
 
-def open_run(folder: str | Path, device: torch.device, *, name: str | None = None, **sizes: int) -> Subject:
+def open_run(folder: str | Path, device: torch.device, **sizes: int) -> Subject:
     """A folder that ``smt train`` or ``save_pretrained`` left.
 
     Args:
-        name: how to call it; None: after its architecture.
         sizes: of ``SMTScorer``.
 
     Raises:
@@ -76,7 +75,7 @@ def open_run(folder: str | Path, device: torch.device, *, name: str | None = Non
     if tokenizer.vocab_size > model.config.vocab_size:
         most = model.config.vocab_size
         raise ValueError(f"{folder} must have a tokenizer of at most vocab_size = {most} tokens, got {tokenizer.vocab_size}")
-    return Subject(name or NAMES[architecture], scorer, tokenizer, ours)
+    return Subject(NAMES[architecture], scorer, tokenizer, ours)
 
 
 def open_causal_lm(source: str, device: torch.device, context: int | None = None) -> Subject:

@@ -23,14 +23,10 @@ class HeldOutText:
     """Documents to evaluate on.
 
     Attributes:
-        source: where they come from, in words.
-        names: of the documents.
         documents: tokens of each, (L,) int64, an end of document before and after its text.
         n_bytes, n_characters: of the text of all documents; the ends of documents have none.
     """
 
-    source: str
-    names: tuple[str, ...]
     documents: tuple[Tensor, ...]
     n_bytes: int
     n_characters: int
@@ -51,8 +47,6 @@ def held_out_text(corpus: Corpus, tokenizer: Tokenizer, count: int | None = None
     if not read:
         raise ValueError(f"an evaluation needs a held-out document, {corpus.source} has none")
     return HeldOutText(
-        corpus.source,
-        tuple(document.name for document in read),
         tuple(torch.tensor(tokens, device="cpu") for _, tokens, _ in tokenizer.encode_documents(read)),
         sum(document.n_bytes for document in read),
         sum(len(document.text) for document in read),
