@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -45,13 +45,54 @@ PUBLISHED = {
 INITIALIZER_STD, INITIALIZER_WIDTH = 0.02, 768
 
 
-def fresh_std(width: int) -> float:
-    """Standard deviation of fresh weights of a width that gives as much output as GPT-2's at its own."""
-    return INITIALIZER_STD * math.sqrt(INITIALIZER_WIDTH / width)
+Config = TypeVar("Config", bound="ModelConfig")
+
+
+class ModelConfig:
+    """What the configurations of all models have: fields as a dictionary, sizes of Mamba, and the scale of fresh weights."""
+
+    d_model: int
+    ssm_d_state: int
+    ssm_d_conv: int
+    ssm_expand_factor: int
+    ssm_dt_rank: int | None
+    initializer_range: float | None
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """Build from a dictionary; a field that does not exist is refused with the nearest name.
+
+        Raises:
+            ValueError: an unknown field.
+        """
+        check_known(cls, values)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as ``from_dict`` takes them."""
+        return asdict(self)
+
+    @property
+    def ssm_d_inner(self) -> int:
+        """Channels of a Mamba block."""
+        return self.ssm_expand_factor * self.d_model
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of Mamba's time-step projection."""
+        return self.ssm_dt_rank or -(-self.d_model // 16)
+
+    @property
+    def initializer_std(self) -> float:
+        """Standard deviation of fresh weights: ``initializer_range``, or GPT-2's 0.02 at its width of 768, and at others what
+        gives as much: the variance of a sum over d terms stays when that of each falls as 1 / d."""
+        if self.initializer_range is not None:
+            return self.initializer_range
+        return INITIALIZER_STD * math.sqrt(INITIALIZER_WIDTH / self.d_model)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMTConfig:
+class SMTConfig(ModelConfig):
     """Configuration of ``StrideMemoryTransformer``; the defaults are the published sizes for WikiText.
 
     Args:
@@ -172,16 +213,6 @@ class SMTConfig:
         return cls.from_dict({**PUBLISHED, **overrides})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SMTConfig:
-        """Build from a dictionary; a field that does not exist is refused with the nearest name.
-
-        Raises:
-            ValueError: an unknown field.
-        """
-        check_known(cls, values)
-        return cls(**values)
-
-    @classmethod
     def from_yaml(cls, path: str | Path) -> SMTConfig:
         """Read a YAML file of fields.
 
@@ -190,10 +221,6 @@ class SMTConfig:
         """
         given = read_yaml(Path(path), "a mapping of SMTConfig fields")
         return cls.from_dict({name: parse(cls, name, value) for name, value in given.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as ``from_dict`` takes them."""
-        return asdict(self)
 
     def to_yaml(self, path: str | Path) -> None:
         """Write all fields as YAML."""
@@ -215,12 +242,6 @@ class SMTConfig:
         return self.slot_readout and self.n_ssm_outputs > 0 and self.slot_gate != "closed"
 
     @property
-    def initializer_std(self) -> float:
-        """Standard deviation of fresh weights: ``initializer_range``, or GPT-2's 0.02 at its width of 768, and at others what
-        gives as much: the variance of a sum over d terms stays when that of each falls as 1 / d."""
-        return fresh_std(self.d_model) if self.initializer_range is None else self.initializer_range
-
-    @property
     def write_frequency(self) -> float:
         """Writes per step, 1 / S."""
         return 1.0 / self.stride
@@ -239,16 +260,6 @@ class SMTConfig:
     def n_kv_heads(self) -> int:
         """Key/value heads."""
         return self.transformer_n_kv_heads or self.transformer_n_heads
-
-    @property
-    def ssm_d_inner(self) -> int:
-        """Channels of a Mamba block."""
-        return self.ssm_expand_factor * self.d_model
-
-    @property
-    def dt_rank(self) -> int:
-        """Rank of Mamba's time-step projection."""
-        return self.ssm_dt_rank or -(-self.d_model // 16)
 
     @property
     def n_state_slots(self) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
-from smt.config import fresh_std
-from smt.runtime.fields import check_above, check_at_least, check_fields, check_fraction, check_known
+from smt.config import ModelConfig
+from smt.runtime.fields import check_above, check_at_least, check_fields, check_fraction
 
 
 class ArchType(str, Enum):
@@ -45,7 +45,7 @@ class LayerPlan(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HymbaConfig:
+class HymbaConfig(ModelConfig):
     """Configuration of ``Hymba``; the defaults are those of the study in the source documents.
 
     Args:
@@ -128,20 +128,6 @@ class HymbaConfig:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> HymbaConfig:
-        """Build from a dictionary; a field that does not exist is refused with the nearest name.
-
-        Raises:
-            ValueError: an unknown field.
-        """
-        check_known(cls, values)
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as ``from_dict`` takes them."""
-        return asdict(self)
-
     def layers(self) -> tuple[LayerPlan, ...]:
         """What each layer is made of."""
         kinds = [self._kind(index) for index in range(self.n_layers)]
@@ -195,11 +181,6 @@ class HymbaConfig:
                 return reach, True
 
     @property
-    def initializer_std(self) -> float:
-        """Standard deviation of fresh weights; what ``SMTConfig.initializer_std`` is."""
-        return fresh_std(self.d_model) if self.initializer_range is None else self.initializer_range
-
-    @property
     def head_dim(self) -> int:
         """Width of a query and key head."""
         return self.d_model // self.n_heads
@@ -213,13 +194,3 @@ class HymbaConfig:
     def mlp_width(self) -> int:
         """Width of the MLP."""
         return self.d_mlp or -(-8 * self.d_model // (3 * 64)) * 64
-
-    @property
-    def ssm_d_inner(self) -> int:
-        """Channels of an SSM."""
-        return self.ssm_expand_factor * self.d_model
-
-    @property
-    def dt_rank(self) -> int:
-        """Rank of the SSM's time-step projection."""
-        return self.ssm_dt_rank or -(-self.d_model // 16)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from smt.config import SMTConfig
+from smt.config import ModelConfig, SMTConfig
 from smt.model.rms_norm import RMSNorm
 from smt.model.weights import is_plain, matrix_and_bias, matrix_of, parameters_of
 from smt_kernels import stride_write
@@ -26,22 +26,6 @@ DT_MIN, DT_MAX = 1e-3, 1e-1
 Mixer = TypeVar("Mixer", bound="SelectiveMixer")
 
 
-class SelectiveSizes(Protocol):
-    """What a configuration tells of an SSM."""
-
-    d_model: int
-    ssm_d_state: int
-    ssm_d_conv: int
-
-    @property
-    def ssm_d_inner(self) -> int:
-        """Channels."""
-
-    @property
-    def dt_rank(self) -> int:
-        """Rank of the time-step projection."""
-
-
 class SelectiveMixer(nn.Module):
     """A selective SSM between two projections; what the first forms besides its input and gate is a subclass's business.
 
@@ -50,7 +34,7 @@ class SelectiveMixer(nn.Module):
         n_projected: what the first projection gives of each entry.
     """
 
-    def __init__(self, config: SelectiveSizes, n_projected: int) -> None:
+    def __init__(self, config: ModelConfig, n_projected: int) -> None:
         super().__init__()
         d_inner, d_state, rank = config.ssm_d_inner, config.ssm_d_state, config.dt_rank
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -129,7 +113,7 @@ class SelectiveMixer(nn.Module):
 class MambaMixer(SelectiveMixer):
     """One Mamba-1 mixer: two projections around ``stride_write``."""
 
-    def __init__(self, config: SelectiveSizes) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, 2 * config.ssm_d_inner)
 
     def forward(
