@@ -22,12 +22,13 @@ def run(options: argparse.Namespace, started: float) -> int:
     """Draw, and say where."""
     if len(options.runs) > 1 and options.out is None:
         raise ValueError("smt plot needs --out FILE to draw several runs in one figure")
-    from smt.experiments.record import Losses, RunRecord, named
+    from smt.experiments.record import RunRecord, named
     from smt.runtime.files import check_folder, write_files
     from smt.training import plots
+    from smt.training.progress import History
     from smt.training.run_files import has_finished
 
-    histories = {name: Losses.read(folder) for name, folder in named(options.runs).items()}
+    histories = {name: History.read(folder) for name, folder in named(options.runs).items()}
     out = Path(options.out or Path(options.runs[0]) / "training_curves.png")
     check_folder(out.parent, f"the folder of {out}").mkdir(parents=True, exist_ok=True)
     if len(histories) > 1:

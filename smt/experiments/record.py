@@ -5,43 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from smt.runtime.files import read_json
-from smt.training.run_files import HISTORY_FILE, RESULTS_FILE, STOPPED
+from smt.training.progress import History
+from smt.training.run_files import RESULTS_FILE, STOPPED
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
 class UnfinishedRunError(ValueError):
     """A folder without the results of a run."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The losses of a run by optimiser step, as ``metrics_history.json`` has them."""
-
-    train_loss: list[float]
-    train_steps: list[int]
-    val_loss: list[float]
-    eval_steps: list[int]
-
-    @classmethod
-    def read(cls, folder: str | Path) -> Losses:
-        """Those of the run in ``folder``.
-
-        Raises:
-            ValueError: there are none, or the file is damaged.
-        """
-        path = Path(folder) / HISTORY_FILE
-        if not path.is_file():
-            raise ValueError(f"there is no {path}; smt train leaves one in the folder of a run")
-        values = read_json(path)
-        lists = {field.name: values.get(field.name) for field in fields(cls)}
-        if not all(isinstance(values, list) for values in lists.values()):
-            raise ValueError(f"{path} must hold the lists {', '.join(lists)}")
-        return cls(**lists)
 
 
 @dataclass(frozen=True)
@@ -78,7 +53,7 @@ class RunRecord:
     tokens_per_second: float
     held_out: str
     tokenizer: str
-    history: Losses
+    history: History
 
     @classmethod
     def read(cls, folder: str | Path, name: str | None = None) -> RunRecord:
@@ -114,7 +89,7 @@ class RunRecord:
                 tokens_per_second=results["tokens_per_second"],
                 held_out=f"{results['val_bytes']} bytes of {data['source']} {data.get('recall') or ''}".strip(),
                 tokenizer=_tokenizer(folder),
-                history=Losses.read(folder),
+                history=History.read(folder),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / RESULTS_FILE} is not that of a run: {error!r}") from error

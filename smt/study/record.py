@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from smt.experiments.record import Losses
 from smt.hymba.config import HymbaConfig
 from smt.model.checkpoint import CONFIG_FILE
 from smt.runtime.device import find_device
@@ -20,6 +19,7 @@ from smt.study.prepared import Prepared
 from smt.study.rates import tried_rates
 from smt.study.run import StudyCell
 from smt.study.sharing import sharing
+from smt.training.progress import History
 from smt.training.settings import RunConfig
 
 STUDY_FILE = "study.json"
@@ -96,7 +96,7 @@ def _runs(cell: StudyCell) -> list[dict[str, Any]]:
     for stage in STAGES:
         path = measured_file(cell.folder, stage)
         if path.is_file():
-            losses = Losses.read(cell.folder / stage)
+            losses = History.read(cell.folder / stage)
             curve = {"steps": losses.train_steps, "losses": losses.train_loss}
             runs.append({"model": cell.model, "seed": cell.seed, "stage": stage, **read_json(path), "curve": curve})
     return runs

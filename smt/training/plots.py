@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from smt.runtime.names import in_plot
 from smt.runtime.pictures import empty_picture, marker_of
+from smt.training.progress import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,16 +19,7 @@ if TYPE_CHECKING:
 DASHES = ("-", "--", ":", "-.")
 
 
-class Losses(Protocol):
-    """The losses of a run by optimiser step, as it notes them (``History``) and as its folder tells them."""
-
-    train_loss: Sequence[float]
-    train_steps: Sequence[int]
-    val_loss: Sequence[float]
-    eval_steps: Sequence[int]
-
-
-def training_curves(history: Losses, path: str | Path, *, title: str) -> None:
+def training_curves(history: History, path: str | Path, *, title: str) -> None:
     """Draw training and held-out loss over the steps, with perplexity on the right-hand axis."""
     figure, axes = _figure()
     marker = marker_of(history.train_steps)
@@ -47,7 +39,7 @@ def training_curves(history: Losses, path: str | Path, *, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def curves_of_runs(histories: Mapping[str, Losses], path: str | Path) -> None:
+def curves_of_runs(histories: Mapping[str, History], path: str | Path) -> None:
     """Draw the held-out losses of several runs, and faintly their training losses, over the steps."""
     figure, axes = _figure()
     _curves(axes, histories)
@@ -57,7 +49,7 @@ def curves_of_runs(histories: Mapping[str, Losses], path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def comparison(figures: Mapping[str, float], histories: Mapping[str, Losses], path: str | Path, *, label: str) -> None:
+def comparison(figures: Mapping[str, float], histories: Mapping[str, History], path: str | Path, *, label: str) -> None:
     """Draw one figure of every run as a bar, best first, beside the runs' curves, each in the colour of its bar.
 
     Args:
@@ -80,7 +72,7 @@ def comparison(figures: Mapping[str, float], histories: Mapping[str, Losses], pa
     figure.savefig(path, dpi=120)
 
 
-def _curves(axes: Axes, histories: Mapping[str, Losses]) -> None:
+def _curves(axes: Axes, histories: Mapping[str, History]) -> None:
     for place, (name, history) in enumerate(histories.items()):
         style = _style(place)
         marker = marker_of(history.train_steps)

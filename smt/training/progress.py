@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+from smt.runtime.files import read_json
+from smt.training.run_files import HISTORY_FILE
 
 # The training loss on record is the mean over this many optimiser steps.
 LOSS_STEPS = 10
@@ -27,6 +31,21 @@ class History:
         """What ``metrics_history.json`` records."""
         of_pairs = ("pair_loss", "reward_accuracy", "log_odds_margin")
         return {name: values for name, values in asdict(self).items() if values or name not in of_pairs}
+
+    @classmethod
+    def read(cls, folder: str | Path) -> History:
+        """The losses of the run in ``folder``.
+
+        Raises:
+            ValueError: there are none, or the file is damaged.
+        """
+        path = Path(folder) / HISTORY_FILE
+        if not path.is_file():
+            raise ValueError(f"there is no {path}; smt train leaves one in the folder of a run")
+        values, needed = read_json(path), ("train_loss", "train_steps", "val_loss", "eval_steps")
+        if not all(isinstance(values.get(name), list) for name in needed):
+            raise ValueError(f"{path} must hold the lists {', '.join(needed)}")
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 @dataclass
