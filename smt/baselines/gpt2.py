@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
+from smt.model.evaluating import evaluating
 from smt.model.generation import check_sampling, sample
 from smt.model.loss import head_loss
 from smt.model.parameters import count_parameters
@@ -123,15 +124,11 @@ class FullAttentionGPT2(nn.Module):
             ValueError: an option out of range, as in ``smt.model.generation.stream``.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             for _ in range(max_new_tokens):
                 hidden = self.transformer(input_ids[:, -self.context :], use_cache=False).last_hidden_state
                 logits = hidden[:, -1] @ self.embedding.weight.mT
                 input_ids = torch.cat([input_ids, sample(logits, temperature, top_k, top_p, generator)], dim=1)
-        finally:
-            self.train(was_training)
         return input_ids
 
     def compile(self, **options: Any) -> None:

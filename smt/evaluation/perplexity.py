@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smt.data.walk import Batch
 from smt.evaluation.preference import PairEvaluation
+from smt.model.evaluating import evaluating
 from smt.runtime.device import sent
 from smt.state.carried import CarriedStates
 
@@ -93,20 +94,16 @@ def evaluate(objective: nn.Module, batches: Iterable[Batch], n_bytes: int, *, to
         ValueError: nothing to predict.
     """
     device = next(objective.parameters()).device
-    was_training = objective.training
-    objective.eval()
     states = CarriedStates()
     losses: list[Tensor] = []
     counts: list[int] = []
-    try:
+    with evaluating(objective):
         for batch in batches:
             reading, state = states.continued(batch)
             loss, state = objective(sent(reading.input_ids, device), sent(reading.targets, device), state)
             states.keep(batch, state)
             losses.append(loss)
             counts.append(reading.n_targets)
-    finally:
-        objective.train(was_training)
     # Read only now: a device computes the next batch while this one prepares it.
     means = torch.stack(losses).tolist() if losses else []
     nats = sum(mean * count for mean, count in zip(means, counts, strict=True))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from smt.data.walk import DocumentWalk
+from smt.model.evaluating import evaluating
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.precision import precision
 from smt.state.carried import CarriedStates
@@ -64,9 +65,7 @@ def pooling_weights(
     weights: list[list[Tensor]] = [[] for _ in documents]
     states = CarriedStates()
     device = model.embedding.weight.device
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         sizes = {"batch_size": batch_size, "length": length}
         for batch in DocumentWalk(documents, epochs=1, shuffle=False, together=True, **sizes):
             reading, state = states.continued(batch)
@@ -78,8 +77,6 @@ def pooling_weights(
             for row, (document, position, count) in enumerate(places):
                 n_writes = made(position + count) - made(position)  # padding behind a document's end writes, too
                 weights[document].append(aux.attention_weights[row, :n_writes].float().cpu())
-    finally:
-        model.train(was_training)
     return [torch.cat(pieces) for pieces in weights]
 
 

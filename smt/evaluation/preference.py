@@ -13,6 +13,7 @@ from torch import nn
 
 from smt.data.pair_walk import pair_batch
 from smt.data.pairs import Pair
+from smt.model.evaluating import evaluating
 from smt.model.preference import log_odds, odds_ratio_loss
 from smt.runtime.device import sent
 
@@ -46,10 +47,8 @@ def evaluate_pairs(objective: nn.Module, pairs: Sequence[Pair], *, batch_size: i
         strength: lambda of the loss.
     """
     device = next(objective.parameters()).device
-    was_training = objective.training
-    objective.eval()
     nats, log_p, n_targets = [], [], 0
-    try:
+    with evaluating(objective):
         for start in range(0, len(pairs), batch_size):
             batch = pair_batch(pairs[start : start + batch_size])
             completion = sent(batch.completion, device)
@@ -59,8 +58,6 @@ def evaluate_pairs(objective: nn.Module, pairs: Sequence[Pair], *, batch_size: i
             nats.append(of_rows[: batch.n_pairs])
             log_p.append(log_p_of_rows.view(2, -1))
             n_targets += batch.n_targets
-    finally:
-        objective.train(was_training)
     chosen, rejected = torch.cat(log_p, dim=1).cpu()
     margin, ratio = (log_odds(chosen) - log_odds(rejected)).double(), odds_ratio_loss(chosen, rejected).double()
     return PairEvaluation(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt.data.walk import DocumentWalk
+from smt.model.evaluating import evaluating
 from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.precision import precision
 from smt.state.carried import CarriedStates
@@ -95,9 +96,7 @@ class SMTScorer:
         scores = [TokenScores.of_length(len(document)) for document in documents]
         sizes = {"batch_size": self._batch_size, "length": self._length}
         states = CarriedStates()
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for batch in DocumentWalk(documents, epochs=1, shuffle=False, together=True, **sizes):
                 reading, state = states.continued(batch)
                 reading = reading.to(weight.device)
@@ -108,8 +107,6 @@ class SMTScorer:
                 places = zip(reading.documents.tolist(), reading.positions.tolist(), reading.valid.sum(1).tolist(), strict=True)
                 for row, (document, position, count) in enumerate(places):
                     scores[document].fill(position, log_probs[row, :count], greedy[row, :count])
-        finally:
-            self.model.train(was_training)
         return scores
 
 
@@ -134,9 +131,7 @@ class WindowScorer:
     def score(self, documents: Sequence[Any]) -> list[TokenScores]:
         """As ``Scorer.score``."""
         scores = [TokenScores.of_length(len(document)) for document in documents]
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             pieces = [
                 (index, *bounds)
                 for index, document in enumerate(documents)
@@ -148,8 +143,6 @@ class WindowScorer:
                 together = max(1, CHUNK_ELEMENTS // (longest * self._vocab_size))
                 pieces, group = pieces[:-together], pieces[-together:]
                 self._score(documents, group, longest, scores)
-        finally:
-            self.model.train(was_training)
         return scores
 
     def _score(

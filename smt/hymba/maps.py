@@ -8,6 +8,7 @@ from torch import Tensor
 from smt.hymba.model import Hymba
 from smt.hymba.passes import queries_and_keys
 from smt.model.batch import check_tokens
+from smt.model.evaluating import evaluating
 from smt.model.rotary import rotation
 from smt.runtime.precision import dtype_of_products
 
@@ -49,13 +50,9 @@ def attention_map(model: Hymba, input_ids: Tensor, layer: int) -> Tensor:
 
 def _queries_and_keys(model: Hymba, input_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """The layer's queries (1, T, H, D), and the keys that it reads, (1, M + T, H_kv, D)."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         metas, held = model.before(1)
         x, left = model.through(model.embedding(input_ids), 0, held, metas, keep=True, n_layers=layer)
-    finally:
-        model.train(was_training)
     config, of_layer = model.config, model.layers[layer]
     position = config.n_meta_tokens + torch.arange(x.shape[1], device=x.device)
     turn = rotation(position, config.head_dim, config.rope_theta, dtype_of_products(x))

@@ -25,6 +25,7 @@ from smt.hymba.output import HymbaOutput
 from smt.hymba.passes import Held, sequence_layer, step_layer
 from smt.model.batch import check_targets, check_tokens, token_counts
 from smt.model.checkpoint import load_model, save_model
+from smt.model.evaluating import evaluating
 from smt.model.generation import NextLogits, generate, stream
 from smt.model.graphs import of_one_shape
 from smt.model.loss import head_loss
@@ -255,10 +256,7 @@ class Hymba(nn.Module):
     ) -> tuple[Tensor, HymbaCache]:
         """Logits (B, V) of what follows each row, and its cache; prompts are padded on the left, as for every model here."""
         batch, length = input_ids.shape
-        was_training = self.training
-        if was_training:  # a walk through all modules, which takes as long as a part of a step
-            self.eval()
-        try:
+        with evaluating(self):
             n_valid, last = None, torch.full((batch,), length - 1, device=input_ids.device)
             if cache is None:
                 cache = self.new_cache(batch, room)
@@ -267,9 +265,6 @@ class Hymba(nn.Module):
                 position, last = torch.arange(length, device=input_ids.device), n_valid - 1
                 input_ids = take(input_ids, position + (length - n_valid)[:, None])
             hidden = self.hidden(input_ids, n_valid=n_valid, cache=cache)
-        finally:
-            if was_training:
-                self.train()
         rows = torch.arange(batch, device=hidden.device)
         return F.linear(hidden[rows, last], self.head()), cache
 

@@ -15,6 +15,7 @@ from smt.config import SMTConfig
 from smt.model.batch import check_rows, check_targets, check_tokens, encode_batch, token_counts
 from smt.model.checkpoint import load_model, save_model
 from smt.model.decoder import Decoder
+from smt.model.evaluating import evaluating
 from smt.model.generation import generate, stream
 from smt.model.graphs import of_one_shape, records_graphs
 from smt.model.loss import head_loss
@@ -267,14 +268,8 @@ class StrideMemoryTransformer(nn.Module):
 
     def _next_logits(self, input_ids: Tensor, state: SMTState | None, attention_mask: Tensor | None) -> tuple[Tensor, SMTState]:
         """Logits (B, V) of what follows each row, and the state, which may have taken the tensors of the old; no dropout."""
-        was_training = self.training
-        if was_training:  # a walk through all modules, which takes as long as a part of a step
-            self.eval()
-        try:
+        with evaluating(self):
             logits, aux = self(input_ids, state, attention_mask=attention_mask, last_only=True, overwrite_state=True)
-        finally:
-            if was_training:
-                self.train()
         return logits[:, -1], aux.state
 
     def _check(self, input_ids: Tensor, state: SMTState | None) -> None:

@@ -18,6 +18,7 @@ from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.hymba.config import HymbaConfig
 from smt.hymba.cost import cache_bytes
+from smt.model.evaluating import evaluating
 from smt.runtime.precision import precision
 from smt.state.state import SMTState
 
@@ -70,17 +71,13 @@ def _wait(device: torch.device) -> None:
 @torch.no_grad()
 def kept_bytes(model: RunModel, prompt: Tensor) -> dict[str, int]:
     """Bytes that a row keeps after a prompt (T,), as they are in the running model, and as the configuration gives them."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if isinstance(model.config, SMTConfig):
             measured = model.encode(prompt[None])[1].state.n_bytes()
         else:
             cache = model.new_cache(1, len(prompt))
             model.hidden(prompt[None], cache=cache)
             measured = cache.nbytes
-    finally:
-        model.train(was_training)
     counted = {n: counted_bytes(model.config, n, model.embedding.weight.dtype) for n in (len(prompt), LONG)}
     return {"tokens": len(prompt), "measured": measured, "counted": counted[len(prompt)], f"counted_at_{LONG}": counted[LONG]}
 
