@@ -13,6 +13,7 @@ from smt.model.evaluating import evaluating
 from smt.model.generation import check_sampling, sample
 from smt.model.loss import head_loss
 from smt.model.parameters import count_parameters
+from smt.runtime.extras import needs_extra
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -28,7 +29,7 @@ def build_gpt2(config: SMTConfig, n_positions: int) -> GPT2LMHeadModel:
         n_positions: the longest sequence that the model takes.
 
     Raises:
-        ImportError: transformers is not installed.
+        MissingExtraError: transformers is not installed.
         ValueError: grouped key/value heads, or ``n_positions`` below 1.
     """
     if config.n_kv_heads != config.transformer_n_heads:
@@ -38,10 +39,8 @@ def build_gpt2(config: SMTConfig, n_positions: int) -> GPT2LMHeadModel:
         )
     if n_positions < 1:
         raise ValueError(f"n_positions must be at least 1, got {n_positions}")
-    try:
+    with needs_extra("train"):
         from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError as error:
-        raise ImportError("the GPT-2 baseline needs transformers: pip install transformers") from error
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size,
@@ -78,7 +77,7 @@ class FullAttentionGPT2(nn.Module):
         context: the longest chunk, and the most tokens that a prediction sees.
 
     Raises:
-        ImportError, ValueError: as ``build_gpt2``.
+        MissingExtraError, ValueError: as ``build_gpt2``.
     """
 
     def __init__(self, config: SMTConfig, context: int) -> None:
@@ -100,12 +99,9 @@ class FullAttentionGPT2(nn.Module):
         """Hidden states (B, T, d) after the final norm, before the head."""
         return self.transformer(input_ids, use_cache=False).last_hidden_state, NoMemory()
 
-    def causal_lm(self) -> GPT2LMHeadModel:
-        """The same parameters as a model of Hugging Face."""
-        model = build_gpt2(self.config, self.context)
-        model.transformer = self.transformer
-        model.tie_weights()
-        return model
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """(B, T, V) of a chunk."""
+        return self.encode(input_ids)[0] @ self.embedding.weight.mT
 
     @torch.no_grad()
     def generate(

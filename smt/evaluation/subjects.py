@@ -64,10 +64,7 @@ def open_run(folder: str | Path, device: torch.device, **sizes: int) -> Subject:
         model = build(architecture, read_config(path / CONFIG_FILE, CONFIGS[architecture]), context)
         load_weights(model, path)
         model.to(device).eval()
-        if architecture == "gpt2":
-            scorer = CausalLMScorer(model.causal_lm().to(device).eval())
-        else:
-            scorer = WindowScorer(model, model.logits, model.config.vocab_size, context, device)
+        scorer = WindowScorer(model, model.logits, model.config.vocab_size, context, device)
     try:
         tokenizer = Tokenizer.load(path)
     except FileNotFoundError as error:
