@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from smt.data.tokenizer import TOKENIZER_FILES
 from smt.runtime.extras import needs_extra
-from smt.runtime.files import read_safetensors
+from smt.runtime.files import read_json, read_safetensors
 
 HF_CONFIG_FILE = "config.json"
 # In the order of preference; an index names the files that hold the parts of a large model.
@@ -106,7 +105,7 @@ def _read(origin: str, find: Callable[[str], Path | None], explain: Callable[[],
     path = find(HF_CONFIG_FILE)
     if path is None:
         raise ValueError(f"{origin} has no config.json{explain()}")
-    config = _json(path)
+    config = read_json(path)
     for name in WEIGHT_FILES:
         path = find(name)
         if path is not None:
@@ -116,7 +115,7 @@ def _read(origin: str, find: Callable[[str], Path | None], explain: Callable[[],
     if path.suffix != ".json":
         return Source(origin, config, _tensors(path), _tokenizer(find))
     tensors: dict[str, Tensor] = {}
-    parts = _json(path).get("weight_map", {})
+    parts = read_json(path).get("weight_map", {})
     for part in sorted(set(parts.values())):
         found = find(part)
         if found is None:
@@ -131,16 +130,6 @@ def _read(origin: str, find: Callable[[str], Path | None], explain: Callable[[],
 def _tokenizer(find: Callable[[str], Path | None]) -> Path | None:
     path, _ = (find(name) for name in TOKENIZER_FILES)
     return path
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
-    return values
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

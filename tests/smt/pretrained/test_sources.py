@@ -66,8 +66,8 @@ def test_a_model_object_gives_its_config_and_weights_and_an_opened_source_itself
     ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json must hold an object, got list"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json must hold a mapping, got list"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has none of model.safetensors, .*pytorch_model.bin"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "model.safetensors is not a whole safetensors"),
     ],
