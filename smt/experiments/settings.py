@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smt.runtime.fields import check_folder_name, check_names, nearest
-from smt.runtime.files import read_yaml
+from smt.runtime.files import packaged_or_file, read_yaml
 from smt.training.settings import RunConfig
 
 STUDY_FOLDER = Path(__file__).parent / "studies"
@@ -107,11 +107,7 @@ class Study:
         Raises:
             ValueError: no such file, not a study, or as ``of_grid``.
         """
-        packaged = STUDY_FOLDER / f"{path}.yaml"
-        file = packaged if packaged.is_file() else Path(path)
-        if not file.is_file():
-            names = ", ".join(sorted(example.stem for example in STUDY_FOLDER.glob("*.yaml")))
-            raise ValueError(f"study must be a YAML file or one of those packaged ({names}), got {str(path)!r}")
+        file = packaged_or_file(path, STUDY_FOLDER, "study")
         values = read_yaml(file, f"a mapping with {', '.join(PARTS_OF_A_STUDY)}")
         for part in values:
             if part not in PARTS_OF_A_STUDY:

@@ -184,6 +184,20 @@ def read_yaml(path: Path, what: str = "a mapping") -> dict[str, Any]:
     return _mapping(path, values, what)
 
 
+def packaged_or_file(name: str | Path, packaged: Path, field: str) -> Path:
+    """The YAML file ``name`` of the folder ``packaged``, or else the file of that path.
+
+    Raises:
+        ValueError: there is neither; the message begins with ``field``.
+    """
+    path = packaged / f"{name}.yaml"
+    path = path if path.is_file() else Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in packaged.glob("*.yaml")))
+        raise ValueError(f"{field} must be a YAML file or one of those packaged ({names}), got {str(name)!r}")
+    return path
+
+
 def _mapping(path: Path, values: Any, what: str = "a mapping") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold {what}, got {type(values).__name__}")

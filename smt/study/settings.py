@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from smt.hymba.config import ArchType
 from smt.runtime.fields import check_at_least, check_fields, check_folder_name, nearest
-from smt.runtime.files import read_yaml
+from smt.runtime.files import packaged_or_file, read_yaml
 
 FOLDER = Path(__file__).parent / "configs"
 # Ours, beside the layouts of a Hymba: trained on what they are trained on, and with its memory carried through longer parts.
@@ -112,11 +112,7 @@ class StudySettings:
         Raises:
             ValueError: no such file, an unknown field with the nearest name, or no quick form.
         """
-        packaged = FOLDER / f"{path}.yaml"
-        file = packaged if packaged.is_file() else Path(path)
-        if not file.is_file():
-            names = ", ".join(sorted(example.stem for example in FOLDER.glob("*.yaml")))
-            raise ValueError(f"config must be a YAML file or one of the packaged studies ({names}), got {str(path)!r}")
+        file = packaged_or_file(path, FOLDER, "config")
         values = {"name": file.stem, **read_yaml(file)}
         of_quick = values.pop(QUICK, None)
         if quick:

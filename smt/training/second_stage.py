@@ -7,8 +7,8 @@ from typing import Any
 
 from smt.model.checkpoint import CONFIG_FILE
 from smt.runtime.fields import expand_home, parse
-from smt.runtime.files import read_yaml
-from smt.training.settings import OF_RUN, PARTS, RunConfig, TrainingConfig, packaged_or_file
+from smt.runtime.files import packaged_or_file, read_yaml
+from smt.training.settings import CONFIG_FOLDER, OF_RUN, PARTS, RunConfig, TrainingConfig
 
 # The packaged configuration of the stage.
 SECOND_STAGE = "orpo"
@@ -23,7 +23,7 @@ def staged(path: str | Path, overrides: dict[str, Any]) -> RunConfig:
         ValueError: as ``RunConfig.from_yaml``, there is no such checkpoint, or the packaged configuration has no weights to
             start from.
     """
-    ours = read_yaml(packaged_or_file(path), f"a mapping with {', '.join(PARTS)}")
+    ours = read_yaml(packaged_or_file(path, CONFIG_FOLDER, "config"), f"a mapping with {', '.join(PARTS)}")
     training = ours.get("training")
     training = {**(training if isinstance(training, dict) else {}), **overrides}
     init_from = parse(TrainingConfig, "init_from", training.get("init_from"))

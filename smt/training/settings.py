@@ -32,7 +32,7 @@ from smt.runtime.fields import (
     nearest,
     parse,
 )
-from smt.runtime.files import read_yaml
+from smt.runtime.files import packaged_or_file, read_yaml
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 # Compiling takes up to a minute or two, and saves a few hundredths of a second of each step.
@@ -285,7 +285,7 @@ class RunConfig:
         Raises:
             ValueError: no such file, not a mapping, or as ``from_dict``.
         """
-        file = packaged_or_file(path)
+        file = packaged_or_file(path, CONFIG_FOLDER, "config")
         return cls.from_dict(read_yaml(file, f"a mapping with {', '.join(PARTS)}"), overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -312,20 +312,6 @@ class RunConfig:
     def to_yaml(self, path: str | Path) -> None:
         """Write all fields as YAML."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
-
-
-def packaged_or_file(path: str | Path) -> Path:
-    """The packaged example of that name, or the file.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    packaged = CONFIG_FOLDER / f"{path}.yaml"
-    file = packaged if packaged.is_file() else Path(path)
-    if not file.is_file():
-        names = ", ".join(sorted(example.stem for example in CONFIG_FOLDER.glob("*.yaml")))
-        raise ValueError(f"config must be a YAML file or one of the examples ({names}), got {str(path)!r}")
-    return file
 
 
 def _absolute(path: str | None) -> str | None:

@@ -179,7 +179,7 @@ def config_of(texts, folder):
         (["--grid", "stride=8,16", "--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--grid", "stride=8,16", "--name", "a/b"], "name must be the name of a folder, got 'a/b'"),
         (["--study", "missing"], "study must be a YAML file or one of those packaged ("),
-        (["--study", "switches", "--config", "missing"], "config must be a YAML file or one of the examples"),
+        (["--study", "switches", "--config", "missing"], "config must be a YAML file or one of those packaged ("),
     ],
     ids=["field", "no-value", "twice", "empty", "equal", "range", "override", "control", "jobs", "name", "study", "config"],
 )
