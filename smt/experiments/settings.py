@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smt.runtime.fields import check_folder_name, check_names, nearest
+from smt.runtime.fields import check_folder_name, check_names
 from smt.runtime.files import packaged_or_file, read_yaml
 from smt.training.settings import RunConfig
 
@@ -109,9 +109,7 @@ class Study:
         """
         file = packaged_or_file(path, STUDY_FOLDER, "study")
         values = read_yaml(file, f"a mapping with {', '.join(PARTS_OF_A_STUDY)}")
-        for part in values:
-            if part not in PARTS_OF_A_STUDY:
-                raise ValueError(f"a study has no part {part!r}; did you mean {nearest(part, PARTS_OF_A_STUDY)!r}?")
+        check_names(str(file), values, PARTS_OF_A_STUDY)
         base = base or values.get("base")
         if base is None:
             raise ValueError(f"{file} must name its base, the configuration that is varied")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from smt.hymba.config import ArchType
-from smt.runtime.fields import check_at_least, check_fields, check_folder_name, nearest
+from smt.runtime.fields import check_at_least, check_fields, check_folder_name, check_known
 from smt.runtime.files import packaged_or_file, read_yaml
 
 FOLDER = Path(__file__).parent / "configs"
@@ -123,10 +123,7 @@ class StudySettings:
             values = _merged({**values, "name": f"{values['name']}_quick"}, of_quick)
         if seeds:
             values["seeds"] = seeds
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"a study has no field {name!r}; did you mean {nearest(name, known)!r}?")
+        check_known(cls, values)
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 

@@ -110,7 +110,7 @@ class TestStudy:
         [
             ("[1]", "must hold a mapping with base, variants, budgets, seeds, got list"),
             ("base: [", "is not YAML"),
-            ("variant: {}", "a study has no part 'variant'; did you mean 'variants'"),
+            ("variant: {}", "bad.yaml has no 'variant'; did you mean 'variants'"),
             ("variants: {a: {}}", "must name its base"),
             ("base: tiny", "must have variants, got none"),
             ("{base: tiny, variants: [a]}", "variants of .* must be a mapping from names to fields"),

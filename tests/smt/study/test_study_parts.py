@@ -62,7 +62,7 @@ def test_the_command_takes_a_file_its_short_form_and_other_seeds(tmp_path, monke
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ("sedes: [1]", "a study has no field 'sedes'; did you mean 'seeds'"),
+        ("sedes: [1]", "StudySettings has no field 'sedes'; did you mean 'seeds'"),
         ("seeds: [1, 1]", "seeds must be one or more, each once"),
         ("models: [mumba]", "models has no 'mumba'; did you mean 'mamba'"),
         ("n_pairs: 0", "n_pairs must be at least 1, got 0"),

@@ -177,7 +177,7 @@ class TestSettings:
         ]
 
     def test_a_missing_file_is_refused_with_the_examples(self):
-        with pytest.raises(ValueError, match=r"one of the examples \(.*stdlib.*\), got 'missing'"):
+        with pytest.raises(ValueError, match=r"one of those packaged \(.*stdlib.*\), got 'missing'"):
             RunConfig.from_yaml("missing")
 
 
