@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -63,6 +62,7 @@ def describe(device: str = "auto") -> dict[str, Any]:
     import torch
 
     from smt.runtime.device import find_device
+    from smt.runtime.environment import version_of
     from smt_kernels.backends import TRITON_LIMITS, automatic_choice
 
     chosen = find_device(device)
@@ -77,18 +77,11 @@ def describe(device: str = "auto") -> dict[str, Any]:
             "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
             "cuda_version": torch.version.cuda,
         },
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "device": chosen.type,
         "dtype": str(example.dtype).removeprefix("torch."),
         "operations": {name: {"backend": choice.backend, "reason": choice.reason} for name, choice in sorted(choices.items())},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _print_columns(rows: Any) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smt.runtime.extras import optional
 from smt.runtime.files import check_folder, finite, text_writer, write_files
 from smt.runtime.names import in_one_line
+from smt.runtime.pictures import draw_all
 from smt.runtime.tables import aligned
 
 RESULTS_FILE = "evaluation.json"
@@ -53,10 +53,5 @@ class Report:
         out.mkdir(parents=True, exist_ok=True)
         values = finite({**self.settings, "notes": self.notes, "results": self.results})
         text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-        files = [out / RESULTS_FILE]
-        write_files({files[0]: text_writer(text)})
-        for name, draw in self.plots.items():
-            with optional(name):
-                write_files({out / name: draw})
-                files.append(out / name)
-        return files
+        write_files({out / RESULTS_FILE: text_writer(text)})
+        return [out / RESULTS_FILE, *draw_all(out, self.plots)]

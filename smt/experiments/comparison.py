@@ -14,9 +14,9 @@ from typing import Any
 
 from smt.evaluation.perplexity import shown_perplexity
 from smt.experiments.record import RunRecord
-from smt.runtime.extras import optional
 from smt.runtime.files import check_folder, finite, text_writer, write_files
 from smt.runtime.names import in_markdown, in_one_line
+from smt.runtime.pictures import draw_all
 from smt.runtime.tables import aligned, markdown
 from smt.training import plots
 
@@ -131,11 +131,8 @@ class Comparison:
         write_files(files)
         figures = {record.name: getattr(record, self.by) for record in self.records}
         histories = {record.name: record.history for record in self.records}
-        plot = folder / f"{stem}.png"
-        with optional(plot.name):
-            write_files({plot: partial(plots.comparison, figures, histories, label=COLUMNS[self.by][0])})
-            return [*files, plot]
-        return list(files)
+        draw = partial(plots.comparison, figures, histories, label=COLUMNS[self.by][0])
+        return [*files, *draw_all(folder, {f"{stem}.png": draw})]
 
     def _cells(self) -> tuple[list[list[str]], list[int]]:
         """The table, and which of its columns are numbers."""

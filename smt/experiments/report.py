@@ -25,8 +25,7 @@ from smt.experiments.run import CellOutcome
 from smt.experiments.seeds import OverSeeds, mean_scores, over_seeds
 from smt.experiments.settings import Study
 from smt.runtime.device import find_device
-from smt.runtime.extras import optional
-from smt.runtime.files import write_files
+from smt.runtime.pictures import draw_all
 
 STEM, POSITION_FILE = "ablation_results", "loss_by_position.png"
 
@@ -56,11 +55,7 @@ class StudyReport:
     def save(self, folder: str | Path) -> list[Path]:
         """Leave ``ablation_results`` in ``folder``, then the plots; the paths of what could be written."""
         files = [] if self.comparison is None else self.comparison.save(folder, STEM, **self.more)
-        for name, draw in self.plots.items():
-            with optional(name):
-                write_files({Path(folder) / name: draw})
-                files.append(Path(folder) / name)
-        return files
+        return files + draw_all(Path(folder), self.plots)
 
 
 def report_study(study: Study, outcomes: Sequence[CellOutcome], control: str | None = None) -> StudyReport:

@@ -21,8 +21,8 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version_of("triton"),
+        "transformers": version_of("transformers"),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -32,7 +32,8 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Which version of a package is installed; None: none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

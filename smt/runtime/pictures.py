@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from smt.runtime.extras import needs_extra
+from smt.runtime.extras import needs_extra, optional
+from smt.runtime.files import write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +28,20 @@ def empty_picture(size: tuple[float, float]) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def draw_all(folder: Path, plots: Mapping[str, Callable[[Path], Any]]) -> list[Path]:
+    """Draw each of ``plots``, which are by the names of their files, in ``folder``; a warning stands for one that cannot be.
+
+    Returns:
+        the paths of what was drawn.
+    """
+    files = []
+    for name, draw in plots.items():
+        with optional(name):
+            write_files({folder / name: draw})
+            files.append(folder / name)
+    return files
 
 
 def marker_of(points: Sized) -> str | None:

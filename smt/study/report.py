@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smt.runtime.extras import optional
 from smt.runtime.files import text_writer, write_files
+from smt.runtime.pictures import draw_all
 from smt.study import plots
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
 from smt.study.expected import expected_table
@@ -40,17 +40,12 @@ def save_report(study: Study, folder: Path) -> list[Path]:
         REPORT_FILE: report(study),
     }
     write_files({folder / name: text_writer(text) for name, text in texts.items()})
-    files = [folder / name for name in texts]
-    drawn: dict[str, Callable[[Path], Any]] = {
+    drawn = {
         "ablation_results.png": partial(plots.plot_results, study),
         "training_stages_comparison.png": partial(plots.plot_stages, study),
         "report.png": partial(plots.plot_report, study, conditions(study), winners(study)),
     }
-    for name, draw in drawn.items():
-        with optional(name):
-            write_files({folder / name: draw})
-            files.append(folder / name)
-    return files
+    return [*(folder / name for name in texts), *draw_all(folder, drawn)]
 
 
 def conditions(study: Study) -> list[str]:
