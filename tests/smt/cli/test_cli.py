@@ -60,7 +60,7 @@ def test_runs_of_ones_own_text_are_in_a_folder_of_its_name(arguments, experiment
         (["--encoding", "tokens"], "encoding must be one of token, stride, stream, got 'tokens'"),
         (
             ["--config", "missing.yaml"],
-            "one of those packaged (finetune, novels, orpo, pg19, recall, recall_pairs, shakespeare, stdlib, stdlib_gpu, tiny, ",
+            "those packaged (finetune, novels, orpo, pg19, recall, recall_pairs, shakespeare, stdlib, stdlib_gpu, tiny, ",
         ),
         (["--architecture", "gpt3"], "architecture must be one of smt, gpt2, hymba, got 'gpt3'"),
         (["--resume", "missing"], "--resume goes on with a run as it was begun; it takes no other setting"),
