@@ -25,11 +25,10 @@ from smt.data.documents import LeftOut, hash_texts, held_out_below, rank_of
 from smt.data.local import HALF_A_PAIR, is_unicode, json_lines
 from smt.data.tokenizer import Tokenizer
 from smt.runtime.files import text_writer, write_files
+from smt.runtime.names import shown
 
 FIELDS = ("prompt", "chosen", "rejected")
 ID_FIELDS = tuple(f"{field}_ids" for field in FIELDS)
-# How many of the lines that were left out for one reason are named; ``left_out.names`` has all.
-NAMES_SHOWN = 3
 
 
 class Pair(NamedTuple):
@@ -169,7 +168,4 @@ def _cut(pair: Pair, n_tokens: int) -> Pair:
 
 
 def _told(left_out: LeftOut) -> str:
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
-
-    return ", ".join(f"{count} {reason} ({some(left_out.names[reason])})" for reason, count in sorted(left_out.items()))
+    return ", ".join(f"{count} {reason} ({shown(left_out.names[reason])})" for reason, count in sorted(left_out.items()))

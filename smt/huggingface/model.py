@@ -16,13 +16,14 @@ from smt.huggingface.padding import right_padding_taken
 from smt.huggingface.special_tokens import ends_of_text
 from smt.huggingface.versions import STATE_NAME, STATE_NAMES, SMTOutput, in_library_terms, pop_state
 from smt.model.batch import check_targets
-from smt.model.checkpoint import CONFIG_FILE, NAMES_SHOWN, read_config
+from smt.model.checkpoint import CONFIG_FILE, read_config
 from smt.model.loss import head_loss
 from smt.model.transformer import StrideMemoryTransformer
 from smt.model.weights import is_hooked
 from smt.pretrained.sources import HF_CONFIG_FILE
 from smt.runtime.extras import needs_extra
 from smt.runtime.files import follow_umask
+from smt.runtime.names import shown
 from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 
 with needs_extra("hf"):
@@ -91,9 +92,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         model, report = super().from_pretrained(source, *arguments, output_loading_info=True, **options)
         for problem, names in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
             if names:
-                more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
                 where = "state_dict" if source is None else f"the checkpoint {str(source)!r}"
-                raise ValueError(f"{where} {problem} {', '.join(sorted(names)[:NAMES_SHOWN])}{more}")
+                raise ValueError(f"{where} {problem} {shown(sorted(names))}")
         devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
         if len(devices) > 1:
             raise ValueError(f"device_map must be of one device, rows and memory of a step are together: got {sorted(devices)}")

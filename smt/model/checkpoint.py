@@ -15,15 +15,15 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from smt.config import SMTConfig
+from smt.config import ModelConfig, SMTConfig
 from smt.runtime.fields import parse
 from smt.runtime.files import read_safetensors, read_yaml, tensors_writer, text_writer, write_files
+from smt.runtime.names import shown
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
-NAMES_SHOWN = 3
 
 Model = TypeVar("Model", bound=nn.Module)
-Config = TypeVar("Config")  # of a model: a dataclass with ``from_dict`` and ``to_dict``
+Config = TypeVar("Config", bound=ModelConfig)
 
 
 def save_model(model: nn.Module, folder: str | Path, **of_run: str) -> None:
@@ -151,5 +151,4 @@ def _check(model: nn.Module, tensors: dict[str, Tensor], folder: Path, leave: tu
     }
     for problem, names in problems.items():
         if names:
-            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            raise ValueError(f"{folder / WEIGHTS_FILE} {problem.format(', '.join(names[:NAMES_SHOWN]) + more)}{hint}")
+            raise ValueError(f"{folder / WEIGHTS_FILE} {problem.format(shown(names))}{hint}")

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+
+# Of a list in a message.
+NAMES_SHOWN = 3
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def in_one_line(name: str) -> str:
