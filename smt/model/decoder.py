@@ -19,7 +19,6 @@ from smt.config import SMTConfig
 from smt.model.layers import (
     FRESH_GATE,
     GATE_RATE,
-    NORM_EPS,
     Block,
     StreamPlace,
     WindowPlace,
@@ -27,6 +26,7 @@ from smt.model.layers import (
     window_layer,
 )
 from smt.model.readout import SlotReadout
+from smt.model.rms_norm import NORM_EPS
 from smt.model.rotary import rotation
 from smt.model.windows import Span, cut_windows, window_cache, window_layout
 from smt.runtime.precision import dtype_of_products

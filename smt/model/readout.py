@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smt.model.rms_norm import NORM_EPS
 from smt.model.windows import Span, over_blocks
 from smt_kernels import WindowSpec
-
-NORM_EPS = 1e-5
 
 
 class SlotReadout(nn.Linear):
@@ -24,8 +23,8 @@ class SlotReadout(nn.Linear):
         nn.init.zeros_(self.weight)
 
 
-def told(readout: nn.Module, slots: Tensor) -> Tensor:
-    """What slots (..., d) tell: zero of a slot that is zero.
+def contribution(readout: nn.Module, slots: Tensor) -> Tensor:
+    """What slots (..., d) add to the hidden states that read them: zero where a slot is zero.
 
     Args:
         readout: W, a linear layer without bias.
@@ -41,6 +40,6 @@ def read_out(readout: nn.Module, hidden: Span, slots: Span, window: WindowSpec) 
     if last < known:
         return hidden.values
     # In the dtype of the sum, in which the gradients of a block's steps are then added.
-    of_known = told(readout, slots.values[:, known - slots.first : last + 1 - slots.first]).to(hidden.values.dtype)
+    of_known = contribution(readout, slots.values[:, known - slots.first : last + 1 - slots.first]).to(hidden.values.dtype)
     of_blocks = F.pad(of_known, (0, 0, known - first, 0)) if known > first else of_known
     return hidden.values + over_blocks(of_blocks, window, hidden.first, hidden.stop)

@@ -13,7 +13,7 @@ from torch import Tensor
 from smt.model.decoder import Decoder
 from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded
-from smt.model.readout import told
+from smt.model.readout import contribution
 from smt.model.step_layers import decode_stream, decode_stride, decode_token, keep_slots, with_keys
 from smt.runtime.precision import dtype_of_products
 from smt.state.rings import from_ring
@@ -36,7 +36,7 @@ def decode_step(memory: StrideMemory, decoder: Decoder, embedded: Tensor, state:
     hidden = _ENCODE[config.encoding](decoder, embedded, state)
     if config.reads_out and config.writes:  # before the first write, zero is read and tells nothing
         newest = (window.writes_before(step) - 1) % config.n_state_slots
-        hidden = hidden + told(decoder.slot_readout, state.slots[rows, newest].to(hidden.dtype))
+        hidden = hidden + contribution(decoder.slot_readout, state.slots[rows, newest].to(hidden.dtype))
     writers = [row for row, of_row in enumerate(state.steps) if config.writes and of_row > 0 and of_row % config.stride == 0]
     weights = None
     if return_weights:

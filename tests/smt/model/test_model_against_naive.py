@@ -6,7 +6,7 @@ from naive import Stream, naive_forward
 from transformers import GPT2Config, GPT2Model, MambaConfig, MambaModel
 
 from smt import SMTConfig, StrideMemoryTransformer
-from smt.model.readout import told
+from smt.model.readout import contribution
 
 D_MODEL, VOCAB = 32, 61
 
@@ -170,7 +170,7 @@ def test_a_fresh_readout_tells_nothing_and_learns_from_every_token_after_the_fir
 def test_small_slots_are_told_less_than_their_direction_and_an_empty_one_nothing():
     slots = torch.tensor([[1e-3, -1e-3], [0.0, 0.0]])
     expected = slots / (slots.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(told(torch.nn.Identity(), slots), expected)
+    torch.testing.assert_close(contribution(torch.nn.Identity(), slots), expected)
 
 
 def test_one_hundred_tokens_make_six_writes():
