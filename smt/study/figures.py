@@ -85,6 +85,17 @@ def at(*path: str) -> Callable[[Mapping[str, Any]], Any]:
     return find
 
 
+def scaled(unit: float, *path: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """As ``at``, in units."""
+    find = at(*path)
+
+    def in_units(values: Any) -> float | None:
+        value = find(values)
+        return None if value is None else value / unit
+
+    return in_units
+
+
 def best(study: Study, stage: str, find: Callable[[Mapping[str, Any]], Any], *, lowest: bool) -> Best | None:
     """The model with the best mean; None where no run has the figure.
 

@@ -11,7 +11,7 @@ from smt.runtime.pictures import empty_picture
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
 from smt.study.figures import NAMES, STAGE_NAMES, Figure, Study, at, over_seeds
 from smt.study.measure import LONG
-from smt.study.tables import KIB, LOSS
+from smt.study.tables import CARRIED_LOSS, KIB, LOSS, text_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "black", "tab:gray")
-CARRIED_LOSS = at("carried", "loss")
 SMALL, MEDIUM, LARGE = 11, 12, 14
 # Inches, and characters of a line of text.
 PAGE, PAGE_COLUMNS = (11.7, 16.5), 116
@@ -98,10 +97,10 @@ def _table(axes: Axes, study: Study) -> None:
     axes.axis("off")
     columns: list[tuple[str, Callable[[str], str]]] = [
         ("parameters", lambda model: f"{study['models'][model]['parameters']:,}"),
-        ("loss, stage 1", lambda model: _text(study, model, TRAINING, LOSS, "{:.3f}".format)),
-        ("perplexity", lambda model: _text(study, model, TRAINING, at("held_out", "perplexity"), "{:,.1f}".format)),
-        ("bits per byte", lambda model: _text(study, model, TRAINING, at("held_out", "bits_per_byte"), "{:.3f}".format)),
-        ("loss, stage 2", lambda model: _text(study, model, ORPO, LOSS, "{:.3f}".format)),
+        ("loss, stage 1", lambda model: text_of(study, model, TRAINING, LOSS, "{:.3f}".format)),
+        ("perplexity", lambda model: text_of(study, model, TRAINING, at("held_out", "perplexity"), "{:,.1f}".format)),
+        ("bits per byte", lambda model: text_of(study, model, TRAINING, at("held_out", "bits_per_byte"), "{:.3f}".format)),
+        ("loss, stage 2", lambda model: text_of(study, model, ORPO, LOSS, "{:.3f}".format)),
         (f"KiB at {LONG:,}", lambda model: f"{study['models'][model][f'bytes_at_{LONG}'] / KIB:,.0f}"),
     ]
     cells = [[NAMES[model], *(show(model) for _, show in columns)] for model in study["models"]]
@@ -240,11 +239,6 @@ def _grey(axes: Axes) -> list[Line2D]:
         name: {"markerfacecolor": "white"} if line.get_markerfacecolor() == "white" else {} for name, line in shown.items()
     }
     return [Line2D([], [], marker=line.get_marker(), label=name, **style, **hollow[name]) for name, line in shown.items()]
-
-
-def _text(study: Study, model: str, stage: str, find: Callable[..., Any], show: Callable[[float], str]) -> str:
-    figure = over_seeds(study, model, stage, find)
-    return "-" if figure is None else figure.text(show)
 
 
 def save(canvas: Canvas, path: str | Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from smt.runtime.tables import markdown
 from smt.study.cell import EQUAL_TIME, ORPO, TRAINING
-from smt.study.figures import NAMES, Figure, Study, at, best, listed, over_seeds
+from smt.study.figures import NAMES, Study, at, best, listed, over_seeds, scaled
 from smt.study.measure import BATCH_SIZES, LONG
 
-LOSS = at("held_out", "loss")
+LOSS, CARRIED_LOSS = at("held_out", "loss"), at("carried", "loss")
 KIB, MIB = 1024, 1024**2
 CSV_COLUMNS = {
     "model": at("model"),
@@ -25,7 +25,7 @@ CSV_COLUMNS = {
     "val_loss": LOSS,
     "perplexity": at("held_out", "perplexity"),
     "bits_per_byte": at("held_out", "bits_per_byte"),
-    "val_loss_memory_carried": at("carried", "loss"),
+    "val_loss_memory_carried": CARRIED_LOSS,
     "train_tokens_per_second": at("tokens_per_second"),
     **{f"decode_tokens_per_second_batch_{size}": at("decoding", str(size)) for size in BATCH_SIZES},
     "kept_bytes_measured": at("kept", "measured"),
@@ -47,18 +47,8 @@ CONTESTS: dict[str, tuple[str, Callable[..., Any], bool, Callable[[float], str]]
         f"decoding speed, batch {size} (tokens/s)": (TRAINING, at("decoding", str(size)), False, "{:,.0f}".format)
         for size in BATCH_SIZES
     },
-    f"least kept at {LONG:,} tokens (KiB)": (
-        TRAINING,
-        lambda run: run["kept"][f"counted_at_{LONG}"] / KIB,
-        True,
-        "{:,.0f}".format,
-    ),
-    "peak memory in training (MiB)": (
-        TRAINING,
-        lambda run: run["peak_bytes"] and run["peak_bytes"] / MIB,
-        True,
-        "{:,.0f}".format,
-    ),
+    f"least kept at {LONG:,} tokens (KiB)": (TRAINING, scaled(KIB, "kept", f"counted_at_{LONG}"), True, "{:,.0f}".format),
+    "peak memory in training (MiB)": (TRAINING, scaled(MIB, "peak_bytes"), True, "{:,.0f}".format),
 }
 
 
@@ -76,19 +66,17 @@ def quality_table(study: Study, stage: str = TRAINING) -> str:
     """What each model has learned after equal tokens, or after ``stage``, and how long it trained."""
     rows = []
     for model, of_model in study["models"].items():
-        figures = [over_seeds(study, model, stage, find) for find in (LOSS, at("held_out", "bits_per_byte"))]
-        perplexity = over_seeds(study, model, stage, at("held_out", "perplexity"))
-        training = [over_seeds(study, model, stage, at(name)) for name in ("steps", "training_seconds")]
         rows.append(
             [
                 NAMES[model],
                 *_layers(of_model["config"]),
                 f"{of_model['parameters']:,}",
                 f"{of_model['embedding'] / of_model['parameters']:.0%}",
-                *(_shown(figure, "{:,.0f}".format) for figure in training),
-                _shown(figures[0], "{:.3f}".format),
-                _shown(perplexity, "{:,.1f}".format),
-                _shown(figures[1], "{:.3f}".format),
+                text_of(study, model, stage, at("steps"), "{:,.0f}".format),
+                text_of(study, model, stage, at("training_seconds"), "{:,.0f}".format),
+                text_of(study, model, stage, LOSS, "{:.3f}".format),
+                text_of(study, model, stage, at("held_out", "perplexity"), "{:,.1f}".format),
+                text_of(study, model, stage, at("held_out", "bits_per_byte"), "{:.3f}".format),
             ]
         )
     header = ["model", "layers", "MLP", "parameters", "embedding", "steps", "seconds"]
@@ -100,10 +88,9 @@ def carried_table(study: Study) -> str:
     rows = []
     for model in study["models"]:
         for stage, name in ((TRAINING, "stage 1"), (ORPO, "stage 2")):
-            carried = over_seeds(study, model, stage, at("carried", "loss"))
-            if carried is not None:
-                anew = over_seeds(study, model, stage, LOSS)
-                rows.append([NAMES[model], name, _shown(anew, "{:.3f}".format), _shown(carried, "{:.3f}".format)])
+            if over_seeds(study, model, stage, CARRIED_LOSS) is not None:
+                losses = [text_of(study, model, stage, find, "{:.3f}".format) for find in (LOSS, CARRIED_LOSS)]
+                rows.append([NAMES[model], name, *losses])
     return table(["model", "after", "every piece anew", "memory carried through whole documents"], rows) if rows else ""
 
 
@@ -124,17 +111,17 @@ def speed_table(study: Study) -> str:
     for model, of_model in study["models"].items():
 
         def shown(find: Callable[..., Any], show: Callable[[float], str], model: str = model) -> str:
-            return _shown(over_seeds(study, model, TRAINING, find), show)
+            return text_of(study, model, TRAINING, find, show)
 
         rows.append(
             [
                 NAMES[model],
                 shown(at("tokens_per_second"), "{:,.0f}".format),
                 *(shown(at("decoding", str(size)), "{:,.0f}".format) for size in BATCH_SIZES),
-                shown(_scaled(KIB, "kept", "measured"), "{:,.1f}".format),
-                shown(_scaled(KIB, "kept", "counted"), "{:,.1f}".format),
+                shown(scaled(KIB, "kept", "measured"), "{:,.1f}".format),
+                shown(scaled(KIB, "kept", "counted"), "{:,.1f}".format),
                 f"{of_model[f'bytes_at_{LONG}'] / KIB:,.1f}",
-                shown(_scaled(MIB, "peak_bytes"), "{:,.0f}".format),
+                shown(scaled(MIB, "peak_bytes"), "{:,.0f}".format),
             ]
         )
     context = study["settings"]["context"]
@@ -147,13 +134,13 @@ def orpo_table(study: Study) -> str:
     """What stage 2 changes: held-out loss, and how the model tells true continuations from its own."""
     rows = []
     for model in study["models"]:
-        before, after = (over_seeds(study, model, stage, LOSS) for stage in (TRAINING, ORPO))
+        losses = [text_of(study, model, stage, LOSS, "{:.3f}".format) for stage in (TRAINING, ORPO)]
         of_pairs = [
-            _shown(over_seeds(study, model, ORPO, at("preference", when, name)), show)
+            text_of(study, model, ORPO, at("preference", when, name), show)
             for name, show in (("accuracy", "{:.1%}".format), ("margin", "{:.3f}".format))
             for when in ("before", "after")
         ]
-        rows.append([NAMES[model], _shown(before, "{:.3f}".format), _shown(after, "{:.3f}".format), *of_pairs])
+        rows.append([NAMES[model], *losses, *of_pairs])
     header = ["model", "loss before", "loss after", "reward accuracy before", "after", "log odds margin before", "after"]
     return table(header, rows)
 
@@ -216,15 +203,7 @@ def _layers(config: Mapping[str, Any]) -> tuple[str, str]:
     return f"{config['n_layers']}", f"{config['d_mlp']:,}"
 
 
-def _shown(figure: Figure | None, show: Callable[[float], str]) -> str:
+def text_of(study: Study, model: str, stage: str, find: Callable[..., Any], show: Callable[[float], str]) -> str:
+    """A figure of a model after a stage, over the seeds, as ``show`` writes it; a dash where there is none."""
+    figure = over_seeds(study, model, stage, find)
     return "-" if figure is None else figure.text(show)
-
-
-def _scaled(unit: int, *path: str) -> Callable[..., Any]:
-    find = at(*path)
-
-    def scaled(run: Any) -> float | None:
-        value = find(run)
-        return None if value is None else value / unit
-
-    return scaled
