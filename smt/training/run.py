@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smt.config import SMTConfig
-from smt.data.pairs import TokenizedPairs, read_pairs
-from smt.data.settings import DataConfig
-from smt.data.tokenized import TokenizedCorpus, tokenize_corpus
+from smt.data.pairs import TokenizedPairs
+from smt.data.tokenized import TokenizedCorpus
 from smt.data.tokenizer import TRAINED
 from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
@@ -29,6 +27,7 @@ from smt.training.accelerate import accelerator_of, agreed, start_trackers
 from smt.training.checkpoints import Checkpoints
 from smt.training.clock import Clock
 from smt.training.ending import Outcome, finish, how_to_go_on, results_of, what_is_left
+from smt.training.reading import read
 from smt.training.run_folder import RunFolder, new_folder
 from smt.training.settings import RunConfig
 from smt.training.stage import Preference, Pretraining
@@ -95,112 +94,103 @@ def resume(folder: str | Path, *, started: float | None = None) -> Outcome:
 
 
 def _run(config: RunConfig, out: Path | None, path: Path | None, started: float | None) -> Outcome:
+    """A run in a new folder below ``out``, or in ``path``, where it goes on from the last checkpoint if there is one."""
     started = time.perf_counter() if started is None else started
-    with needs_extra("train"):
-        import accelerate  # noqa: F401 - what is missing is found before the training, not after it
-        import filelock  # noqa: F401
-        import matplotlib  # noqa: F401
-        import tokenizers  # noqa: F401
-        import tqdm  # noqa: F401
+    _check_packages()
     if path is None:
         check_folder(out / config.experiment)
     else:
         check_folder(path, "the folder of a run")
     with ExitStack() as held:
         accelerator = held.enter_context(accelerator_of(config.training))
-        say = accelerator.print
         if path is not None:
             _lock(path, accelerator, held)
-        rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
-        limit = config.training.save_total_limit
-        snapshot = None if path is None else Checkpoints(path, limit=limit, **rank).newest()
+        snapshot = None if path is None else _checkpoints(path, config, accelerator).newest()
         start = StartingPoint(config.training.init_from if snapshot is None else {}, config.architecture)
         if snapshot is None:
             config = start.adopted_by(config)
             if start.tokenizer is not None:
-                say(f"tokens of the weights to start from: {config.data.tokenizer}", flush=True)
-        # The tokens of a run that goes on are those that it has saved.
-        data = config.data if snapshot is None else replace(config.data, tokenizer=str(path))
-        with accelerator.main_process_first():
-            text = tokenize_corpus(data, config.model.vocab_size)
-        say(text.describe(), flush=True)
-        changed = None if snapshot is None else RunFolder(path).check_text(text)
-        pairs = None
-        if config.data.pairs is not None:
-            pairs = read_pairs(config.data.pairs, text.tokenizer, config.data.chunk_length)
-            say(pairs.describe(), flush=True)
-        for warning in filter(None, (*_warnings(config, text, accelerator), changed)):
-            if accelerator.is_main_process:
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
-        if config.training.compile == "graphs" and isinstance(config.model, SMTConfig) and pairs is None:
-            _check_graphs(config.model, config.data, max(text.train.lengths) - 1)
+                accelerator.print(f"tokens of the weights to start from: {config.data.tokenizer}", flush=True)
+        text, pairs = read(config, None if snapshot is None else path, accelerator)
         if config.data.tokenizer in TRAINED:
             config = replace(config, model=replace(config.model, vocab_size=text.tokenizer.vocab_size))
-        model = fresh_model(config)
-        loaded = start.load(model, match_scale=config.training.match_scale)
-        if loaded is not None:
-            say(loaded, flush=True)
-        if accelerator.process_index:  # the same weights on every process, but dropout of its own
-            torch.manual_seed(config.training.seed + accelerator.process_index)
-        compiled = config.training.compiles(accelerator.device)
-        if compiled:
-            model.compile(**config.training.compile_options())
-        size = f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters"
-        size += ", compiled" * compiled
-        say(f"{size} on {accelerator.device}", flush=True)
-
-        clock = Clock(config.training, started, epoch_targets=(text.train if pairs is None else pairs).n_targets)
-        trainer = Trainer(model, _stage(config, text, pairs, accelerator), config.training, clock, accelerator)
+        trainer = _trainer(config, start, text, pairs, accelerator, started)
         if snapshot is not None:
             trainer.resume(snapshot)
-            say(f"resumed in {path} after step {trainer.progress.step:,}", flush=True)
+            accelerator.print(f"resumed in {path} after step {trainer.progress.step:,}", flush=True)
         if path is None:  # only now: a text that cannot be read leaves no folder behind
             path = Path(agreed(accelerator, lambda: str(new_folder(out, config.experiment))))
             _lock(path, accelerator, held)
-        folder, checkpoints = RunFolder(path), Checkpoints(path, limit=limit, **rank)
-        try:
-            if accelerator.is_main_process:
-                text.tokenizer.save(path)
-                folder.save_text(text)
-                folder.save_config(config)  # last: what has one is a run
-            start_trackers(accelerator, config, path)
-            evaluation = _train(trainer, text, pairs, config, folder, checkpoints)
-            outcome = finish(trainer, text, config, folder, evaluation, started)
-            if outcome.is_main:
-                checkpoints.finish()  # last: without results the run can still be resumed
-        except DivergedError as error:
-            if accelerator.is_main_process:
-                folder.save_history(trainer.progress.history)
-                folder.save_results(
-                    config, results_of(trainer, trainer.evaluation, started), accelerator.device, stopped=str(error)
-                )
-            error.args = (f"{error}. {what_is_left(path, checkpoints, trainer.progress)}",)
-            raise
-        except KeyboardInterrupt as interrupt:
-            number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
-            raise Interrupted(number, how_to_go_on(path, checkpoints)) from None
-        return outcome
+        return _train_in(path, trainer, text, pairs, config, started)
 
 
-def _warnings(config: RunConfig, text: TokenizedCorpus, accelerator: Accelerator) -> list[str | None]:
-    """What the user may not have meant; nothing is wrong with it."""
-    if config.training.stage == "orpo":
-        return [None if config.training.init_from else "stage orpo begins with fresh weights: nothing is in init_from"]
-    rows = config.data.batch_size * accelerator.num_processes
-    short = text.warning(config.model.window_size) if isinstance(config.model, SMTConfig) else None
-    return [short, text.idle_rows(rows, config.data.part_length)]
+def _check_packages() -> None:
+    """What is missing is found before the training, not after it."""
+    with needs_extra("train"):
+        import accelerate  # noqa: F401
+        import filelock  # noqa: F401
+        import matplotlib  # noqa: F401
+        import tokenizers  # noqa: F401
+        import tqdm  # noqa: F401
 
 
-def _check_graphs(model: SMTConfig, data: DataConfig, longest: int) -> None:
-    """Raise if chunks of documents of ``longest`` steps are of more kinds than PyTorch compiles before it gives up."""
-    steps = range(0, min(longest, data.part_length or longest), data.chunk_length)
-    kinds = {model.window.canonical_step(step, model.write_group) for step in steps}
-    most = torch._dynamo.config.recompile_limit
-    if len(kinds) > most:
-        raise ValueError(
-            f"compile = graphs records at most {most} kinds of chunks, and chunk_length = {data.chunk_length} makes "
-            f"{len(kinds)}: take a multiple of stride * write_group = {model.stride * model.write_group}"
-        )
+def _checkpoints(path: Path, config: RunConfig, accelerator: Accelerator) -> Checkpoints:
+    rank = {"rank": accelerator.process_index, "wait": accelerator.wait_for_everyone}
+    return Checkpoints(path, limit=config.training.save_total_limit, **rank)
+
+
+def _trainer(
+    config: RunConfig,
+    start: StartingPoint,
+    text: TokenizedCorpus,
+    pairs: TokenizedPairs | None,
+    accelerator: Accelerator,
+    started: float,
+) -> Trainer:
+    """The model, with the weights that it starts from, and what trains it."""
+    model = fresh_model(config)
+    loaded = start.load(model, match_scale=config.training.match_scale)
+    if loaded is not None:
+        accelerator.print(loaded, flush=True)
+    if accelerator.process_index:  # the same weights on every process, but dropout of its own
+        torch.manual_seed(config.training.seed + accelerator.process_index)
+    compiled = config.training.compiles(accelerator.device)
+    if compiled:
+        model.compile(**config.training.compile_options())
+    size = f"vocabulary {config.model.vocab_size:,}; {model.count_parameters()['total']:,} parameters"
+    size += ", compiled" * compiled
+    accelerator.print(f"{size} on {accelerator.device}", flush=True)
+    clock = Clock(config.training, started, epoch_targets=(text.train if pairs is None else pairs).n_targets)
+    return Trainer(model, _stage(config, text, pairs, accelerator), config.training, clock, accelerator)
+
+
+def _train_in(
+    path: Path, trainer: Trainer, text: TokenizedCorpus, pairs: TokenizedPairs | None, config: RunConfig, started: float
+) -> Outcome:
+    """Train, and leave in the folder ``path`` what comes of it, however it ends."""
+    accelerator, folder = trainer.accelerator, RunFolder(path)
+    checkpoints = _checkpoints(path, config, accelerator)
+    try:
+        if accelerator.is_main_process:
+            text.tokenizer.save(path)
+            folder.save_text(text)
+            folder.save_config(config)  # last: what has one is a run
+        start_trackers(accelerator, config, path)
+        evaluation = _train(trainer, text, pairs, config, folder, checkpoints)
+        outcome = finish(trainer, text, config, folder, evaluation, started)
+        if outcome.is_main:
+            checkpoints.finish()  # last: without results the run can still be resumed
+    except DivergedError as error:
+        if accelerator.is_main_process:
+            folder.save_history(trainer.progress.history)
+            results = results_of(trainer, trainer.evaluation, started)
+            folder.save_results(config, results, accelerator.device, stopped=str(error))
+        error.args = (f"{error}. {what_is_left(path, checkpoints, trainer.progress)}",)
+        raise
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
+        raise Interrupted(number, how_to_go_on(path, checkpoints)) from None
+    return outcome
 
 
 def _stage(
