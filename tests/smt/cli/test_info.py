@@ -6,6 +6,7 @@ import json
 import torch
 
 from smt.cli import info, main
+from smt.runtime.environment import version_of
 from smt_kernels.backends import TRITON_LIMITS, last_choice
 
 
@@ -27,7 +28,7 @@ def test_the_table_has_every_package_once_and_says_what_is_missing(capsys, monke
     lines = capsys.readouterr().out.splitlines()
     for package in info.PACKAGES:
         (line,) = [line for line in lines if line.split()[:1] == [package]]
-        assert ("not installed" in line) == (info._version(package) is None)
+        assert ("not installed" in line) == (version_of(package) is None)
     assert any(line.split()[:2] == ["no-such-package", "not"] for line in lines)
 
 
