@@ -1,10 +1,12 @@
-"""Results that are committed: measured rows in ``benchmarks/results``, tables of studies in ``benchmarks/studies``."""
+"""Results that are committed: measured rows in ``benchmarks/results``, what ablations left in ``benchmarks/studies``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from smt.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "studies"
@@ -50,13 +52,21 @@ def found(rows: list[dict], task: str, case: str, length: int, batch: int = 1) -
     return matching[0]
 
 
-def study(name: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The rows of a study's table by budget and variant."""
-    return {tuple(row["run"].split(",", 1)): row for row in table(name)}
+def study(name: str) -> dict[str, Any]:
+    """What ``smt ablate`` left of a study, its ``ablation_results.json``."""
+    return json.loads((STUDIES / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def table(name: str) -> list[dict[str, str]]:
-    """The rows of the table of a file of studies."""
-    lines = (STUDIES / f"{name}.md").read_text(encoding="utf-8").splitlines()
-    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
-    return [dict(zip(header, row, strict=True)) for row in rows]
+def runs(name: str) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The row of each run of a study, by the parts of its label: the budget where there are several, the seed, the variant."""
+    return {tuple(row["run"].split(",")): row for row in study(name)["runs"]}
+
+
+def over_seeds(name: str) -> dict[tuple[str, ...], dict[str, Estimate | None]]:
+    """The ``loss`` of each variant of a study and its ``difference`` to the control, over seeds, by budget and variant."""
+    return {
+        tuple(found["name"].split(",")): {
+            figure: None if found[figure] is None else Estimate(**found[figure]) for figure in ("loss", "difference")
+        }
+        for found in study(name)["over_seeds"]
+    }

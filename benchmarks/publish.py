@@ -36,12 +36,14 @@ from committed import (
     TOKEN,
     VARIANTS,
     found,
+    over_seeds,
     read,
-    study,
+    runs,
 )
 
-from smt.evaluation.statistics import mean_difference
-from smt.experiments.settings import STUDY_FOLDER
+from smt.evaluation.statistics import Estimate, mean_difference
+from smt.experiments.settings import BOUNDS, STUDY_FOLDER
+from smt.training.settings import RunConfig
 
 BLOCK = re.compile(r"(<!-- made by benchmarks/publish\.py: ([\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
@@ -69,19 +71,21 @@ def speed_table() -> str:
         lines.append(_line("decoding a token, `stream`", f"GPT-2, {name}", *cells))
     carried = [f"{_mib(ours)}, not {_mib(theirs)}" for theirs, ours in pairs]
     lines.append(_line("state, in place of a KV cache", "GPT-2, KV cache", *carried))
-    cells, (losses, _) = study("memory"), _losses_by_seed("groups")
-    tokens, time = (cells[budget, "stream"] for budget in ("equal_tokens", "equal_time"))
-    layer = cells["equal_tokens", "no_writes_3_layers"]
+    cells, losses = over_seeds("memory"), _losses_by_seed("groups")
+    tokens, time, layer = (
+        _difference(cells[cell]["difference"])
+        for cell in (("equal_tokens", "stream"), ("equal_time", "stream"), ("equal_tokens", "no_writes_3_layers"))
+    )
     memory = mean_difference(losses["group_8"], losses["no_writes"])
+    n_seeds = cells["equal_tokens", "stream"]["loss"].n_samples
     return "\n".join(
         [
             *lines,
             "",
             "Loss with memory minus loss without, on source code, in nats per token (below 0 is better): "
-            f"**{memory.mean:+.3f} ± {memory.standard_error:.3f}** with the default's window ({memory.n_samples} seeds); "
-            f"with 8 slots and 32 tokens **{_difference(tokens)}** after equal tokens "
-            f"(a third layer in the decoder alone: {_difference(layer)}), **{_difference(time)}** after equal time "
-            "(one seed). ±: one standard error, over seeds, then over documents.",
+            f"**{_difference(memory)}** with the default's window ({memory.n_samples} seeds); with 8 slots and 32 tokens "
+            f"**{tokens}** after equal tokens (a third layer in the decoder alone: {layer}), **{time}** after equal time "
+            f"({n_seeds} seeds). ±: one standard error over seeds.",
         ]
     )
 
@@ -141,26 +145,47 @@ def stdlib_sentence() -> str:
 
 
 def study_table(name: str) -> str:
-    """A study's cells, a line for each variant and two columns for each budget."""
-    cells, budgets = study(name), yaml.safe_load((STUDY_FOLDER / f"{name}.yaml").read_text())["budgets"]
-    shown = [" ".join(f"{value:,} {unit}" for unit, value in budget.items()) for budget in budgets.values()]
-    lines = [*_header("", "parameters", shown[0], "to *no writes*", shown[1], "to *no writes*", "steps then")]
+    """A study with budgets: a line for each variant, and for each budget its loss and what it loses to no writes."""
+    means, of_runs, settings = over_seeds(name), runs(name), _settings(name)
+    budgets, variants = settings["budgets"], settings["variants"]
+    usual = RunConfig.from_yaml(settings["base"]).training.learning_rate
+    rates = {variant: fields.get("learning_rate", usual) for variant, fields in variants.items()}
+    own_rates = len({*rates.values()}) > 1
+    columns = ["", "parameters", *["learning rate"] * own_rates]
+    for bounds in budgets.values():
+        shown = " ".join(f"{value:,} {unit}" for unit, value in bounds.items() if unit in BOUNDS)
+        columns += [shown, "to *no writes*", *["steps then"] * ("minutes" in bounds)]
+    lines = [*_header(*columns)]
     for variant, title in VARIANTS.items():
-        if ("equal_tokens", variant) not in cells:
+        if variant not in variants:
             continue
-        tokens, time = (cells[budget, variant] for budget in budgets)
-        losses = [f"{float(cell['best loss']):.3f}" for cell in (tokens, time)]
-        figures = [losses[0], _difference(tokens), losses[1], _difference(time), time["steps"]]
-        lines.append(_line(title, tokens["parameters"], *figures))
+        cells = [*[f"{rates[variant]:g}"] * own_rates]
+        for budget, bounds in budgets.items():
+            figures = means[budget, variant]
+            rows = [row for label, row in of_runs.items() if (label[0], label[-1]) == (budget, variant)]
+            cells += [f"{figures['loss'].mean:.3f}", _difference(figures["difference"])]
+            cells += [f"{statistics.fmean(row['steps'] for row in rows):,.0f}"] * ("minutes" in bounds)
+        lines.append(_line(title, f"{rows[0]['parameters']:,}", *cells))
+    return "\n".join(lines)
+
+
+def rates_table(name: str) -> str:
+    """A study whose budgets are learning rates and which has one seed: the loss of each variant at each; not all were run."""
+    losses = {(label[0], label[-1]): row["best_loss"] for label, row in runs(name).items()}
+    budgets = _settings(name)["budgets"]
+    lines = [*_header("", *(f"{bounds['learning_rate']:g}" for bounds in budgets.values()))]
+    for variant, title in VARIANTS.items():
+        of_rates = [losses.get((budget, variant)) for budget in budgets]
+        if any(of_rates):
+            lines.append(_line(title, *("-" if loss is None else f"{loss:.3f}" for loss in of_rates)))
     return "\n".join(lines)
 
 
 def seeds_table(name: str) -> str:
-    """A study whose budgets are seeds: the loss of each variant, and what it loses to two others of the same seed."""
-    losses, seeds = _losses_by_seed(name)
+    """A study with seeds alone: the loss of each variant with each seed, and what it loses to two others of the same seed."""
+    losses, seeds = _losses_by_seed(name), _settings(name)["seeds"]
     controls = {"group_8": "groups of 8", "no_writes": "*no writes*"}
-    names = [seed.replace("_", " ") for seed in seeds]
-    lines = [*_header("", *names, "mean", *(f"to {title}" for title in controls.values()))]
+    lines = [*_header("", *(f"seed {seed}" for seed in seeds), "mean", *(f"to {title}" for title in controls.values()))]
     for variant, of_seeds in losses.items():
         more = []
         for control in controls:
@@ -170,15 +195,19 @@ def seeds_table(name: str) -> str:
     return "\n".join(lines)
 
 
-def _losses_by_seed(name: str) -> tuple[dict[str, list[float]], list[str]]:
-    """The losses of every variant that a study whose budgets are seeds has with all of them; and the seeds."""
-    cells, seeds = study(name), yaml.safe_load((STUDY_FOLDER / f"{name}.yaml").read_text())["budgets"]
-    losses = {
-        variant: [float(cells[seed, variant]["best loss"]) for seed in seeds]
+def _settings(name: str) -> dict[str, Any]:
+    """The file of a packaged study."""
+    return yaml.safe_load((STUDY_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _losses_by_seed(name: str) -> dict[str, list[float]]:
+    """The losses of every variant that a study without budgets has with all seeds."""
+    of_runs, seeds = runs(name), _settings(name)["seeds"]
+    return {
+        variant: [of_runs[f"seed_{seed}", variant]["best_loss"] for seed in seeds]
         for variant in VARIANTS
-        if all((seed, variant) in cells for seed in seeds)
+        if all((f"seed_{seed}", variant) in of_runs for seed in seeds)
     }
-    return losses, [*seeds]
 
 
 def recall_table() -> str:
@@ -216,6 +245,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "decoding": decoding_table,
     "stdlib": stdlib_sentence,
     "study": study_table,
+    "rates": rates_table,
     "seeds": seeds_table,
     "recall": recall_table,
     "comparison": publish_study.section,
@@ -265,10 +295,8 @@ def _measured_on(name: str) -> str:
     return f"{described['processor']}, {threads}, PyTorch {described['torch']}, {described['date']}."
 
 
-def _difference(cell: dict[str, str]) -> str:
-    if cell["difference"] == "-":
-        return "-"
-    return f"{float(cell['difference']):+.3f} ± {float(cell['± s.e.']):.3f}"
+def _difference(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.mean:+.3f} ± {estimate.standard_error:.3f}"
 
 
 def _seconds(row: dict[str, Any]) -> str:

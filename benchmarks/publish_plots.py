@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 
@@ -21,11 +22,10 @@ from committed import (
     STREAM,
     STREAM_ATTENTION,
     STRIDE,
-    STUDIES,
     VARIANTS,
+    over_seeds,
     read,
     study,
-    table,
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,6 +33,8 @@ from matplotlib.ticker import LogLocator, MultipleLocator
 from report import COLOURS
 
 SPEED, MEMORY, POSITION = (ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("speed", "memory", "memory_by_position"))
+# Before this many tokens of a document, intervals are wider than all differences.
+FIRST_POSITION = 64
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "smt"}
 # Ours are blue, and thicker than what they are compared with.
 OURS, OURS_TOO = COLOURS[1], COLOURS[6]
@@ -58,7 +60,8 @@ def digest(plot: Path) -> str:
     if plot == SPEED:
         sources = [read(name)["rows"] for name in ("attention_cpu", "training_cpu", "decoding_cpu", CARD)]
     else:
-        sources = [study("memory") if plot == MEMORY else table("memory_by_position")]
+        memory = study("memory")
+        sources = [memory["over_seeds"] if plot == MEMORY else memory["differences_by_position"]]
     return hashlib.sha256(repr(sources).encode()).hexdigest()[:16]
 
 
@@ -154,14 +157,14 @@ def _short(length: int) -> str:
 
 def draw_memory(path: Path = MEMORY) -> None:
     """Loss of each variant of the study on source code minus that of no writes, after equal tokens and after equal time."""
-    cells = study("memory")
-    variants = [name for name in VARIANTS if name != "no_writes" and ("equal_tokens", name) in cells]
+    found = over_seeds("memory")
+    variants = [name for name in VARIANTS if name != "no_writes" and ("equal_tokens", name) in found]
     titles = {"equal_tokens": "after equal tokens", "equal_time": "after equal time"}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True, sharex=True, layout="constrained")
         for panel, (budget, title) in zip(axes, titles.items(), strict=True):
-            of = [cells[budget, name] for name in variants]
-            differences, errors = ([float(cell[column]) for cell in of] for column in ("difference", "± s.e."))
+            of = [found[budget, name]["difference"] for name in variants]
+            differences, errors = [one.mean for one in of], [one.standard_error for one in of]
             colours = [COLOURS[1] if value < 0 else COLOURS[2] for value in differences]
             bars = panel.barh(range(len(of)), differences, xerr=errors, color=colours, height=0.65)
             panel.bar_label(bars, [f"{value:+.3f}" for value in differences], padding=4, fontsize=10)
@@ -171,14 +174,13 @@ def draw_memory(path: Path = MEMORY) -> None:
             panel.set_xlabel("loss minus that of no writes (nats per token)\nleft of 0 is better")
         axes[0].set_yticks(range(len(variants)), [_words(name) for name in variants])
         axes[0].invert_yaxis()
-        n_documents = re.search(r"over (\d+) documents", (STUDIES / "memory.md").read_text(encoding="utf-8"))[1]
-        _footnote(figure, f"One seed. Whiskers: one standard error over the {n_documents} held-out documents, not over seeds.")
+        _footnote(figure, f"Means of {of[0].n_samples} seeds. Whiskers: one standard error over seeds.")
         _save(figure, path, MEMORY)
 
 
 def draw_memory_by_position(path: Path = POSITION) -> None:
     """How much more three variants lose than no writes after equal tokens, by tokens of the document before."""
-    rows = table("memory_by_position")
+    curves = study("memory")["differences_by_position"]["equal_tokens,no_writes"]
     looks = {
         "stream": {"color": OURS, "marker": "s", "lw": 2.6, "ms": 6},
         "no_writes_3_layers": {"color": COLOURS[2], "marker": "D", "lw": 1.5, "ms": 5},
@@ -187,14 +189,19 @@ def draw_memory_by_position(path: Path = POSITION) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(11, 4.2), layout="constrained")
         for name, look in looks.items():
-            points = [(float(row["middle of the bin"].replace(",", "")), *map(float, row[name].split(" ± "))) for row in rows]
-            axes.plot(*zip(*(point[:2] for point in points), strict=True), label=_words(name), **look)
-            x, mean, margin = zip(*(point for point in points if len(point) == 3), strict=True)
+            curve = curves[f"equal_tokens,{name}"]
+            bins = [
+                (start, stop, of) for start, stop, of in zip(curve["edges"], curve["edges"][1:], curve["bins"], strict=False)
+            ]
+            shown = [(math.sqrt(start * (stop - 1)), of) for start, stop, of in bins if start >= FIRST_POSITION and of]
+            axes.plot([x for x, _ in shown], [of["nats"] for _, of in shown], label=_words(name), **look)
+            known = [(x, of["nats"], of["margin"]) for x, of in shown if of["margin"] is not None]
+            x, mean, margin = zip(*known, strict=True)
             low, high = ([m + sign * by for m, by in zip(mean, margin, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.16, lw=0)
         axes.axhline(0, color="0.3", lw=1)
         axes.set_xscale("log", base=2)
-        starts = [int(row["tokens from"].replace(",", "")) for row in rows]
+        starts = [start for start, *_ in bins if start >= FIRST_POSITION]
         axes.set_xticks(starts, [_short(start) for start in starts])
         axes.minorticks_off()
         axes.yaxis.set_major_locator(MultipleLocator(0.05))
@@ -205,7 +212,8 @@ def draw_memory_by_position(path: Path = POSITION) -> None:
         axes.grid(axis="y", lw=0.5, color="0.88")
         axes.legend(frameon=False, fontsize=10, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.0))
         axes.set_ylim(top=0.06)
-        _footnote(figure, "One seed. Shaded: 95 % intervals over documents; the last point is of one document.")
+        n_seeds = over_seeds("memory")["equal_tokens", "stream"]["loss"].n_samples
+        _footnote(figure, f"Means of {n_seeds} seeds. Shaded: 95 % intervals over documents; none where there is one alone.")
         _save(figure, path, POSITION)
 
 
