@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
         cases = training_cases(config, options.training_lengths, options.batch, device)
         rows += _table(task, cases, options.training_lengths, options, device)
     print("FLOP limit: the ratio of multiply-adds, which is the speed-up if both sides did theirs at one rate")
-    print(f"published: {PUBLISHED_SPEEDUP:,}x fewer FLOPs than full attention at 4,096; benchmarks/claims.py recounts it")
+    if attention:
+        print(f"published: {PUBLISHED_SPEEDUP:,}x fewer FLOPs than full attention at 4,096; benchmarks/claims.py recounts it")
 
     settings = {
         name: getattr(options, name) for name in ("batch", "heads", "head_dim", "dtype", "max_seconds", "repeats", "quick")
@@ -146,7 +147,7 @@ def _table(
     published: str = "",
 ) -> list[Row]:
     width = max(len(case.name) for case in cases)
-    print_header(task, cases[0].name, width)
+    print_header(task, cases[0].name, width, published)
     rows = []
     limits = {"max_seconds": options.max_seconds, "max_repeats": options.repeats}
     for of_length in measure(task, cases, lengths, batch=options.batch, device=device, **limits):

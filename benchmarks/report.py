@@ -32,14 +32,14 @@ def print_machine(described: dict[str, Any]) -> None:
         print("Times are too high, and speed-ups mean little.")
 
 
-def print_header(task: str, baseline: str, case_width: int) -> None:
-    """The title and the column names of one table."""
+def print_header(task: str, baseline: str, case_width: int, published: str) -> None:
+    """The title and the column names of one table; arguments as ``print_rows``."""
     print(f"\n{task}; ratio = time of {baseline} / time of the case, n = calls timed in turns")
-    print(_line(COLUMNS, case_width))
+    print(_line(COLUMNS if published else COLUMNS[:-1], case_width))
 
 
 def print_rows(rows: list[Row], case_width: int, published: str) -> None:
-    """The rows of one length, ``published`` beside every ratio."""
+    """The rows of one length, ``published`` beside every ratio; "" where nothing was."""
     for row in rows:
         if row.not_measured is not None:
             print(f"{row.length:>7,}  {row.case:<{case_width}}  -- {row.not_measured}")
@@ -54,7 +54,7 @@ def print_rows(rows: list[Row], case_width: int, published: str) -> None:
             "" if row.ratio is None else _times(row.ratio),
             "" if row.flop_limit is None else _times(row.flop_limit),
             "" if row.fraction_of_limit is None else f"{row.fraction_of_limit:.0%}",
-            "" if row.ratio is None or row.flop_limit is None else published,
+            *(["" if row.ratio is None or row.flop_limit is None else published] if published else []),
         )
         print(_line(cells, case_width))
     print(flush=True)
@@ -195,7 +195,7 @@ def _finish(axes: Axes, rows: list[Row], number: str, of: str = "sequence length
 def _line(cells: tuple[str, ...], case_width: int) -> str:
     length, case, *numbers = cells
     widths = (9, 9, 10, 3, 8, 10, 8, 9)
-    aligned = (f"  {cell:>{width}}" for cell, width in zip(numbers, widths, strict=True))
+    aligned = (f"  {cell:>{width}}" for cell, width in zip(numbers, widths, strict=False))
     return f"{length:>7}  {case:<{case_width}}" + "".join(aligned)
 
 
