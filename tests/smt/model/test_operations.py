@@ -65,11 +65,11 @@ def training_steps(monkeypatch, batch, length, n_steps, **switches):
 
 @pytest.mark.triton
 @pytest.mark.interpreter
-def test_a_layer_of_a_training_step_is_forty_three_operations_at_most(monkeypatch):
+def test_a_layer_of_a_training_step_is_forty_operations_at_most(monkeypatch):
     two, four = (training_steps(monkeypatch, 8, 4096, 3, writes=False, transformer_n_layers=n_layers) for n_layers in (2, 4))
     per_layer = [(len(more.names) - len(less.names)) / 2 for less, more in zip(two, four, strict=True)]
-    assert per_layer[0] <= 39, "dropout, where there is some, is two more of each sublayer"
-    assert per_layer[1:] == per_layer[1:2] * 2 and per_layer[1] <= 43, "and keys and values go behind those that are held"
+    assert per_layer[0] <= 36, "dropout, where there is some, is two more of each sublayer"
+    assert per_layer[1:] == per_layer[1:2] * 2 and per_layer[1] <= 40, "and keys and values go behind those that are held"
     once = [len(less.names) - 2 * layers for less, layers in zip(two, per_layer, strict=True)]
     assert max(once) <= 60, "what is done once for all layers"
 
