@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smt_kernels.operators import is_transformed
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -37,9 +41,36 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
 
 def split_and_turn(heads: Tensor, sizes: Sequence[int], turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
     """Heads (B, T, H + 2 H_kv, D) of queries, keys and values, the ``sizes`` of each: the queries and keys turned."""
+    one_node = heads.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
+    if one_node:
+        return _SplitAndTurn.apply(heads, *turn, tuple(sizes))
     n_queries, n_keys, n_values = sizes
     q_and_k, v = heads.split([n_queries + n_keys, n_values], dim=-2)
     return *rotate(q_and_k, turn).split([n_queries, n_keys], dim=-2), v
+
+
+class _SplitAndTurn(torch.autograd.Function):
+    """The same as one node of the graph, whose gradients are gathered once and turned back where they lie."""
+
+    @staticmethod
+    def forward(heads: Tensor, cosine: Tensor, sine: Tensor, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            return split_and_turn(heads, sizes, (cosine, sine))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, cosine, sine, ctx.sizes = inputs
+        ctx.save_for_backward(cosine, sine)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, sine = ctx.saved_tensors
+        d_heads = torch.cat(grads, dim=-2)
+        turned = d_heads[..., : sum(ctx.sizes[:2]), :]
+        crosswise = (turned * sine).roll(turned.shape[-1] // 2, dims=-1)
+        torch.addcmul(crosswise, turned, cosine, out=turned)
+        return d_heads, None, None, None
 
 
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:

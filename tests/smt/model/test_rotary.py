@@ -50,9 +50,17 @@ def test_a_turn_keeps_pairs_of_coordinates_and_their_length():
     assert turned[0, 1, 0, 0].item() == pytest.approx(first.item(), rel=1e-12)
 
 
-def test_queries_and_keys_are_turned_and_values_are_not():
-    heads = torch.randn(2, 3, 8, HEAD_DIM)
-    turn = rotation(torch.tensor([0, 1, 77]), HEAD_DIM, THETA, torch.float32)
-    q, k, v = split_and_turn(heads, (4, 2, 2), turn)
-    assert torch.equal(q, rotate(heads[:, :, :4], turn)) and torch.equal(k, rotate(heads[:, :, 4:6], turn))
-    assert torch.equal(v, heads[:, :, 6:])
+def test_the_gradient_of_heads_that_are_split_and_turned_is_autograds():
+    heads = torch.randn(2, 3, 8, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    turn = rotation(torch.tensor([0, 1, 77]), HEAD_DIM, THETA, torch.float64)
+    q_and_k, v = heads.split([6, 2], dim=-2)
+    expected = *rotate(q_and_k, turn).split([4, 2], dim=-2), v
+    found = split_and_turn(heads, (4, 2, 2), turn)
+    weights = [torch.randn_like(part) for part in expected]
+    for actual, part in zip(found, expected, strict=True):
+        assert torch.equal(actual, part)
+    of_found, of_expected = (
+        torch.autograd.grad(sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True)), heads)
+        for parts in (found, expected)
+    )
+    torch.testing.assert_close(of_found, of_expected)
