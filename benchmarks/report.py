@@ -195,7 +195,7 @@ def _finish(axes: Axes, rows: list[Row], number: str, of: str = "sequence length
 def _line(cells: tuple[str, ...], case_width: int) -> str:
     length, case, *numbers = cells
     widths = (9, 9, 10, 3, 8, 10, 8, 9)
-    aligned = (f"  {cell:>{width}}" for cell, width in zip(numbers, widths, strict=False))
+    aligned = (f"  {cell:>{width}}" for cell, width in zip(numbers, widths[: len(numbers)], strict=True))
     return f"{length:>7}  {case:<{case_width}}" + "".join(aligned)
 
 

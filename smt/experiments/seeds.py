@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -76,5 +75,5 @@ def as_text(found: Sequence[OverSeeds]) -> str:
     return aligned([("over seeds", "best loss", "difference"), *rows], {1, 2}, rule=True)
 
 
-def _shown(figure: Estimate | None, form: str) -> Any:
+def _shown(figure: Estimate | None, form: str) -> str:
     return "-" if figure is None else f"{form.format(figure.mean)} ± {figure.standard_error:.4f}"

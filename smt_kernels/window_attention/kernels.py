@@ -262,7 +262,7 @@ def _launch(
     settings = head_settings(TABLE, name, head_dim, q.dtype, q.device)
     main_queries, remainder_queries = _blocks(n_queries)
     query_block = min(main_queries, settings.query_block)
-    if query_block == 16 and q.dtype.itemsize == 2 and architecture_family(q.device) == "hopper":
+    if settings.num_warps > 4 and query_block == 16 and q.dtype.itemsize == 2 and architecture_family(q.device) == "hopper":
         # Eight warps on products with 16 rows have faulted there, in another kernel: docs/log.md, 26 November.
         settings = replace(settings, num_warps=4)
     main_keys, remainder_keys = _blocks(window)
