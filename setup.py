@@ -31,6 +31,7 @@ setup(
         "smt.experiments": ["studies/*.yaml"],
         "smt.study": ["configs/*.yaml"],
         "smt.huggingface": ["model_card.md"],
+        "smt_kernels.testing.null_gpu": ["runtime.c"],
     },
     install_requires=[
         "torch>=2.10",

@@ -1,14 +1,15 @@
 """What every test runs under: the device, the interpreter where there is no GPU, threads, one seed per test.
 
 Without a CUDA device, Triton kernels run in their interpreter, mended by ``smt_kernels.testing.interpreter``; with one,
-they run natively, and ``TRITON_INTERPRET=1 pytest`` asks for the interpreter all the same. Four markers name needs:
+they run natively, and ``TRITON_INTERPRET=1 pytest`` asks for the interpreter all the same. Five markers name needs:
 
     triton        triton must be installed (every parametrisation with the triton backend carries it)
     interpreter   kernels must be interpreted, because their memory accesses are counted
     cuda          kernels must run natively
     mamba         mamba-ssm and causal-conv1d must be installed
+    null_gpu      the null GPU, on which the host's side of a GPU runs, must be possible
 
-A test whose need is not met is deselected, and the last lines of the report say how many and why. A fifth names a choice:
+A test whose need is not met is deselected, and the last lines of the report say how many and why. A sixth names a choice:
 ``pytest -m native`` is every kernel in every dtype and mode, with few distinct ones to compile.
 """
 
@@ -29,6 +30,8 @@ from collections.abc import Callable, Iterator
 import deprecations
 import pytest
 import torch
+
+from smt_kernels.testing import null_gpu
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MAMBA_INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d"))
@@ -51,10 +54,11 @@ _NEEDS = {
     "triton": (TRITON_INSTALLED, "triton is not installed"),
     "cuda": (DEVICE == "cuda", "no kernel runs natively here"),
     "mamba": (MAMBA_INSTALLED, "mamba-ssm or causal-conv1d is not installed"),
+    "null_gpu": (null_gpu.missing() is None, f"no null GPU: {null_gpu.missing()}"),
     "interpreter": (INTERPRETED, "kernels run natively here; set TRITON_INTERPRET=1 to count what they read and write"),
 }
 # Begun first, so that no worker is long at work when the others have ended.
-LONGEST = ("test_kernel_budgets.py", "test_distributed.py", "test_resume.py")
+LONGEST = ("test_kernel_budgets.py", "test_distributed.py", "test_resume.py", "test_null_gpu.py")
 _deselected: Counter[str] = Counter()
 
 
