@@ -51,6 +51,11 @@ TABLE: Table = {
         )
         for kernel in (_STEPS, _SLOTS)
     },
+    # 64 rows would take 272 KiB of the 227 of these chips.
+    **{
+        (_STEPS, family, 4): (*_SINGLE[_STEPS][:4], replace(_SINGLE[_STEPS][4], query_block=32))
+        for family in ("hopper", "blackwell")
+    },
     **{(kernel, "cdna", 4): _SINGLE_CDNA for kernel in _SINGLE},
     **{(_FORWARD, family, 2): _FORWARD_HALF for family in FAMILIES},
     **{(_GROUPED, family, 2): _GROUPED_HALF for family in FAMILIES},

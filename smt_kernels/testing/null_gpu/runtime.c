@@ -40,11 +40,13 @@ CUresult cuGetErrorString(CUresult error, const char **text) { return *text = cu
 
 /* ---- The device: that of NULL_GPU_CAPABILITY, 90 as of an H100 where it is not set. */
 
-static int capability, most_shared;
+static int capability, most_shared, visible;
 
 __attribute__((constructor)) static void begin(void) {
     const char *asked = getenv("NULL_GPU_CAPABILITY");
     capability = asked ? atoi(asked) : 90;
+    const char *devices = getenv("CUDA_VISIBLE_DEVICES");
+    visible = !devices || *devices == '0'; /* the first, or none */
     most_shared = 1024 * (capability == 80 ? 163 : capability == 90 || capability == 100 ? 227 : 99);
 }
 
@@ -89,14 +91,14 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *of, int device) {
     return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *count) { return *count = visible, visible ? cudaSuccess : cudaErrorNoDevice; }
 cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int *can, int one, int other) { return *can = 0, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { return *version = 13000, cudaSuccess; }
 CUresult cuDriverGetVersion(int *version) { return *version = 13000, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = 0, CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int *count) { return *count = 1, CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *count) { return *count = visible, CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return *context = (CUcontext)&capability, CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) { return *flags = 0, *active = 1, CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *context) { return *context = (CUcontext)&capability, CUDA_SUCCESS; }
@@ -413,6 +415,7 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *how, void *a, void *b, vo
                                    unsigned long *results, int *found) {
     return memset(results, 0, 10 * 8), *found = 1, 0;
 }
+int nvrtcVersion(int *major, int *minor) { return *major = 13, *minor = 0, 0; }
 int nvrtcGetLoweredName(void *program, const char *name, const char **lowered) { return *lowered = "compiled by PyTorch", 0; }
 int nvrtcGetCUBINSize(void *program, size_t *bytes) { return *bytes = 1, 0; }
 int nvrtcGetPTXSize(void *program, size_t *bytes) { return *bytes = 1, 0; }
