@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -77,7 +78,10 @@ def missing() -> str | None:
     """What the null GPU needs and this machine lacks; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec("nvidia.cu13") is None:
+    header = _headers() / "cuda_runtime_api.h"
+    if not header.is_file() or not re.search(r"define CUDART_VERSION +13", header.read_text(errors="replace")):
+        return "this triton brings no headers of CUDA 13"
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cu13") is None:
         return "PyTorch is not one for CUDA 13"
     absent = [tool for tool in (_compiler(), "nm") if shutil.which(tool) is None]
     return f"there is no {absent[0]}" if absent else None
@@ -101,25 +105,24 @@ def environment(capability: int = 90) -> dict[str, str]:
 
 
 def _build() -> Path:
-    """The folder of the libraries, built where nobody has yet for these versions."""
+    """The folder of the libraries in the user's cache, built where nobody has yet for these versions."""
     source = Path(__file__).with_name("runtime.c")
     of = hashlib.sha256(source.read_bytes() + Path(__file__).read_bytes() + version("torch").encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"smt_null_gpu_{os.getuid()}_{of}"
-    if not folder.is_dir():
-        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-            exports = Path(work) / "exports.c"
-            idle = sorted(_exported() - _written(source))
-            exports.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in idle))
-            for name in _SONAMES:
-                _run(
-                    _compiler(), "-w", "-O1", "-fPIC", "-shared", f"-Wl,-soname,{name}", f"-I{_headers()}",
-                    "-o", str(Path(work) / name), str(source), str(exports), "-ldl", "-lpthread",
-                )  # fmt: skip
-            shutil.copytree(work, f"{folder}.{os.getpid()}")
-        try:
-            os.rename(f"{folder}.{os.getpid()}", folder)
-        except OSError:  # another process was first
-            shutil.rmtree(f"{folder}.{os.getpid()}")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smt_kernels" / f"null_gpu_{of}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        exports = Path(work) / "exports.c"
+        idle = sorted(_exported() - _written(source))
+        exports.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in idle))
+        for name in _SONAMES:
+            _run(
+                _compiler(), "-w", "-O1", "-fPIC", "-shared", f"-Wl,-soname,{name}", f"-I{_headers()}",
+                "-o", str(Path(work) / name), str(source), str(exports), "-ldl", "-lpthread",
+            )  # fmt: skip
+        with suppress(OSError):  # another process was first
+            os.rename(work, folder)
     return folder
 
 
