@@ -35,6 +35,7 @@ from smt_kernels.testing import null_gpu
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MAMBA_INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d"))
+NO_NULL_GPU = null_gpu.missing()
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
@@ -54,7 +55,7 @@ _NEEDS = {
     "triton": (TRITON_INSTALLED, "triton is not installed"),
     "cuda": (DEVICE == "cuda", "no kernel runs natively here"),
     "mamba": (MAMBA_INSTALLED, "mamba-ssm or causal-conv1d is not installed"),
-    "null_gpu": (null_gpu.missing() is None, f"no null GPU: {null_gpu.missing()}"),
+    "null_gpu": (NO_NULL_GPU is None, f"no null GPU: {NO_NULL_GPU}"),
     "interpreter": (INTERPRETED, "kernels run natively here; set TRITON_INTERPRET=1 to count what they read and write"),
 }
 # Begun first, so that no worker is long at work when the others have ended.

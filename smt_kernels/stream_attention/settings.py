@@ -51,7 +51,7 @@ TABLE: Table = {
         )
         for kernel in (_STEPS, _SLOTS)
     },
-    # 64 rows would take 272 KiB of the 227 of these chips.
+    # 64 rows would take 272 KiB of Hopper's 227, and spill twice as much on Blackwell.
     **{
         (_STEPS, family, 4): (*_SINGLE[_STEPS][:4], replace(_SINGLE[_STEPS][4], query_block=32))
         for family in ("hopper", "blackwell")

@@ -1,6 +1,8 @@
 """A process of its own, on the null GPU: what steps of training and decoding ask of the device, as JSON.
 
-python -m smt_kernels.testing.null_gpu python tests/smt/null_gpu_steps.py
+    python -m smt_kernels.testing.null_gpu python tests/smt/null_gpu_steps.py
+
+It begins on the null GPU or not at all.
 """
 
 from __future__ import annotations
@@ -45,11 +47,21 @@ def main() -> None:
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
             backward()
 
+    def record_on_two_streams() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+            other.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other):
+                first * 2
+            torch.cuda.current_stream().wait_stream(other)
+
     def decode() -> None:
         with torch.no_grad():
             model(second[:, :1], state=state)
 
+    other = torch.cuda.Stream()
     found = {"training": asked(step), "backward": asked(backward), "recorded": asked(record), "decoding": asked(decode)}
+    found["two streams"] = asked(record_on_two_streams)
+    other.synchronize()  # which the graph has let go
     try:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             float(parameters[0].sum())

@@ -24,12 +24,18 @@ def test_steps_wait_for_nothing_and_a_graph_holds_them():  # in one process, sin
         assert (asked[what]["to_device"], asked[what]["to_host"], asked[what]["waits"]) == (0, 0, 0), what
     assert asked["recorded"]["kernels"] == asked["backward"]["kernels"] <= asked["recorded"]["captured"]
     assert (asked["recorded"]["to_device"], asked["recorded"]["to_host"]) == (0, 0)
+    assert asked["two streams"]["kernels"] == asked["two streams"]["captured"] == 1
     assert "null GPU" in asked["waiting while a graph is recorded"]
 
 
 def test_without_it_there_are_no_counts():
     with pytest.raises(RuntimeError, match="does not run on the null GPU"):
         null_gpu.counts()
+
+
+def test_a_device_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"capability must be one of 75, 80, .*, got 61"):
+        null_gpu.environment(61)
 
 
 def test_whoever_lacks_what_it_needs_is_told(monkeypatch):

@@ -28,6 +28,8 @@ from pathlib import Path
 
 # The libraries of the CUDA package that it stands for, beside the driver.
 _LIBRARIES = ("cudart", "cublas", "cublasLt", "nvrtc")
+# Capability, times 10: KiB of shared memory that a program may have, and threads of a multiprocessor.
+_DEVICES = {75: (64, 1024), 80: (163, 2048), 86: (99, 1536), 89: (99, 1536), 90: (227, 2048), 100: (227, 2048), 120: (99, 1536)}
 # Under these names it is found by who opens a library by name: Triton and PyTorch.
 _SONAMES = ("libcuda.so.1", "libnvrtc.so.13")
 
@@ -94,14 +96,19 @@ def environment(capability: int = 90) -> dict[str, str]:
         capability: the compute capability that the device says it has, times 10.
 
     Raises:
+        ValueError: no such device is known.
         RuntimeError: something is ``missing``.
     """
+    if capability not in _DEVICES:
+        raise ValueError(f"capability must be one of {', '.join(map(str, _DEVICES))}, got {capability}")
     if (why := missing()) is not None:
         raise RuntimeError(f"no null GPU can be built: {why}")
     folder = _build()
-    libraries = " ".join(str(folder / name) for name in _SONAMES)
+    libraries = " ".join([*(str(folder / name) for name in _SONAMES), *os.environ.get("LD_PRELOAD", "").split()])
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept | {"LD_PRELOAD": libraries, "TRITON_LIBCUDA_PATH": str(folder), "NULL_GPU_CAPABILITY": str(capability)}
+    shared, threads = _DEVICES[capability]
+    device = f"{capability},{shared << 10},{threads}"
+    return kept | {"LD_PRELOAD": libraries, "TRITON_LIBCUDA_PATH": str(folder), "NULL_GPU": device}
 
 
 def _build() -> Path:

@@ -18,7 +18,7 @@ def main() -> None:
         parser.error("no command is given")
     try:
         os.execvpe(options.command[0], options.command, environment(options.capability))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

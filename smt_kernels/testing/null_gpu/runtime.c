@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 /* What the host has asked for, as null_gpu_counts tells it. */
 static struct { long kernels, triton, products, graphs, captured, to_device, to_host, waits; } counts;
@@ -38,16 +39,17 @@ const char *cudaGetErrorName(cudaError_t error) { return "an error of the null G
 const char *cudaGetErrorString(cudaError_t error) { return "refused by the null GPU, which says why on stderr"; }
 CUresult cuGetErrorString(CUresult error, const char **text) { return *text = cudaGetErrorString(error), CUDA_SUCCESS; }
 
-/* ---- The device: that of NULL_GPU_CAPABILITY, 90 as of an H100 where it is not set. */
+/* ---- The device: its capability, shared memory and threads as ``environment`` in __init__.py gives them. */
 
-static int capability, most_shared, visible;
+static int capability, most_shared, most_threads, visible;
 
 __attribute__((constructor)) static void begin(void) {
-    const char *asked = getenv("NULL_GPU_CAPABILITY");
-    capability = asked ? atoi(asked) : 90;
-    const char *devices = getenv("CUDA_VISIBLE_DEVICES");
+    const char *device = getenv("NULL_GPU"), *devices = getenv("CUDA_VISIBLE_DEVICES");
+    if (!device || sscanf(device, "%d,%d,%d", &capability, &most_shared, &most_threads) != 3) {
+        fprintf(stderr, "null GPU: not begun by python -m smt_kernels.testing.null_gpu\n");
+        _exit(2);
+    }
     visible = !devices || *devices == '0'; /* the first, or none */
-    most_shared = 1024 * (capability == 80 ? 163 : capability == 90 || capability == 100 ? 227 : 99);
 }
 
 static int attribute(int which) {
@@ -61,7 +63,7 @@ static int attribute(int which) {
         case cudaDevAttrMaxGridDimX: return 0x7fffffff;
         case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: return 65535;
         case cudaDevAttrMaxBlocksPerMultiprocessor: return 32;
-        case cudaDevAttrMaxThreadsPerMultiProcessor: return capability == 80 || capability == 90 || capability == 100 ? 2048 : 1536;
+        case cudaDevAttrMaxThreadsPerMultiProcessor: return most_threads;
         case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: return 65536;
         case cudaDevAttrMaxSharedMemoryPerBlock: return 49152;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: return most_shared;
@@ -82,7 +84,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *of, int device) {
     snprintf(of->name, sizeof of->name, "null GPU of capability %d.%d", capability / 10, capability % 10);
     of->major = capability / 10, of->minor = capability % 10;
     of->multiProcessorCount = attribute(cudaDevAttrMultiProcessorCount), of->warpSize = 32;
-    of->maxThreadsPerBlock = 1024, of->maxThreadsPerMultiProcessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
+    of->maxThreadsPerBlock = 1024, of->maxThreadsPerMultiProcessor = most_threads;
     of->maxThreadsDim[0] = of->maxThreadsDim[1] = 1024, of->maxThreadsDim[2] = 64;
     of->maxGridSize[0] = 0x7fffffff, of->maxGridSize[1] = of->maxGridSize[2] = 65535, of->maxBlocksPerMultiProcessor = 32;
     of->regsPerBlock = of->regsPerMultiprocessor = 65536;
@@ -126,14 +128,13 @@ CUresult cuGetExportTable(const void **table, const CUuuid *which) { /* of what 
 
 /* ---- Streams, events and captures. A stream joins a capture by waiting for an event of it. */
 
-typedef struct { long capture; } Stream; /* of which capture it is; 0: of none */
+typedef struct { long capture; } Stream; /* the last one that it was part of */
 typedef struct { long capture; double time; } Event;
 typedef struct { size_t nodes; } Graph;
 
 static Stream legacy, per_thread;
 static Graph *recorded; /* by the capture that is under way */
-static long last_capture;
-static int capturing;
+static long last_capture, capturing; /* the one that is under way; 0: none is */
 static enum cudaStreamCaptureMode mode;
 static __thread enum cudaStreamCaptureMode mode_of_thread;
 
@@ -141,13 +142,16 @@ static Stream *stream_of(cudaStream_t stream) {
     return !stream || stream == cudaStreamLegacy ? &legacy : stream == cudaStreamPerThread ? &per_thread : (Stream *)stream;
 }
 
+static int recording(const Stream *stream) { return capturing && stream->capture == capturing; }
+static int recorded_by(const Event *event) { return capturing && event->capture == capturing; }
+
 static int waits_are_refused(void) {
     return capturing && mode == cudaStreamCaptureModeGlobal && mode_of_thread == cudaStreamCaptureModeGlobal;
 }
 
 /* Something is put into a stream: at once, or into the graph that it records. */
 static cudaError_t put(Stream *stream, const char *what) {
-    if (stream->capture) return recorded->nodes++, counts.captured++, cudaSuccess;
+    if (recording(stream)) return recorded->nodes++, counts.captured++, cudaSuccess;
     if (stream == &legacy && waits_are_refused()) {
         fprintf(stderr, "null GPU: %s: ", what);
         return refuse(cudaErrorStreamCaptureImplicit, "work on the default stream while another is recorded");
@@ -170,7 +174,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     counts.waits++;
-    if (!stream_of(stream)->capture && !waits_are_refused()) return cudaSuccess;
+    if (!recording(stream_of(stream)) && !waits_are_refused()) return cudaSuccess;
     return refuse(cudaErrorStreamCaptureUnsupported, "a wait for a stream in a capture");
 }
 cudaError_t cudaDeviceSynchronize(void) {
@@ -178,7 +182,7 @@ cudaError_t cudaDeviceSynchronize(void) {
     return capturing ? refuse(cudaErrorStreamCaptureUnsupported, "a wait for the device in a capture") : cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-    if (!stream_of(stream)->capture) return cudaSuccess;
+    if (!recording(stream_of(stream))) return cudaSuccess;
     return refuse(cudaErrorStreamCaptureUnsupported, "a stream is asked in a capture whether it is done");
 }
 
@@ -193,7 +197,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) { return cudaEventRecord(event, stream); }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-    if (!capturing || !((Event *)event)->capture) return cudaSuccess;
+    if (!recorded_by((Event *)event)) return cudaSuccess;
     return refuse(cudaErrorCapturedEvent, "an event of a capture is asked whether it is over");
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return counts.waits++, cudaEventQuery(event); }
@@ -202,29 +206,30 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
     return *milliseconds = passed > 1e-3 ? passed : 1e-3, cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-    if (((Event *)event)->capture && capturing) stream_of(stream)->capture = ((Event *)event)->capture;
+    if (recorded_by((Event *)event)) stream_of(stream)->capture = capturing;
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode asked) {
     if (stream_of(stream) == &legacy) return refuse(cudaErrorStreamCaptureUnsupported, "a capture of the default stream");
-    stream_of(stream)->capture = ++last_capture;
-    recorded = calloc(1, sizeof(Graph)), capturing = 1, mode = asked;
+    if (capturing) return refuse(cudaErrorStreamCaptureUnsupported, "a second capture at once");
+    stream_of(stream)->capture = capturing = ++last_capture;
+    recorded = calloc(1, sizeof(Graph)), mode = asked;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
-    if (!stream_of(stream)->capture) return refuse(cudaErrorStreamCaptureInvalidated, "the end of a capture that has not begun");
-    stream_of(stream)->capture = capturing = 0;
+    if (!recording(stream_of(stream))) return refuse(cudaErrorStreamCaptureInvalidated, "the end of a capture that has not begun");
+    capturing = 0; /* and with it every stream that had joined */
     return *graph = (cudaGraph_t)recorded, cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-    return *status = stream_of(stream)->capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
+    return *status = recording(stream_of(stream)) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
 }
 cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *graph,
     const cudaGraphNode_t **before, const cudaGraphEdgeData **edges, size_t *n_before) {
     cudaStreamIsCapturing(stream, status);
-    if (id) *id = stream_of(stream)->capture;
+    if (id) *id = capturing;
     if (graph) *graph = (cudaGraph_t)recorded;
     if (before) *before = NULL;
     if (n_before) *n_before = 0;
@@ -301,10 +306,10 @@ static cudaError_t copy(void *to, const void *from, size_t bytes, Stream *stream
     int to_device = within(&of_device, to), from_device = within(&of_device, from);
     counts.to_device += to_device && !from_device;
     counts.to_host += from_device && !to_device;
-    if (stream->capture && to_device != from_device && !within(&of_host, to_device ? from : to))
+    if (recording(stream) && to_device != from_device && !within(&of_host, to_device ? from : to))
         return refuse(cudaErrorStreamCaptureUnsupported, "a copy between the device and pageable memory in a capture");
     cudaError_t error = put(stream, "a copy");
-    if (!error && !stream->capture) memmove(to, from, bytes);
+    if (!error && !recording(stream)) memmove(to, from, bytes);
     return error;
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
@@ -316,7 +321,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
 }
 cudaError_t cudaMemsetAsync(void *address, int value, size_t bytes, cudaStream_t stream) {
     cudaError_t error = put(stream_of(stream), "a fill");
-    if (!error && !stream_of(stream)->capture) memset(address, value, bytes);
+    if (!error && !recording(stream_of(stream))) memset(address, value, bytes);
     return error;
 }
 cudaError_t cudaMemset(void *address, int value, size_t bytes) { return cudaMemsetAsync(address, value, bytes, NULL); }
