@@ -39,6 +39,7 @@ from committed import (
     over_seeds,
     read,
     runs,
+    study,
 )
 
 from smt.evaluation.statistics import Estimate, mean_difference
@@ -78,6 +79,8 @@ def speed_table() -> str:
     )
     memory = mean_difference(losses["group_8"], losses["no_writes"])
     n_seeds = cells["equal_tokens", "stream"]["loss"].n_samples
+    of_seeds = (f"equal_time,seed_{seed},stream" for seed in range(1, n_seeds + 1))
+    of_documents = [study("memory")["differences"][run]["standard_error"] for run in of_seeds]
     return "\n".join(
         [
             *lines,
@@ -85,7 +88,8 @@ def speed_table() -> str:
             "Loss with memory minus loss without, on source code, in nats per token (below 0 is better): "
             f"**{_difference(memory)}** with the default's window ({memory.n_samples} seeds); with 8 slots and 32 tokens "
             f"**{tokens}** after equal tokens (a third layer in the decoder alone: {layer}), **{time}** after equal time "
-            f"({n_seeds} seeds). ±: one standard error over seeds.",
+            f"({n_seeds} seeds; over a seed's documents ± {min(of_documents):.3f} to {max(of_documents):.3f}). "
+            "±: one standard error over seeds.",
         ]
     )
 
@@ -140,7 +144,7 @@ def stdlib_sentence() -> str:
     return (
         f"`smt train` ends at **{results['val_bits_per_byte']:.2f} bits per byte** on held-out packages after "
         f"{results['steps']:,} steps, {minutes} min {seconds} s in all, at {results['tokens_per_second']:,.0f} tokens/s "
-        f"({_measured_on('stdlib')[:-1]})."
+        f"({_measured_on('stdlib')[:-1]}); faster machines take more steps."
     )
 
 
