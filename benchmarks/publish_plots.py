@@ -34,7 +34,7 @@ from report import COLOURS
 
 SPEED, MEMORY, POSITION = (ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("speed", "memory", "memory_by_position"))
 # Before this many tokens of a document, intervals are wider than all differences.
-FIRST_POSITION = 64
+FIRST_POSITION = 4
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "smt"}
 # Ours are blue, and thicker than what they are compared with.
 OURS, OURS_TOO = COLOURS[1], COLOURS[6]
@@ -97,7 +97,7 @@ def draw_speed(path: Path = SPEED) -> None:
                     if row["case"] == case and row.get("seconds") is not None
                 ]
                 panel.plot(*zip(*points, strict=True), label=label, ls=":" if len(points) < 4 else "-", **LOOKS[case])
-                _say_where_it_ends(panel, points[-1], [row for row in rows if row["case"] == case])
+                _say_where_it_ends(panel, label, points[-1], [row for row in rows if row["case"] == case])
             lengths = sorted({row["length"] for row in rows})
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
@@ -117,12 +117,12 @@ def draw_speed(path: Path = SPEED) -> None:
         _save(figure, path, SPEED)
 
 
-def _say_where_it_ends(panel: Axes, last: tuple[int, float], rows: list[dict]) -> None:
-    """Beside the last point of a curve, why the next length was not measured."""
+def _say_where_it_ends(panel: Axes, label: str, last: tuple[int, float], rows: list[dict]) -> None:
+    """Beside the last point of the curve ``label``, why the next length was not measured."""
     after = [row for row in rows if row["length"] > last[0]]
     if after:
-        reason = f"{_short(after[0]['length'])}: {after[0]['not_measured']}".replace(" > ", ",\nlimit ")
-        place = {"xytext": (30, -41), "textcoords": "offset points", "ha": "right", "va": "top"}
+        reason = f"{label}, {_short(after[0]['length'])}:\n{after[0]['not_measured']}".replace(" > ", ",\nlimit ")
+        place = {"xytext": (-13, -6), "textcoords": "offset points", "ha": "right", "va": "bottom"}
         panel.annotate(reason, last, fontsize=8, color="0.25", **place)
 
 
@@ -204,14 +204,13 @@ def draw_memory_by_position(path: Path = POSITION) -> None:
         starts = [start for start, *_ in bins if start >= FIRST_POSITION]
         axes.set_xticks(starts, [_short(start) for start in starts])
         axes.minorticks_off()
-        axes.yaxis.set_major_locator(MultipleLocator(0.05))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.2f}" if round(value, 2) else "0")
+        axes.yaxis.set_major_locator(MultipleLocator(0.1))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}" if round(value, 2) else "0")
         axes.set_title("loss by position, after equal tokens", loc="left", fontweight="bold", fontsize=12)
         axes.set_xlabel("tokens of the document before")
         axes.set_ylabel("loss minus that of no writes\n(nats per token), below 0 is better")
         axes.grid(axis="y", lw=0.5, color="0.88")
         axes.legend(frameon=False, fontsize=10, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.0))
-        axes.set_ylim(top=0.06)
         n_seeds = over_seeds("memory")["equal_tokens", "stream"]["loss"].n_samples
         _footnote(figure, f"Means of {n_seeds} seeds. Shaded: 95 % intervals over documents; none where there is one alone.")
         _save(figure, path, POSITION)
