@@ -229,6 +229,7 @@ def test_the_picture_of_speeds_marks_ours_what_was_measured_and_why_a_curve_ends
         thick = {line.get_label() for line in panel.get_lines() if line.get_linewidth() > 2}
         assert thick == {line.get_label() for line in panel.get_lines() if "(ours)" in line.get_label()} != set()
         assert all(line.get_marker() != "None" for line in panel.get_lines())
-    assert [text.get_text() for panel in panels for text in panel.texts] == ["64k: predicted 52.7 s,\nlimit 40 s, not run"]
+    of_panels = [text.get_text() for panel in panels for text in panel.texts]
+    assert of_panels == ["full attention, 64k:\npredicted 52.7 s,\nlimit 40 s, not run"]
     assert "H100" in card.get_title("left") and re.search(r"20\d\d-\d\d-\d\d", card.get_title("right"))
     assert len(card.patches) == 5 and card.get_xlim()[0] == 0

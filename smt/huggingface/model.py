@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smt.huggingface.cache import SMTCache
 from smt.huggingface.config import SMTPreTrainedConfig
 from smt.huggingface.model_card import CARD_FILE, model_card
+from smt.huggingface.packing import pop_text_bounds
 from smt.huggingface.padding import right_padding_taken
 from smt.huggingface.special_tokens import ends_of_text
 from smt.huggingface.versions import STATE_NAME, STATE_NAMES, SMTOutput, in_library_terms, pop_state
@@ -32,7 +33,6 @@ with needs_extra("hf"):
 # What other models of transformers take and this one cannot give a meaning.
 _REFUSED = {
     "inputs_embeds": "the memory and the window are made of the embeddings of tokens: pass input_ids",
-    "position_ids": "positions follow from the state; texts packed into one row would share one memory",
     "output_attentions": "attention is fused; StrideMemoryTransformer's return_weights gives the weights of the pooling",
     "output_hidden_states": "layers run over windows, not over the sequence; model.model.encode gives the last one's output",
 }
@@ -137,22 +137,34 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: what to continue, and what is advanced by the call.
             labels: (B, T), the tokens themselves, shifted inside; -100 is left out, and so are padding and what follows it.
             use_cache: return the state; None: as ``config.use_cache`` says, where it can be and is likely used: not in
-                training, not beside labels, not with padding on the right.
+                training, not beside labels, not with padding on the right, not of packed texts.
             logits_to_keep: how many last steps, or which steps (K,) int64, have logits; 0: all.
             return_dict: False: a tuple.
             cache: another name of ``past_key_values``, and that of newer releases of ``transformers``.
             skip_logits: return None in their place, and the loss without ever holding all of them; None: beside labels in
                 training, where they would be the largest tensors of a step and only the loss is used.
-            options: ``num_items_in_batch``, by which the sum of losses is divided instead of by their number.
+            options: ``num_items_in_batch``, by which the sum of losses is divided instead of by their number; and, of packed
+                texts, ``position_ids`` (B, T), which are 0 where one begins, or ``cu_seq_lens_q``, as
+                ``DataCollatorWithFlattening`` makes them. Each is a text of its own, and its first token is no target.
 
         Raises:
             TypeError, ValueError: as ``StrideMemoryTransformer.forward``, of whose ``targets`` labels are; an input that the
                 model does not know, or cannot give a meaning.
         """
         past_key_values = pop_state({"past_key_values": past_key_values, "cache": cache})
+        bounds = None if input_ids is None else pop_text_bounds(options, input_ids)
         self._refuse(input_ids, past_key_values, labels, logits_to_keep, skip_logits, options)
         padded = False
-        if attention_mask is not None:
+        if bounds is not None:
+            if use_cache or past_key_values is not None:
+                raise ValueError("packed texts keep no state and go on from none: use_cache must be off, past_key_values None")
+            if attention_mask is not None and not attention_mask.all():
+                raise ValueError("attention_mask must be all ones, or None, beside packed texts: they have no padding")
+            attention_mask = None
+            if labels is not None:
+                starts = torch.tensor(bounds[:-1], device=labels.device)
+                labels = labels.flatten().index_fill(0, starts, IGNORE_INDEX).view_as(labels)
+        elif attention_mask is not None:
             seen = past_key_values.n_columns if past_key_values is not None else 0
             if attention_mask.ndim == 2 and attention_mask.shape[1] == seen + input_ids.shape[1]:
                 attention_mask = attention_mask[:, seen:]
@@ -167,13 +179,16 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:  # the first of a row is nobody's
             check_targets("labels", labels[:, 1:], input_ids[:, 1:], self.model.config.vocab_size)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None and not padded
+            use_cache = self.config.use_cache and not self.training and labels is None and not padded and bounds is None
         hidden, aux = self.model.encode(
-            input_ids,
+            input_ids if bounds is None else input_ids.reshape(1, -1),
             None if past_key_values is None else past_key_values.state,
             attention_mask=attention_mask,
+            cu_seqlens=bounds,
             overwrite_state=past_key_values is not None and not torch.is_grad_enabled(),
         )
+        if bounds is not None:
+            hidden = hidden.view(*input_ids.shape, -1)
         if past_key_values is None and use_cache:
             past_key_values = SMTCache()
         if past_key_values is not None:

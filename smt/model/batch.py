@@ -105,6 +105,7 @@ def encode_batch(
     decodes: bool,
     return_weights: bool,
     overwrite_state: bool,
+    by_length: bool = False,
 ) -> Encoded:
     """Encode the last counts[r] >= 0 embedded tokens of each row, (B, T, d), on top of ``state``; hidden is zero elsewhere.
 
@@ -112,14 +113,17 @@ def encode_batch(
         decodes: whether one token of a row may be a decoding step, which has no gradient and no dropout.
         return_weights: also return the pooling weights of each write.
         overwrite_state: the new state may take the tensors of ``state``.
+        by_length: whether rows run together only with rows of less than twice their length, so that more than half of what is
+            computed is tokens.
     """
     batch, length, width = embedded.shape
     if not decodes and decoder.config.encoding != "stream":
         state = state.without_keys()  # nothing here reads or forms them
-    parts: dict[int | None, list[int]] = {}
+    parts: dict[tuple[int | None, int], list[int]] = {}
     for row, (step, count) in enumerate(zip(state.steps, counts, strict=True)):
         if count:
-            parts.setdefault(None if decodes and count == 1 and step > 0 else step, []).append(row)
+            octave = count.bit_length() if by_length else 0
+            parts.setdefault((None if decodes and count == 1 and step > 0 else step, octave), []).append(row)
 
     def encode(step: int | None, embedded: Tensor, state: SMTState, counts: Sequence[int]) -> Encoded:
         if step is None:
@@ -127,7 +131,7 @@ def encode_batch(
         return encode_chunk(memory, decoder, embedded, state, counts, keep_keys=decodes, return_weights=return_weights)
 
     if len(parts) == 1 and min(counts) == length:
-        ((step, _),) = parts.items()
+        (((step, _), _),) = parts.items()
         if step is None and not overwrite_state:
             state = state.clone()
         return encode(step, embedded, state, counts)
@@ -135,7 +139,7 @@ def encode_batch(
     if decodes and not state.has_keys:
         state = with_keys(decoder, state)
     results = []
-    for step, rows in parts.items():
+    for (step, _), rows in parts.items():
         counts_here = [counts[row] for row in rows]
         padding = torch.tensor([length - count for count in counts_here], device=embedded.device)[:, None]
         position = torch.arange(length, device=embedded.device)

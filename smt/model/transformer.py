@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from smt.model.generation import generate, stream
 from smt.model.graphs import of_one_shape, records_graphs
 from smt.model.loss import head_loss
 from smt.model.memory import AttentionPooling, StrideMemory
+from smt.model.packed import as_packed, as_rows, text_bounds, text_lengths
 from smt.model.parallel import initial_state
 from smt.model.parameters import count_parameters
 from smt.model.weights import is_hooked, rows_of
@@ -104,6 +105,7 @@ class StrideMemoryTransformer(nn.Module):
         *,
         targets: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         return_weights: bool = False,
         last_only: bool = False,
         overwrite_state: bool = False,
@@ -120,8 +122,10 @@ class StrideMemoryTransformer(nn.Module):
                 cross-entropy instead of logits, which are then never all held.
             attention_mask: (B, T), 0 at padding, which is on the left, and 1 at tokens; a row of zeros takes nothing. Logits at
                 padding mean nothing, but are finite. None: no padding.
+            cu_seqlens: (N + 1,) integers from 0 to T: ``input_ids`` (1, T) are N packed texts, of which number i is
+                ``input_ids[0, cu_seqlens[i] : cu_seqlens[i + 1]]`` and row i of the state and of ``Aux``. None: no packing.
             return_weights: also return the pooling weights of each write.
-            last_only: logits of the last step alone, (B, 1, V).
+            last_only: logits of the last step alone, (B, 1, V); of packed texts, of each one's, (N, 1, V).
             overwrite_state: the new state may take the tensors of ``state``, which must not be used again.
 
         Returns:
@@ -130,26 +134,43 @@ class StrideMemoryTransformer(nn.Module):
         Raises:
             TypeError: input_ids is not an integer tensor.
             ValueError: wrong rank, an empty batch, another device, a token or target out of range, a state of another config or
-                batch size, a mask that is not left padding, targets of another shape, or beside ``last_only``.
+                batch size, a mask that is not left padding, or beside ``cu_seqlens``, ``cu_seqlens`` that do not rise from 0 to
+                T, targets of another shape, or beside ``last_only``.
         """
         if targets is not None:
             check_targets("targets", targets, input_ids, self.config.vocab_size)
             if last_only:
                 raise ValueError("last_only is of logits: targets need every step")
         hidden, aux = self.encode(
-            input_ids, state, attention_mask=attention_mask, return_weights=return_weights, overwrite_state=overwrite_state
+            input_ids,
+            state,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            return_weights=return_weights,
+            overwrite_state=overwrite_state,
         )
         if targets is not None:
             return head_loss(hidden, self.head(), targets), aux
-        return F.linear(hidden[:, -1:] if last_only else hidden, self.head()), aux
+        if last_only and cu_seqlens is not None:
+            hidden = hidden[0, torch.as_tensor(cu_seqlens, device=hidden.device)[1:] - 1][:, None]
+        elif last_only:
+            hidden = hidden[:, -1:]
+        return F.linear(hidden, self.head()), aux
 
-    def loss(self, input_ids: Tensor, targets: Tensor | None = None, state: SMTState | None = None) -> tuple[Tensor, Aux]:
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        state: SMTState | None = None,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor, Aux]:
         """Mean cross-entropy per target: ``forward`` with ``targets``, by default the tokens that follow.
 
         Args:
             input_ids: (B, T) integer tokens.
-            targets: as in ``forward``; None: ``input_ids`` shifted by one, the last step left out.
-            state: as in ``forward``.
+            targets: as in ``forward``; None: ``input_ids`` shifted by one, the last step left out, of packed texts of each.
+            state, cu_seqlens: as in ``forward``.
 
         Returns:
             a scalar in nats and ``Aux``.
@@ -157,7 +178,10 @@ class StrideMemoryTransformer(nn.Module):
         if targets is None:
             check_rows(input_ids)
             targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
-        return self(input_ids, state, targets=targets)
+            if cu_seqlens is not None:
+                cu_seqlens = text_bounds(cu_seqlens, input_ids)
+                targets[:, torch.tensor(cu_seqlens[1:], device=targets.device) - 1] = IGNORE_INDEX
+        return self(input_ids, state, targets=targets, cu_seqlens=cu_seqlens)
 
     def encode(
         self,
@@ -165,15 +189,23 @@ class StrideMemoryTransformer(nn.Module):
         state: SMTState | None = None,
         *,
         attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         return_weights: bool = False,
         overwrite_state: bool = False,
     ) -> tuple[Tensor, Aux]:
         """Hidden states (B, T, d) after the final norm, before the head; arguments and errors as in ``forward``."""
-        self._check(input_ids, state)
-        batch, length = input_ids.shape
-        counts = (length,) * batch if attention_mask is None else token_counts(attention_mask, input_ids)
+        self._check(input_ids)
+        if cu_seqlens is not None and attention_mask is not None:
+            raise ValueError("attention_mask must be None beside cu_seqlens: packed texts have no padding")
+        rows, counts, bounds = input_ids, (input_ids.shape[1],) * input_ids.shape[0], None
+        if attention_mask is not None:
+            counts = token_counts(attention_mask, input_ids)
+        elif cu_seqlens is not None:
+            bounds = text_bounds(cu_seqlens, input_ids)
+            rows, counts = as_rows(input_ids, bounds), text_lengths(bounds)
+        self._check_state(state, len(counts))
         if state is None:
-            state = self.initial_state(batch)
+            state = self.initial_state(len(counts))
         elif state.tokens.dtype != self.embedding.weight.dtype:
             state = state.in_dtype(self.embedding.weight.dtype)
         elif not torch.compiler.is_compiling() and state.tokens.is_inference() and not torch.is_inference_mode_enabled():
@@ -181,16 +213,18 @@ class StrideMemoryTransformer(nn.Module):
         encoded = encode_batch(
             self.memory,
             self.decoder,
-            self.embedding(input_ids),
+            self.embedding(rows),
             state,
             counts,
             decodes=not torch.is_grad_enabled() and not self.training,
             return_weights=return_weights,
             overwrite_state=overwrite_state,
+            by_length=bounds is not None,
         )
+        hidden = encoded.hidden if bounds is None else as_packed(encoded.hidden, bounds)
         made = self.config.window.writes_made if self.config.writes else lambda step: 0
         writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
-        return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
+        return hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
 
     def head(self) -> Tensor:
         """The matrix (V, d) of the head, which is the embedding, adapters included."""
@@ -272,7 +306,7 @@ class StrideMemoryTransformer(nn.Module):
             logits, aux = self(input_ids, state, attention_mask=attention_mask, last_only=True, overwrite_state=True)
         return logits[:, -1], aux.state
 
-    def _check(self, input_ids: Tensor, state: SMTState | None) -> None:
+    def _check(self, input_ids: Tensor) -> None:
         # They hold others, or a decoding step goes around them.
         pooling = "memory.pooling", self.memory.pooling, AttentionPooling
         for name, module, kind in (("decoder", self.decoder, Decoder), ("memory", self.memory, StrideMemory), pooling):
@@ -280,9 +314,11 @@ class StrideMemoryTransformer(nn.Module):
                 raise ValueError(
                     f"{name} is not called, or not at every step: wrappers and hooks have no effect on it; take its parts"
                 )
+        check_tokens(input_ids, self.config.vocab_size, self.embedding.weight.device)
+
+    def _check_state(self, state: SMTState | None, batch_size: int) -> None:
         device = self.embedding.weight.device
-        check_tokens(input_ids, self.config.vocab_size, device)
         if state is not None:
-            state.check(self.config, input_ids.shape[0])
+            state.check(self.config, batch_size)
             if state.tokens.device != device:
                 raise ValueError(f"state must be on the model's device {device}, got {state.tokens.device}")

@@ -288,7 +288,6 @@ def test_a_larger_vocabulary_keeps_what_was_learnt():
     ("options", "error", "message"),
     [
         ({"inputs_embeds": torch.zeros(1, 3, 16)}, ValueError, "inputs_embeds cannot be used"),
-        ({"position_ids": torch.tensor([[0, 1, 0]])}, ValueError, "position_ids cannot be used"),
         ({"output_attentions": True}, ValueError, "output_attentions cannot be used"),
         ({"past_key_values": ()}, TypeError, "past_key_values must be an SMTCache, got tuple"),
         ({"labels": torch.ones(1, 3, dtype=torch.long), "logits_to_keep": 1}, ValueError, "labels need all logits"),
@@ -302,7 +301,7 @@ def test_a_larger_vocabulary_keeps_what_was_learnt():
         ({"attention_mask": torch.ones(1, 4)}, ValueError, "attention_mask must have the shape of input_ids"),
         ({"input_ids": None}, ValueError, "input_ids must be given"),
     ],
-    ids=["embeds", "positions", "attentions", "past", "logits", "labels", "range", "4d", "width", "none"],
+    ids=["embeds", "attentions", "past", "logits", "labels", "range", "4d", "width", "none"],
 )
 def test_inputs_without_a_meaning_are_refused(options, error, message):
     with pytest.raises(error, match=message):

@@ -1,0 +1,51 @@
+"""Packed texts: one behind the other in one row of tokens, without padding; to the model each is a row of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def text_bounds(cu_seqlens: Tensor | Sequence[int], input_ids: Tensor) -> tuple[int, ...]:
+    """Where each of N texts begins, and the end of the last; read from the device where ``cu_seqlens`` is on one.
+
+    Args:
+        cu_seqlens: (N + 1,) integers.
+        input_ids: (1, T), the texts.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: ``input_ids`` of several rows, or numbers that do not rise from 0 to T.
+    """
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"input_ids must have shape (1, T) beside cu_seqlens, got {tuple(input_ids.shape)}")
+    bounds = tuple(cu_seqlens.flatten().tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+    if any(not isinstance(bound, int) or isinstance(bound, bool) for bound in bounds):
+        raise TypeError(f"cu_seqlens must be integers, got {bounds}")
+    length = input_ids.shape[1]
+    if bounds[:1] != (0,) or bounds[-1] != length or any(n < 1 for n in text_lengths(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {length}, the end of the last text, got {bounds}")
+    return bounds
+
+
+def text_lengths(bounds: Sequence[int]) -> tuple[int, ...]:
+    """Tokens of each text."""
+    return tuple(stop - start for start, stop in pairwise(bounds))
+
+
+def as_rows(packed: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Texts (1, T) as rows (N, longest), padded on the left with copies of each one's first token."""
+    starts, stops = torch.tensor(bounds[:-1])[:, None], torch.tensor(bounds[1:])[:, None]
+    columns = torch.arange(-max(text_lengths(bounds)), 0)
+    return packed[0, torch.maximum(stops + columns, starts).to(packed.device)]
+
+
+def as_packed(rows: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Rows (N, longest, ...), each with a text at its end, as texts (1, T, ...): the inverse of ``as_rows``."""
+    ends = range(rows.shape[1], rows.shape[0] * rows.shape[1] + 1, rows.shape[1])
+    of_texts = zip(ends, text_lengths(bounds), strict=True)
+    index = torch.cat([torch.arange(end - length, end) for end, length in of_texts])
+    return rows.flatten(0, 1)[None, index.to(rows.device)]
