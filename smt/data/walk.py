@@ -133,6 +133,11 @@ class DocumentWalk(IterableDataset):
         self._n_rows = batch_size * world_size
         self._start()
 
+    @classmethod
+    def once(cls, documents: Sequence[Any], **options: Any) -> DocumentWalk:
+        """As evaluations walk: every document once, the longest first, and rows begin together."""
+        return cls(documents, epochs=1, shuffle=False, together=True, **options)
+
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:

@@ -67,7 +67,7 @@ def pooling_weights(
     device = model.embedding.weight.device
     with evaluating(model):
         sizes = {"batch_size": batch_size, "length": length}
-        for batch in DocumentWalk(documents, epochs=1, shuffle=False, together=True, **sizes):
+        for batch in DocumentWalk.once(documents, **sizes):
             reading, state = states.continued(batch)
             with precision(device):
                 _, aux = model.encode(reading.input_ids.to(device), state, return_weights=True)

@@ -97,7 +97,7 @@ class SMTScorer:
         sizes = {"batch_size": self._batch_size, "length": self._length}
         states = CarriedStates()
         with evaluating(self.model):
-            for batch in DocumentWalk(documents, epochs=1, shuffle=False, together=True, **sizes):
+            for batch in DocumentWalk.once(documents, **sizes):
                 reading, state = states.continued(batch)
                 reading = reading.to(weight.device)
                 with precision(weight.device):

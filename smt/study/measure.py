@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from smt.baselines import RunModel
 from smt.config import SMTConfig
-from smt.data.parts import Parts
+from smt.data.held_out import HeldOut
 from smt.data.settings import DataConfig
 from smt.data.store import TokenStore
-from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.hymba.config import HymbaConfig
 from smt.hymba.cost import cache_bytes
@@ -32,11 +31,10 @@ LONG = 4096
 
 def held_out_loss(objective: nn.Module, text: TokenStore, data: DataConfig) -> Evaluation:
     """The loss of ``objective`` on held-out documents, every ``eval_chunk_length`` tokens read as if nothing came before."""
-    pieces = Parts([text[index] for index in range(len(text))[: data.eval_documents]], data.eval_chunk_length)
-    sizes = {"batch_size": data.eval_batch_size, "length": data.eval_chunk_length}
-    batches = DocumentWalk(pieces, epochs=1, shuffle=False, together=True, **sizes)
+    pieces = HeldOut.of(text, data.eval_documents).pieces(data.eval_chunk_length)
+    batches = pieces.walk(batch_size=data.eval_batch_size, length=data.eval_chunk_length)
     with precision(next(objective.parameters()).device):
-        return evaluate(objective, batches, sum(text.n_bytes[: data.eval_documents]))
+        return evaluate(objective, batches, pieces.n_bytes)
 
 
 def decoding_speeds(model: RunModel, prompt: Tensor, n_tokens: int) -> dict[str, float]:

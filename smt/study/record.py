@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from smt.data.held_out import HeldOut
 from smt.hymba.config import HymbaConfig
 from smt.model.checkpoint import CONFIG_FILE
 from smt.runtime.device import find_device
@@ -30,8 +31,7 @@ def record(prepared: Prepared, cells: Sequence[StudyCell], command: str) -> dict
     """What the cells have left so far, and what it was measured on."""
     settings, text = prepared.settings, prepared.text
     device = find_device(settings.run.get("training", {}).get("device", "auto"))
-    bound = prepared.first_stage.data.eval_documents
-    held_out = list(zip(text.validation.lengths, text.validation.n_bytes, strict=True))[:bound]
+    held_out = HeldOut.of(text.validation, prepared.first_stage.data.eval_documents)
     return {
         "command": command,
         "environment": environment(device),
@@ -45,9 +45,9 @@ def record(prepared: Prepared, cells: Sequence[StudyCell], command: str) -> dict
             "vocabulary": text.tokenizer.vocab_size,
             "training": {"documents": len(text.train), "tokens": text.train.n_targets, "bytes": sum(text.train.n_bytes)},
             "held_out": {
-                "documents": len(held_out),
-                "tokens": sum(length - 1 for length, _ in held_out),
-                "bytes": sum(n_bytes for _, n_bytes in held_out),
+                "documents": len(held_out.documents),
+                "tokens": held_out.n_targets,
+                "bytes": held_out.n_bytes,
             },
         },
         "models": {

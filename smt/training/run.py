@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from smt.data.held_out import HeldOut
 from smt.data.pairs import TokenizedPairs
 from smt.data.tokenized import TokenizedCorpus
 from smt.data.tokenizer import TRAINED
-from smt.data.walk import DocumentWalk
 from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.evaluation.preference import evaluate_pairs
 from smt.model.checkpoint import CONFIG_FILE
@@ -232,16 +232,14 @@ def _train(
 ) -> Evaluation:
     accelerator, clock, done = trainer.accelerator, trainer.clock, trainer.progress
     evaluation_seconds: float | None = None
-    bound = config.data.eval_documents  # None: all
-    held_out = [text.validation[index] for index in range(len(text.validation))[:bound]]
-    counted = text.validation.counted and text.validation.counted[:bound]
-    n_targets, n_bytes = sum(len(document) - 1 for document in held_out), sum(text.validation.n_bytes[:bound])
+    held_out = HeldOut.of(text.validation, config.data.eval_documents)
+    n_steps = held_out.n_steps
     bar = progress_bar(sys.stderr if accelerator.is_main_process else None, clock.progress)
 
     def on_step() -> None:
         per_token = done.seconds_per_token
         measured = evaluation_seconds
-        expected = EVALUATION_COST * per_token * n_targets if measured is None else measured
+        expected = EVALUATION_COST * per_token * n_steps if measured is None else measured
         clock.evaluation = 1.1 * expected
         clock.reserve = clock.evaluation + SAMPLE_COST * per_token * config.training.sample_tokens + CLOSING_SECONDS
         bar.update(clock.progress, f"step {done.step}, loss {done.loss:.3f}, {done.tokens_per_second:,.0f} tokens/s")
@@ -251,8 +249,7 @@ def _train(
         started = time.perf_counter()
         sizes = {"batch_size": config.data.eval_batch_size, "length": config.data.eval_chunk_length}
         ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        batches = DocumentWalk(held_out, counted=counted, **sizes, **ranks, epochs=1, shuffle=False, together=True)
-        evaluation = evaluate(trainer.objective, batches, n_bytes, total=trainer.total)
+        evaluation = evaluate(trainer.objective, held_out.walk(**sizes, **ranks), held_out.n_bytes, total=trainer.total)
         told = f"step {done.step}: held-out loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per byte"
         if pairs is not None:
             options = {"batch_size": config.data.eval_batch_size, "strength": config.training.orpo_lambda}
