@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smt.cli.run_fields import USUAL_CONFIG, USUAL_GPU_CONFIG, add_run_fields, overrides, usual_config
+from smt.runtime.tables import shown_perplexity
 
 if TYPE_CHECKING:
     from smt.evaluation.preference import PairEvaluation
@@ -70,8 +71,6 @@ def _named_after(text: str | None) -> dict[str, str]:
 
 
 def _report(outcome: Outcome, seconds: float) -> None:
-    from smt.evaluation.perplexity import shown_perplexity
-
     prompt, continuation = outcome.sample
     if continuation:
         print("\nsample: the beginning of a held-out document, and after >>> how the model goes on")

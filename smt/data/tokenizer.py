@@ -8,15 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
 from smt.data.documents import Document
 from smt.runtime.extras import needs_extra
 from smt.runtime.files import read_json, text_writer, write_files
+from smt.runtime.hub import cached_first
 
 if TYPE_CHECKING:
     import tokenizers
+    from torch import Tensor
 
 END_OF_DOCUMENT = "<|end_of_document|>"
 GPT2_END = "<|endoftext|>"
@@ -168,6 +167,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> Tensor:
         """Text -> (L,) int64, without special tokens."""
+        import torch
+
         return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64, device="cpu")
 
     def encode_documents(self, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
@@ -224,20 +225,11 @@ def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
 def _from_transformers(source: str | Path) -> tuple[str, str]:
     with needs_extra("train"):
         from transformers import AutoTokenizer
-    loaded, tried = None, []
-    # The cache first: asking the Hub takes most of a minute where there is no network.
-    for local in (True, False):
-        try:
-            loaded = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
-            break
-        except (OSError, ValueError) as error:
-            tried.append(error)
-    if loaded is None:
-        raise ValueError(
-            f"tokenizer must be {', '.join(TRAINED)}, a folder with a tokenizer, or a name on the Hugging Face Hub, got "
-            f"{str(source)!r}: no such folder holds one, and neither the Hub nor the cache of earlier downloads gave it "
-            f"({' '.join(str(tried[-1]).split())})"
-        ) from tried[-1]
+    loaded = cached_first(
+        lambda local: AutoTokenizer.from_pretrained(str(source), local_files_only=local),
+        f"tokenizer must be {', '.join(TRAINED)}, a folder with a tokenizer, or a name on the Hugging Face Hub, got "
+        f"{str(source)!r}: no such folder holds one, and",
+    )
     if not loaded.is_fast:
         raise ValueError(f"tokenizer {str(source)!r} must have a form that the tokenizers library runs, it has none")
     if not loaded.encode("a", add_special_tokens=False):  # what transformers makes of a folder with a model alone

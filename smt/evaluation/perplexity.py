@@ -76,11 +76,6 @@ class Evaluation:
         return {"pair_loss": of.loss, "reward_accuracy": of.accuracy, "log_odds_margin": of.margin}
 
 
-def shown_perplexity(value: float) -> str:
-    """A perplexity as text; that of a model that has learned nothing can have hundreds of digits."""
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
-
-
 @torch.no_grad()
 def evaluate(objective: nn.Module, batches: Iterable[Batch], n_bytes: int, *, total: Sum = lambda sums: sums) -> Evaluation:
     """Run a model over ``batches`` without dropout, carrying its state through each document.

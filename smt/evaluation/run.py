@@ -21,7 +21,7 @@ from smt.data.tokenizer import Tokenizer
 from smt.evaluation import plots
 from smt.evaluation.ablation import NO_WRITES, Ablation, ablate, slot_reach, without_writes
 from smt.evaluation.needle import ENGLISH, needle_in_haystack, recall_style, usual_lengths
-from smt.evaluation.perplexity import Evaluation, shown_perplexity
+from smt.evaluation.perplexity import Evaluation
 from smt.evaluation.pooling import analyse_pooling
 from smt.evaluation.position import fall_between, loss_by_position
 from smt.evaluation.recall import encode_words, recall, usual_distances
@@ -30,6 +30,7 @@ from smt.evaluation.scorer import SMTScorer, TokenScores
 from smt.evaluation.subjects import Subject
 from smt.evaluation.text import HeldOutText, held_out_text, other_text
 from smt.runtime.fields import check_at_least, check_names, check_seed
+from smt.runtime.tables import shown_perplexity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from smt.model.transformer import StrideMemoryTransformer
 from smt.runtime.extras import needs_extra
 from smt.runtime.fields import parse
 from smt.runtime.files import read_yaml
+from smt.runtime.hub import cached_first
 
 NAMES = {"smt": "SMT", "gpt2": "GPT-2", "hymba": "Hymba"}
 
@@ -84,18 +85,10 @@ def open_causal_lm(source: str, device: torch.device, context: int | None = None
     """
     with needs_extra("train"):
         from transformers import AutoModelForCausalLM
-    model, tried = None, []
-    for local in (True, False):  # the cache first: asking the Hub takes most of a minute where there is no network
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, dtype=torch.float32)
-            break
-        except (OSError, ValueError) as error:
-            tried.append(error)
-    if model is None:
-        raise ValueError(
-            f"hf must be a folder with a causal language model or a name on the Hugging Face Hub, got {source!r}: neither the "
-            f"Hub nor the cache of earlier downloads gave it ({' '.join(str(tried[-1]).split())})"
-        ) from tried[-1]
+    model = cached_first(
+        lambda local: AutoModelForCausalLM.from_pretrained(source, local_files_only=local, dtype=torch.float32),
+        f"hf must be a folder with a causal language model or a name on the Hugging Face Hub, got {source!r}:",
+    )
     scorer = CausalLMScorer(model.to(device).eval(), context)
     return Subject(Path(source).name, scorer, Tokenizer.pretrained(source))
 

@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smt.evaluation.perplexity import shown_perplexity
 from smt.experiments.record import RunRecord
 from smt.runtime.files import check_folder, finite, text_writer, write_files
 from smt.runtime.names import in_markdown, in_one_line
 from smt.runtime.pictures import draw_all
-from smt.runtime.tables import aligned, markdown
+from smt.runtime.tables import aligned, markdown, shown_perplexity
 from smt.training import plots
 
 # Keys of a row: the column's title, and how its values are shown.

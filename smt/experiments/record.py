@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from smt.data.tokenizer import TOKENIZER_FILE
 from smt.runtime.files import read_json
 from smt.training.progress import History
 from smt.training.run_files import RESULTS_FILE, STOPPED
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class UnfinishedRunError(ValueError):

@@ -26,11 +26,11 @@ from smt.model.layers import (
     window_layer,
 )
 from smt.model.readout import SlotReadout
-from smt.model.rms_norm import NORM_EPS
 from smt.model.rotary import rotation
 from smt.model.windows import Span, cut_windows, window_cache, window_layout
 from smt.runtime.precision import dtype_of_products
 from smt.state.rings import ends
+from smt_kernels.precision import NORM_EPS
 
 
 class Decoder(nn.Module):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt.config import SMTConfig
-from smt.model.rms_norm import NORM_EPS
 from smt.model.rotary import Rotation, split_and_turn
 from smt.state.rings import last_entries
 from smt_kernels import WindowSpec, stream_attention, window_attention
+from smt_kernels.precision import NORM_EPS
 
 # A fresh gate lets little through, as a fresh slot has nothing to tell, but not none: the memory learns through it. A gate
 # is its parameter times the rate, because Adam moves every parameter by about the learning rate, and a gate has far to go.

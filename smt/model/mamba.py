@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from smt.config import ModelConfig, SMTConfig
-from smt.model.rms_norm import NORM_EPS, RMSNorm
+from smt.model.rms_norm import RMSNorm
 from smt.model.weights import is_plain, matrix_and_bias, matrix_of, parameters_of
 from smt_kernels import stride_write
+from smt_kernels.precision import NORM_EPS
 
 # Mamba (Gu & Dao, 2023), section 3.6: time steps start log-uniform in this range.
 DT_MIN, DT_MAX = 1e-3, 1e-1

@@ -194,16 +194,15 @@ class StrideMemory(nn.Module):
         timeline = Timeline(writes.start, len(writes), self.config.write_group, first_step, writes.start - (n_slots or 0))
         new_slots, all_weights = [], []
         for group in groups_of(self.config.window, timeline, n_slots):
-            part = slice(group.writes.start, group.writes.stop)
             pooled, of_pooling = self.pooling(
                 tokens[:, group.tokens],
                 None if slots is None else slots[:, group.slots.start - forgotten : group.slots.stop - forgotten],
                 projections,
-                None if mask is None else mask[:, part],
+                None if mask is None else mask[:, group.part],
                 window=self.config.window,
                 timeline=group.timeline,
             )
-            written, conv, ssm = self.ssm(pooled, conv, ssm, weights, None if gate is None else gate[:, part])
+            written, conv, ssm = self.ssm(pooled, conv, ssm, weights, None if gate is None else gate[:, group.part])
             new_slots.append(written)
             all_weights.append(of_pooling)
             if slots is not None:

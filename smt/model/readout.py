@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smt.model.rms_norm import NORM_EPS
 from smt.model.windows import Span, over_blocks
 from smt_kernels import WindowSpec
+from smt_kernels.precision import NORM_EPS
 
 
 class SlotReadout(nn.Linear):

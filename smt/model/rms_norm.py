@@ -6,9 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Of every norm of the model, as GPT-2 and Mamba have it.
-NORM_EPS = 1e-5
-
 
 class RMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` of one dimension, with its parameters."""

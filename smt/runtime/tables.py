@@ -33,3 +33,8 @@ def markdown(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
     header, *lines = ([in_markdown(cell) for cell in row] for row in rows)
     rule = ["---:" if column in right else "---" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+
+
+def shown_perplexity(value: float) -> str:
+    """A perplexity in a cell; that of a model that has learned nothing can have hundreds of digits."""
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smt_kernels.attention_pool.reference import EPS, Inputs, Kept, Timeline
-from smt_kernels.precision import accumulation, accumulation_dtype
+from smt_kernels.attention_pool.reference import Inputs, Kept, Timeline
+from smt_kernels.precision import NORM_EPS, accumulation, accumulation_dtype
 from smt_kernels.window import WindowSpec
 
 # Writes per dense product of a long call: with more, more of a product falls on entries that the window does not see;
@@ -137,7 +137,7 @@ def _inverse_rms(x: Tensor, normalise: bool) -> Tensor:
     """The factor (B, 1, L) that normalises each entry of x (B, L, d); a single 1 without normalisation."""
     if not normalise:
         return x.new_ones(1, 1, 1)
-    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPS).rsqrt_()[:, None]
+    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()[:, None]
 
 
 class _Piece(NamedTuple):

@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from smt_kernels.attention_pool.reference import EPS as REFERENCE_EPS
 from smt_kernels.attention_pool.strips import Strips, seen, shared_blocks, shared_entries, starts, strip
+from smt_kernels.precision import NORM_EPS
 from smt_kernels.tiles import LOG2_E, dot, load, store
 
-EPS: tl.constexpr = tl.constexpr(REFERENCE_EPS)
+EPS: tl.constexpr = tl.constexpr(NORM_EPS)
 # They change from call to call; compiling anew where one happens to be 1 or a multiple of 16 would not pay.
 VARYING = ["windows_of_strip", *Strips._fields[1:], "stride_exists"]
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from smt_kernels.operators import unaffected_by_autocast
+from smt_kernels.precision import NORM_EPS
 from smt_kernels.window import WindowSpec
-
-EPS = 1e-5
 
 
 class Timeline(NamedTuple):
@@ -50,7 +49,7 @@ def attention_pool(
     """windows (N, W, d), w_q and w_k (d_k, d), exists (N or 1, W) bool -> pooled (N, d), weights (N, W) before dropout."""
     windows = windows.masked_fill(~exists[..., None], 0.0)  # what stands there may be anything, nan included
     if normalise:
-        windows = windows * torch.rsqrt(windows.square().mean(dim=-1, keepdim=True) + EPS)
+        windows = windows * torch.rsqrt(windows.square().mean(dim=-1, keepdim=True) + NORM_EPS)
     mean = windows.sum(dim=1) / exists.sum(dim=-1, keepdim=True)
     query, keys = mean @ w_q.T, windows @ w_k.T
     scores = torch.einsum("nk,nwk->nw", query, keys) * w_q.shape[0] ** -0.5

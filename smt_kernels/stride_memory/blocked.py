@@ -17,10 +17,10 @@ from torch import Tensor
 
 from smt_kernels.attention_pool import blocked as pooling
 from smt_kernels.attention_pool import reference as pool
-from smt_kernels.precision import accumulation
-from smt_kernels.stride_memory.kept import Kept, chunks_of, kept_of, new_kept
-from smt_kernels.stride_memory.reference import EPS, Group, MemoryWeights, Pass
-from smt_kernels.stride_write.blocked import Order, order_of, write, write_backward
+from smt_kernels.precision import NORM_EPS, accumulation, copied
+from smt_kernels.stride_memory.kept import Kept, chunks_of, kept_of, new_kept, weight_gradient
+from smt_kernels.stride_memory.reference import Group, MemoryWeights, Pass
+from smt_kernels.stride_write.blocked import Moves, moves_of, write, write_backward
 from smt_kernels.stride_write.kept import KeptBlocked
 
 
@@ -37,19 +37,19 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     conv, ssm = ([accumulation(state) for state in states] for states in inputs[:2])
     new_slots = torch.empty_like(kept.x[0])
     for index, (group, chunks) in enumerate(at.groups()):
-        writes = slice(group.writes.start, group.writes.stop)
+        writes = group.part
         pooled, of_pool = pooling.forward(at.pooled_by(group), run.window, group.timeline, run.normalise)
         for part, value in zip(at.of_pool(group), of_pool, strict=True):
             part.copy_(value)
         kept.x[0, writes] = pooled.transpose(0, 1)
-        order = at.order(group)
+        moves = at.moves(group)
         for layer in range(len(conv)):
             x, normed, xz, y = (part[layer, writes] for part in (kept.x, kept.normed, kept.xz, kept.y))
             torch.mul(x, _inverse_rms(x), out=normed)
             torch.mm(normed.flatten(0, 1), in_proj[layer].T, out=xz.flatten(0, 1))
             of_write = at.written(index, group, chunks, layer)
             result, conv[layer], ssm[layer] = write(
-                *xz.chunk(2, dim=-1), conv[layer], ssm[layer], of_writes[layer], order, of_write
+                *xz.chunk(2, dim=-1), conv[layer], ssm[layer], of_writes[layer], moves, of_write
             )
             y.copy_(result)
             after = kept.x[layer + 1, writes].flatten(0, 1)
@@ -59,7 +59,7 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if slots is not None:
             kept.slots[run.n_slots :][writes] = written.to(tokens.dtype)
     states = (_stacked(parts, like) for parts, like in zip((conv, ssm), inputs[:2], strict=True))
-    return _copied(new_slots.transpose(0, 1), weights.norm_f), *states, pool_weights, buffer
+    return copied(new_slots.transpose(0, 1), weights.norm_f), *states, pool_weights, buffer
 
 
 def backward(
@@ -87,14 +87,14 @@ def backward(
     in_proj, inverse = _normed_in_proj(wide), _inverse_rms(kept.x)
     normed_last = kept.x[layers] * inverse[layers]
     for index, (group, chunks) in reversed([*enumerate(at.groups())]):
-        writes = slice(group.writes.start, group.writes.stop)
-        order = at.order(group)
+        writes = group.part
+        moves = at.moves(group)
         d_x = _normalise_backward(d_slots[n_slots:][writes] * wide.norm_f, normed_last[writes], inverse[layers, writes])
         for layer in reversed(range(layers)):
             grads.x[layer + 1, writes] = d_x
             d_y = (d_x.flatten(0, 1) @ wide.out_proj[layer]).view_as(kept.y[layer, writes])
             z, of_write = kept.xz[layer, writes].chunk(2, dim=-1)[1], at.written(index, group, chunks, layer)
-            found = write_backward(d_y, conv[layer], ssm[layer], z, of_write.starts, of_writes[layer], order, of_write)
+            found = write_backward(d_y, conv[layer], ssm[layer], z, of_write.starts, of_writes[layer], moves, of_write)
             conv[layer], ssm[layer] = found.conv_state.permute(1, 2, 0), found.ssm_state.mT
             d_xz = grads.xz[layer, writes]
             torch.cat([found.x, found.z], dim=-1, out=d_xz)
@@ -118,19 +118,19 @@ def backward(
             None if slots is None else d_slots[group.slots].transpose(0, 1),
         )
         grads.query[writes], grads.u_pool[writes] = d_query.transpose(0, 1), du.transpose(0, 1)
-    low, of_in_proj = kept.projected[..., : wide.dt_proj.shape[2]], _product(grads.xz, kept.normed)
+    low, of_in_proj = kept.projected[..., : wide.dt_proj.shape[2]], weight_gradient(grads.xz, kept.normed)
     sums = sums._replace(
         w_q=grads.query.flatten(0, 1).T @ kept.mean.flatten(0, 1),
         w_k=kept.query.flatten(0, 1).T @ grads.u_pool.flatten(0, 1),
         norm=(of_in_proj * wide.in_proj).sum(1),
         in_proj=of_in_proj * wide.norm[:, None],
-        x_proj=_product(grads.projected, kept.u),
-        dt_proj=_product(grads.dt_input, low),
+        x_proj=weight_gradient(grads.projected, kept.u),
+        dt_proj=weight_gradient(grads.dt_input, low),
         dt_bias=grads.dt_input.sum((1, 2)),
-        out_proj=_product(grads.x[1:], kept.y),
+        out_proj=weight_gradient(grads.x[1:], kept.y),
         norm_f=(d_slots[n_slots:] * normed_last).sum((0, 1)),
     )
-    of_slots = tokens.new_empty(0) if slots is None else _copied(d_slots[:n_slots].transpose(0, 1), slots)
+    of_slots = tokens.new_empty(0) if slots is None else copied(d_slots[:n_slots].transpose(0, 1), slots)
     of_weights = (grad.to(weight.dtype) for grad, weight in zip(sums, weights, strict=True))
     states = (_stacked(parts, like) for parts, like in zip((conv, ssm), inputs[:2], strict=True))
     return d_tokens.to(tokens.dtype), of_slots, *of_weights, *states
@@ -159,17 +159,17 @@ class _Places(NamedTuple):
         run = self.run
         slots = None if run.slots is None else self.kept.slots[group.slots].transpose(0, 1).to(run.tokens.dtype)
         dropout = run.inputs.dropout
-        dropout = None if dropout is None else dropout[:, group.writes.start : group.writes.stop]
+        dropout = None if dropout is None else dropout[:, group.part]
         return pool.Inputs(run.tokens[:, group.tokens], slots, run.weights.w_q, run.weights.w_k, None, dropout)
 
     def of_pool(self, group: Group) -> list[Tensor]:
         """What pooling keeps of a group, (B, K, .)."""
         parts = self.pool_weights, self.kept.mean, self.kept.query, self.kept.u_pool
-        return [part[group.writes.start : group.writes.stop].transpose(0, 1) for part in parts]
+        return [part[group.part].transpose(0, 1) for part in parts]
 
-    def order(self, group: Group) -> Order | None:
+    def moves(self, group: Group) -> Moves | None:
         gate = self.run.inputs.gate
-        return order_of(None if gate is None else gate[:, group.writes.start : group.writes.stop])
+        return moves_of(None if gate is None else gate[:, group.part])
 
     def groups(self) -> list[tuple[Group, slice]]:
         """The groups of the pass, and which chunks of the scan each has."""
@@ -186,7 +186,7 @@ class _Places(NamedTuple):
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPS).rsqrt_()[..., None]
+    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()[..., None]
 
 
 def _normalise_backward(grad: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
@@ -198,15 +198,6 @@ def _normalise_backward(grad: Tensor, normed: Tensor, inverse: Tensor) -> Tensor
 def _normed_in_proj(weights: MemoryWeights) -> Tensor:
     """W_in of every layer, for entries that the weight of its norm has not scaled."""
     return weights.in_proj * weights.norm[:, None]
-
-
-def _product(grad: Tensor, rows: Tensor) -> Tensor:
-    """(L, K, B, out) and (L, K, B, in) -> (L, out, in)."""
-    return torch.bmm(grad.flatten(1, 2).mT, rows.flatten(1, 2))
-
-
-def _copied(x: Tensor, model: Tensor) -> Tensor:
-    return x.to(model.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _stacked(parts: list[Tensor], like: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from smt_kernels.attention_pool import kernels as pooling
 from smt_kernels.attention_pool import reference as pool
 from smt_kernels.attention_pool.strips import strips_of
 from smt_kernels.launch import ceil_div
-from smt_kernels.stride_memory.kept import Kept, kept_of
+from smt_kernels.precision import copied
+from smt_kernels.stride_memory.kept import Kept, kept_of, weight_gradient
 from smt_kernels.stride_memory.norm import norm_backward, weight_sums
 from smt_kernels.stride_memory.places import Layer, Place, layers_of, packed, places_of, pooled_by, written_of_layers
 from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, Pass
@@ -107,9 +108,9 @@ def backward(
     )
     d_conv = inputs.conv_state.new_empty(inputs.conv_state.shape)
     conv_states_backward(grads.conv, grad_conv, order, weights.conv_weight, d_conv)
-    d_slots = tokens.new_empty(0) if slots is None else _copied(grads.slots[:n_slots].transpose(0, 1), slots)
+    d_slots = tokens.new_empty(0) if slots is None else copied(grads.slots[:n_slots].transpose(0, 1), slots)
     of_weights = _of_weights(kept, grads, kept_of_pool, of_pool, weights)
-    return d_tokens, d_slots, *of_weights, d_conv, _copied(grads.ssm, inputs.ssm_state)
+    return d_tokens, d_slots, *of_weights, d_conv, copied(grads.ssm, inputs.ssm_state)
 
 
 class LayerGradients(NamedTuple):
@@ -217,24 +218,15 @@ def _of_weights(
     found = MemoryWeights(
         *pooling.projections_backward(kept_of_pool, of_pool),
         norm=grads.norm[:-1].sum(1),
-        in_proj=_product(grads.xz, kept.normed),
+        in_proj=weight_gradient(grads.xz, kept.normed),
         conv_weight=grads.taps[..., :-1].sum(1),
         conv_bias=grads.taps[..., -1].sum(1),
-        x_proj=_product(grads.projected, kept.u),
-        dt_proj=_product(grads.dt_product, low),
+        x_proj=weight_gradient(grads.projected, kept.u),
+        dt_proj=weight_gradient(grads.dt_product, low),
         dt_bias=grads.bias.sum((1, 2)),
         a=grads.a.sum((1, 2)),
         d=grads.d.sum((1, 2)),
-        out_proj=_product(grads.x[1:], kept.y),
+        out_proj=weight_gradient(grads.x[1:], kept.y),
         norm_f=grads.norm[-1].sum(0),
     )
     return [grad.to(weight.dtype).contiguous() for grad, weight in zip(found, weights, strict=True)]
-
-
-def _copied(x: Tensor, model: Tensor) -> Tensor:
-    return x.to(model.dtype, memory_format=torch.contiguous_format, copy=True)
-
-
-def _product(grad: Tensor, rows: Tensor) -> Tensor:
-    """(L, K, B, out) and (L, K, B, in) -> (L, out, in)."""
-    return torch.bmm(grad.flatten(1, 2).mT, rows.flatten(1, 2))

@@ -96,3 +96,8 @@ def new_kept(backend: str, run: Pass) -> tuple[Tensor, Kept]:
 def kept_of(buffer: Tensor, backend: str, run: Pass) -> Kept:
     """A buffer of ``kept_size`` elements cut into its parts."""
     return Kept(**parts_of(buffer, _parts(backend, run)))
+
+
+def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
+    """That of a weight of every layer, over all writes and rows: (L, K, B, out) and (L, K, B, in) -> (L, out, in)."""
+    return torch.bmm(grad.flatten(1, 2).mT, rows.flatten(1, 2))

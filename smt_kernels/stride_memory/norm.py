@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from smt_kernels.launch import compiler_options, launch, power_of_two
-from smt_kernels.stride_memory.reference import EPS as REFERENCE_EPS
+from smt_kernels.precision import NORM_EPS
 from smt_kernels.stride_write.blocks import load, store
 
-EPS: tl.constexpr = tl.constexpr(REFERENCE_EPS)
+EPS: tl.constexpr = tl.constexpr(NORM_EPS)
 # Most programs of a backward launch, each of which leaves a partial sum of dw.
 PROGRAMS = 256
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from smt_kernels.attention_pool.reference import Timeline, attention_pool_sequence
 from smt_kernels.operators import unaffected_by_autocast
+from smt_kernels.precision import NORM_EPS
 from smt_kernels.stride_write.reference import Weights, stride_write
 from smt_kernels.window import WindowSpec
-
-EPS = 1e-5
 
 
 class MemoryWeights(NamedTuple):
@@ -90,6 +89,11 @@ class Group(NamedTuple):
     tokens: slice
     slots: slice  # of the old slots and the new ones behind them
 
+    @property
+    def part(self) -> slice:
+        """``writes``, as an index."""
+        return slice(self.writes.start, self.writes.stop)
+
 
 def groups_of(window: WindowSpec, timeline: Timeline, n_slots: int | None) -> list[Group]:
     """The writes of a pass, cut where a group ends; without slots (None), nothing is waited for and all are one group.
@@ -120,7 +124,7 @@ def stride_memory(tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor,
     conv, ssm, written, all_pooling = list(inputs.conv_state), list(inputs.ssm_state), [], []
     of_writes = weights.writes()
     for group in run.groups():
-        writes = slice(group.writes.start, group.writes.stop)
+        writes = group.part
         x, pooling = attention_pool_sequence(
             tokens[:, group.tokens],
             None if held is None else held[:, group.slots],
@@ -146,4 +150,4 @@ def stride_memory(tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, EPS)
+    return F.rms_norm(x, weight.shape, weight, NORM_EPS)

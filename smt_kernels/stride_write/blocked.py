@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smt_kernels.precision import LOG2_E, accumulation
+from smt_kernels.precision import LOG2_E, accumulation, copied
 from smt_kernels.stride_write.kept import CHUNK, KeptBlocked, kept_of, new_kept
 from smt_kernels.stride_write.reference import Weights
 
@@ -39,24 +39,24 @@ def forward(
     sizes = len(weights.x_proj_weight), weights.a.shape[1]
     buffer, kept = new_kept("blocked", x, conv_state, *sizes)
     halves = (accumulation(half).transpose(0, 1) for half in (x, z))
-    y, new_conv, new_ssm = write(*halves, conv_state, ssm_state, weights, order_of(gate), kept)
-    return _owned(y.transpose(0, 1), x), _copy(new_conv, conv_state), _copy(new_ssm, ssm_state), buffer
+    y, new_conv, new_ssm = write(*halves, conv_state, ssm_state, weights, moves_of(gate), kept)
+    return _owned(y.transpose(0, 1), x), copied(new_conv, conv_state), copied(new_ssm, ssm_state), buffer
 
 
 def write(
-    x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Weights, order: Order | None, kept: KeptBlocked
+    x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Weights, moves: Moves | None, kept: KeptBlocked
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, z (K, B, E), weights in the accumulation dtype -> y (K, B, E), both states, (B, E, .), after K; fills ``kept``."""
     n_writes, rank = len(x), weights.dt_proj_weight.shape[1]
-    torch.cat([accumulation(conv_state).permute(2, 0, 1), _to_front(x, order)], out=kept.inputs)
+    torch.cat([accumulation(conv_state).permute(2, 0, 1), _to_front(x, moves)], out=kept.inputs)
     taps = weights.conv_weight.T[:, None, None]
     torch.sum(_by_tap(kept.inputs, n_writes) * taps, dim=0, out=kept.conv).add_(weights.conv_bias)
     torch.ops.aten.silu.out(kept.conv, out=kept.u)
     torch.matmul(kept.u, weights.x_proj_weight.T, out=kept.projected)
     torch.matmul(kept.projected[..., :rank], weights.dt_proj_weight.T, out=kept.dt_input).add_(weights.dt_proj_bias)
     torch.ops.aten.softplus.out(kept.dt_input, out=kept.dt)
-    if order is not None:
-        kept.dt.masked_fill_(order.behind, 0.0)
+    if moves is not None:
+        kept.dt.masked_fill_(moves.behind, 0.0)
 
     scan = _Scan(kept, weights.a)
     initial = accumulation(ssm_state).mT
@@ -71,12 +71,12 @@ def write(
             kept.inner[part] += _rows(scan.c[part], states[1 : size + 1])
             if part.stop < n_writes:
                 states[0] = states[size]
-    y = kept.inner * F.silu(_to_front(z, order))
+    y = kept.inner * F.silu(_to_front(z, moves))
     new_conv, new_ssm = kept.inputs[n_writes:], states[size]
-    if order is not None:
-        new_conv = kept.inputs.gather(0, order.conv_rows(conv_state))
-        new_ssm = torch.where(order.count[0, :, :, None] > 0, new_ssm, initial)  # bit for bit, even the sign of a zero
-    return _to_place(y, order), new_conv.permute(1, 2, 0), new_ssm.mT
+    if moves is not None:
+        new_conv = kept.inputs.gather(0, moves.conv_rows(conv_state))
+        new_ssm = torch.where(moves.count[0, :, :, None] > 0, new_ssm, initial)  # bit for bit, even the sign of a zero
+    return _to_place(y, moves), new_conv.permute(1, 2, 0), new_ssm.mT
 
 
 def backward(
@@ -96,7 +96,7 @@ def backward(
     kept = kept_of("blocked", buffer, x, conv_state, len(weights.x_proj_weight), weights.a.shape[1])
     grad, z_wide = (accumulation(tensor).transpose(0, 1) for tensor in (grad_y, z))
     starts = kept.starts if len(kept.starts) else accumulation(ssm_state).mT[None]
-    found = write_backward(grad, grad_conv, grad_ssm, z_wide, starts, weights, order_of(gate), kept)
+    found = write_backward(grad, grad_conv, grad_ssm, z_wide, starts, weights, moves_of(gate), kept)
     low = kept.projected[..., : weights.dt_proj_weight.shape[1]]
     grads = (
         found.x.transpose(0, 1).clone(),  # it is a part of two gradients, and none may share memory
@@ -137,30 +137,30 @@ def write_backward(
     z: Tensor,
     starts: Tensor,
     weights: Weights,
-    order: Order | None,
+    moves: Moves | None,
     kept: KeptBlocked,
 ) -> WriteGradients:
     """From grad_y (K, B, E) and those of both states, (B, E, .); starts (chunks, B, N, E), the states before each chunk, z and
     weights in the accumulation dtype.
     """
     rank = weights.dt_proj_weight.shape[1]
-    z, grad = _to_front(z, order), _to_front(grad_y, order)
+    z, grad = _to_front(z, moves), _to_front(grad_y, moves)
     dz = torch.ops.aten.silu_backward(grad * kept.inner, z)
     d_inner = grad * F.silu(z)
     d_projected = torch.empty_like(kept.projected)
     d_scan = _Scan(kept, weights.a).backward(starts, d_inner, grad_ssm, d_projected[..., rank:])
     d_dt = d_scan.dt.addcmul_(d_scan.written, kept.u)
-    if order is not None:
-        d_dt.masked_fill_(order.behind, 0.0)
+    if moves is not None:
+        d_dt.masked_fill_(moves.behind, 0.0)
     d_dt = torch.ops.aten.softplus_backward(d_dt, kept.dt_input, 1.0, 20.0)
     torch.matmul(d_dt, weights.dt_proj_weight, out=d_projected[..., :rank])
     du = (d_projected @ weights.x_proj_weight).addcmul_(d_inner, weights.d).addcmul_(d_scan.written, kept.dt)
     d_conv = torch.ops.aten.silu_backward(du, kept.conv)
-    d_inputs, d_conv_weight = _conv_backward(d_conv, kept.inputs, weights.conv_weight, grad_conv, order)
+    d_inputs, d_conv_weight = _conv_backward(d_conv, kept.inputs, weights.conv_weight, grad_conv, moves)
     history = len(d_inputs) - len(z)
     return WriteGradients(
-        x=_to_place(d_inputs[history:], order),
-        z=_to_place(dz, order),
+        x=_to_place(d_inputs[history:], moves),
+        z=_to_place(dz, moves),
         conv_state=d_inputs[:history],
         ssm_state=d_scan.initial,
         conv=d_conv,
@@ -172,7 +172,7 @@ def write_backward(
     )
 
 
-class Order(NamedTuple):
+class Moves(NamedTuple):
     """How the gated-on writes of each row are moved to its front and back."""
 
     off: Tensor  # (K, B, 1), where the gate is off
@@ -187,32 +187,32 @@ class Order(NamedTuple):
         return (self.count + torch.arange(history, device=conv_state.device)[:, None, None]).expand(-1, batch, width)
 
 
-def order_of(gate: Tensor | None) -> Order | None:
-    """The order of the writes of ``gate`` (B, K); None where all happen."""
+def moves_of(gate: Tensor | None) -> Moves | None:
+    """How the writes of ``gate`` (B, K) are moved; None where all happen."""
     if gate is None:
         return None
     gate = gate.T[..., None]
     off = ~gate
     if len(gate) == 1:
-        return Order(off, off, gate.long(), None, None)
+        return Moves(off, off, gate.long(), None, None)
     passed = gate.cumsum(0)
     behind = torch.arange(len(gate), device=gate.device)[:, None, None] >= passed[-1:]
-    return Order(off, behind, passed[-1:], off.to(torch.uint8).argsort(dim=0, stable=True), (passed - 1).clamp_(min=0))
+    return Moves(off, behind, passed[-1:], off.to(torch.uint8).argsort(dim=0, stable=True), (passed - 1).clamp_(min=0))
 
 
-def _to_front(x: Tensor, order: Order | None) -> Tensor:
+def _to_front(x: Tensor, moves: Moves | None) -> Tensor:
     """x (K, B, E), each row's gated-on writes first and zeros behind them."""
-    if order is None:
+    if moves is None:
         return x
-    x = x.masked_fill(order.off, 0.0)
-    return x if order.to_front is None else x.gather(0, order.to_front.expand_as(x))
+    x = x.masked_fill(moves.off, 0.0)
+    return x if moves.to_front is None else x.gather(0, moves.to_front.expand_as(x))
 
 
-def _to_place(x: Tensor, order: Order | None) -> Tensor:
+def _to_place(x: Tensor, moves: Moves | None) -> Tensor:
     """The inverse of ``_to_front``: back in place, and 0 where the gate is off."""
-    if order is not None:
-        x = x if order.to_place is None else x.gather(0, order.to_place.expand_as(x))
-        x = x.masked_fill(order.off, 0.0)
+    if moves is not None:
+        x = x if moves.to_place is None else x.gather(0, moves.to_place.expand_as(x))
+        x = x.masked_fill(moves.off, 0.0)
     return x
 
 
@@ -314,7 +314,7 @@ def _by_tap(inputs: Tensor, n_writes: int) -> Tensor:
 
 
 def _conv_backward(
-    d_conv: Tensor, inputs: Tensor, conv_weight: Tensor, grad_conv: Tensor | None, order: Order | None
+    d_conv: Tensor, inputs: Tensor, conv_weight: Tensor, grad_conv: Tensor | None, moves: Moves | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the conv inputs (C - 1 + K, B, E) and weight (E, C), from d_conv (K, B, E) and that of the new state."""
     n_writes, n_taps = len(d_conv), conv_weight.shape[1]
@@ -323,18 +323,13 @@ def _conv_backward(
     d_inputs = (reached * conv_weight.flip(1).T[:, None, None]).sum(0)
     if grad_conv is not None:
         d_state = accumulation(grad_conv).permute(2, 0, 1)
-        if order is None:
+        if moves is None:
             d_inputs[n_writes:] += d_state
         else:
-            d_inputs.scatter_add_(0, order.conv_rows(grad_conv), d_state)
+            d_inputs.scatter_add_(0, moves.conv_rows(grad_conv), d_state)
     return d_inputs, (_by_tap(inputs, n_writes) * d_conv).sum((1, 2)).T
 
 
 def _owned(x: Tensor, model: Tensor) -> Tensor:
     """x, which nobody else holds, contiguous in the dtype of ``model``."""
     return x.to(model.dtype).contiguous()
-
-
-def _copy(x: Tensor, model: Tensor) -> Tensor:
-    """x in memory of its own, contiguous, in the dtype of ``model``."""
-    return x.to(model.dtype, memory_format=torch.contiguous_format, copy=True)

@@ -40,3 +40,9 @@ def test_import_and_a_training_step_without_gpu_triton_or_extras_of_which_only_t
     assert done.returncode == 0, done.stderr
     kernel, model = done.stdout.splitlines()
     assert "triton is not installed" in kernel and 'pip install -e ".[hf]"' in model
+
+
+def test_finished_runs_are_compared_without_torch():
+    script = "import sys, smt.experiments.comparison, smt.experiments.record; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
