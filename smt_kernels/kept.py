@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+Kept = TypeVar("Kept", bound=tuple)
 # Parts begin at multiples of it, as the memory of tensors does.
 _ALIGNMENT = 256
 
@@ -27,29 +29,41 @@ class Part(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def buffer_size(parts: Mapping[str, Part], dtype: torch.dtype) -> int:
-    """Elements of ``dtype`` that hold ``parts``."""
-    return sum(_aligned(part.nbytes) for part in parts.values()) // dtype.itemsize
+@dataclass(frozen=True)
+class Layout(Generic[Kept]):
+    """How what is kept lies in a buffer.
 
+    Attributes:
+        kind: the named tuple of what is kept.
+        parts: its fields.
+        dtype: of the buffer.
+    """
 
-def new_buffer(model: Tensor, parts: Mapping[str, Part], dtype: torch.dtype) -> Tensor:
-    """Memory for ``parts`` on the device of ``model``, uninitialised but for the gaps between them."""
-    buffer = model.new_empty(buffer_size(parts, dtype), dtype=dtype)
-    data = buffer.view(torch.uint8)
-    for start, part in _placed(parts):
-        stop = start + part.nbytes
-        if stop < start + _aligned(part.nbytes):  # or two runs would leave different bytes
-            data[stop : start + _aligned(part.nbytes)].zero_()
-    return buffer
+    kind: type[Kept]
+    parts: Mapping[str, Part]
+    dtype: torch.dtype
 
+    @property
+    def size(self) -> int:
+        """Elements of the buffer."""
+        return sum(_aligned(part.nbytes) for part in self.parts.values()) // self.dtype.itemsize
 
-def parts_of(buffer: Tensor, parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """The tensors of a buffer of ``buffer_size`` elements."""
-    data = buffer.view(torch.uint8)
-    return {
-        name: data[start : start + part.nbytes].view(part.dtype).view(part.shape)
-        for name, (start, part) in zip(parts, _placed(parts), strict=True)
-    }
+    def new(self, model: Tensor) -> tuple[Tensor, Kept]:
+        """A buffer on the device of ``model``, uninitialised but for the gaps between parts, and its parts."""
+        buffer = model.new_empty(self.size, dtype=self.dtype)
+        data = buffer.view(torch.uint8)
+        for start, part in _placed(self.parts):
+            stop = start + part.nbytes
+            if stop < start + _aligned(part.nbytes):  # or two runs would leave different bytes
+                data[stop : start + _aligned(part.nbytes)].zero_()
+        return buffer, self.of(buffer)
+
+    def of(self, buffer: Tensor) -> Kept:
+        """The parts of a buffer."""
+        data = buffer.view(torch.uint8)
+        placed = zip(self.parts, _placed(self.parts), strict=True)
+        parts = {name: data[at : at + part.nbytes].view(part.dtype).view(part.shape) for name, (at, part) in placed}
+        return self.kind(**parts)
 
 
 def _placed(parts: Mapping[str, Part]) -> list[tuple[int, Part]]:

@@ -31,7 +31,7 @@ from smt_kernels.attention_pool.reference import Timeline
 from smt_kernels.operators import register
 from smt_kernels.precision import accumulation_dtype
 from smt_kernels.stride_memory import reference
-from smt_kernels.stride_memory.kept import kept_size
+from smt_kernels.stride_memory.kept import layout
 from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, Pass
 from smt_kernels.window import WindowSpec
 
@@ -174,7 +174,8 @@ def _empty(run: Pass, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     wide, n_writes = accumulation_dtype(run.tokens.dtype), run.timeline.n_writes
     states = (state.new_empty(state.shape) for state in run.inputs[:2])
     pooling = run.tokens.new_empty((n_writes, batch, run.pooled_size), dtype=wide)
-    buffer = run.tokens.new_empty(kept_size(backend, run), dtype=wide)
+    kept = layout(backend, run)
+    buffer = run.tokens.new_empty(kept.size, dtype=kept.dtype)
     return run.weights.norm_f.new_empty(batch, n_writes, width), *states, pooling, buffer
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from smt_kernels.attention_pool import blocked as pooling
 from smt_kernels.attention_pool import reference as pool
 from smt_kernels.precision import NORM_EPS, accumulation, copied
-from smt_kernels.stride_memory.kept import Kept, chunks_of, kept_of, new_kept, weight_gradient
+from smt_kernels.stride_memory.kept import Kept, chunks_of, layout, weight_gradient
 from smt_kernels.stride_memory.reference import Group, MemoryWeights, Pass
 from smt_kernels.stride_write.blocked import Moves, moves_of, write, write_backward
 from smt_kernels.stride_write.kept import KeptBlocked
@@ -28,7 +28,7 @@ def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Slots (B, K, d), both states after K writes, pooling weights (K, B, W), and what ``backward`` needs."""
     tokens, slots, weights, inputs, *_ = run
     wide = MemoryWeights(*map(accumulation, weights))
-    buffer, kept = new_kept("blocked", run)
+    buffer, kept = layout("blocked", run).new(run.tokens)
     pool_weights = wide.a.new_empty(run.timeline.n_writes, len(tokens), run.pooled_size)
     at, of_writes = _Places(run._replace(weights=wide), kept, pool_weights), wide.writes()
     in_proj = _normed_in_proj(wide)
@@ -73,7 +73,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of tokens, slots (empty for None), all weights and both states, each in the dtype of its input."""
     tokens, slots, weights, inputs, *_ = run
-    kept = kept_of(buffer, "blocked", run)
+    kept = layout("blocked", run).of(buffer)
     wide = MemoryWeights(*map(accumulation, weights))
     at, of_writes = _Places(run._replace(weights=wide), kept, pool_weights), wide.writes()
     layers, n_slots = len(wide.a), run.n_slots

@@ -22,7 +22,7 @@ from smt_kernels.attention_pool import reference as pool
 from smt_kernels.attention_pool.strips import strips_of
 from smt_kernels.launch import ceil_div
 from smt_kernels.precision import copied
-from smt_kernels.stride_memory.kept import Kept, kept_of, weight_gradient
+from smt_kernels.stride_memory.kept import Kept, layout, weight_gradient
 from smt_kernels.stride_memory.norm import norm_backward, weight_sums
 from smt_kernels.stride_memory.places import Layer, Place, layers_of, packed, places_of, pooled_by, written_of_layers
 from smt_kernels.stride_memory.reference import Inputs, MemoryWeights, Pass
@@ -62,7 +62,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of tokens, slots (empty for None), all weights and both states, each in the dtype of its input."""
     run = Pass.of(run)
-    kept = kept_of(buffer, "triton", run)
+    kept = layout("triton", run).of(buffer)
     run = run._replace(weights=packed(run.weights))
     tokens, slots, weights, inputs, *_ = run
     batch, n_slots = len(tokens), run.n_slots

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smt_kernels.kept import Part, buffer_size, new_buffer, parts_of
+from smt_kernels.kept import Layout, Part
 from smt_kernels.precision import accumulation_dtype
 from smt_kernels.stride_memory.reference import Group, Pass
 from smt_kernels.stride_write.kept import CHUNK
@@ -45,7 +45,8 @@ def chunks_of(groups: list[Group]) -> list[slice]:
     return chunks
 
 
-def _parts(backend: str, run: Pass) -> dict[str, Part]:
+def layout(backend: str, run: Pass) -> Layout[Kept]:
+    """How it lies in a buffer of the accumulation dtype."""
     tokens, weights, groups = run.tokens, run.weights, run.groups()
     batch, _, width = tokens.shape
     layers, inner, n_state = weights.a.shape
@@ -60,7 +61,7 @@ def _parts(backend: str, run: Pass) -> dict[str, Part]:
         return part(layers, writes, batch, size, dtype=dtype)
 
     nothing = part(0)
-    return Kept(
+    parts = Kept(
         mean=part(writes, batch, width),
         query=part(writes, batch, len(weights.w_q)),
         u_pool=part(writes, batch, width),
@@ -78,24 +79,8 @@ def _parts(backend: str, run: Pass) -> dict[str, Part]:
         dt_input=nothing if fused else of_layers(inner),
         dt=nothing if fused else of_layers(inner),
         inner=nothing if fused else of_layers(inner),
-    )._asdict()
-
-
-def kept_size(backend: str, run: Pass) -> int:
-    """Elements, in the accumulation dtype, that hold what ``forward`` keeps."""
-    return buffer_size(_parts(backend, run), accumulation_dtype(run.tokens.dtype))
-
-
-def new_kept(backend: str, run: Pass) -> tuple[Tensor, Kept]:
-    """A buffer of ``kept_size`` elements, and its parts."""
-    parts = _parts(backend, run)
-    buffer = new_buffer(run.tokens, parts, accumulation_dtype(run.tokens.dtype))
-    return buffer, Kept(**parts_of(buffer, parts))
-
-
-def kept_of(buffer: Tensor, backend: str, run: Pass) -> Kept:
-    """A buffer of ``kept_size`` elements cut into its parts."""
-    return Kept(**parts_of(buffer, _parts(backend, run)))
+    )
+    return Layout(Kept, parts._asdict(), wide_dtype)
 
 
 def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from smt_kernels.attention_pool import kernels as pooling
 from smt_kernels.attention_pool import reference as pool
 from smt_kernels.stride_memory.gradients import backward
-from smt_kernels.stride_memory.kept import new_kept
+from smt_kernels.stride_memory.kept import layout
 from smt_kernels.stride_memory.norm import add_and_norm
 from smt_kernels.stride_memory.places import layers_of, packed, places_of, pooled_by, written_of_layers
 from smt_kernels.stride_memory.reference import Pass
@@ -33,7 +33,7 @@ __all__ = ["backward", "forward"]
 def forward(run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Slots (B, K, d), both states after K writes, pooling weights (K, B, W) in fp32, and what ``backward`` needs."""
     run = Pass.of(run)
-    buffer, kept = new_kept("triton", run)
+    buffer, kept = layout("triton", run).new(run.tokens)
     run = run._replace(weights=packed(run.weights))
     tokens, slots, weights, inputs, *_ = run
     (n_layers, inner, _), (batch, _, width), n_writes = weights.a.shape, tokens.shape, run.timeline.n_writes

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from smt_kernels import backends, checks
 from smt_kernels.operators import register
-from smt_kernels.precision import accumulation_dtype
-from smt_kernels.stride_write.kept import kept_size
+from smt_kernels.stride_write.kept import layout
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.reference import stride_write as reference
 
@@ -126,9 +125,9 @@ def _empty(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, K, E), both states after K, and what is kept, a buffer in float32 or float64."""
-    size = kept_size(backend, x, conv_state, len(weights.x_proj_weight), ssm_state.shape[2])
+    kept = layout(backend, x, conv_state, len(weights.x_proj_weight), ssm_state.shape[2])
     results = (tensor.new_empty(tensor.shape) for tensor in (x, conv_state, ssm_state))
-    return *results, x.new_empty(size, dtype=accumulation_dtype(x.dtype))
+    return *results, x.new_empty(kept.size, dtype=kept.dtype)
 
 
 _run = register(_empty, outputs=3, kept=1, gradients=4 + len(Weights._fields))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt_kernels.precision import LOG2_E, accumulation, copied
-from smt_kernels.stride_write.kept import CHUNK, KeptBlocked, kept_of, new_kept
+from smt_kernels.stride_write.kept import CHUNK, KeptBlocked, layout
 from smt_kernels.stride_write.reference import Weights
 
 # Elements of the states that are worked on at a time. On a CPU they stay in cache and their buffers are reused; elsewhere
@@ -33,11 +33,11 @@ def forward(
     x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Weights, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E), both states after K, and
-    ``kept_size`` elements for ``backward``.
+    the buffer that ``backward`` takes.
     """
     weights = Weights(*map(accumulation, parameters))
     sizes = len(weights.x_proj_weight), weights.a.shape[1]
-    buffer, kept = new_kept("blocked", x, conv_state, *sizes)
+    buffer, kept = layout("blocked", x, conv_state, *sizes).new(x)
     halves = (accumulation(half).transpose(0, 1) for half in (x, z))
     y, new_conv, new_ssm = write(*halves, conv_state, ssm_state, weights, moves_of(gate), kept)
     return _owned(y.transpose(0, 1), x), copied(new_conv, conv_state), copied(new_ssm, ssm_state), buffer
@@ -93,7 +93,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, z, conv_state, ssm_state and of each of ``Weights``, each in the dtype of its input."""
     weights = Weights(*map(accumulation, parameters))
-    kept = kept_of("blocked", buffer, x, conv_state, len(weights.x_proj_weight), weights.a.shape[1])
+    kept = layout("blocked", x, conv_state, len(weights.x_proj_weight), weights.a.shape[1]).of(buffer)
     grad, z_wide = (accumulation(tensor).transpose(0, 1) for tensor in (grad_y, z))
     starts = kept.starts if len(kept.starts) else accumulation(ssm_state).mT[None]
     found = write_backward(grad, grad_conv, grad_ssm, z_wide, starts, weights, moves_of(gate), kept)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smt_kernels.kept import Part, buffer_size, new_buffer, parts_of
+from smt_kernels.kept import Layout, Part
 from smt_kernels.precision import accumulation_dtype
 
 # Most writes that one program of the scan walks over, and whose states are in memory at a time.
@@ -36,45 +36,17 @@ class KeptBlocked(NamedTuple):
     starts: Tensor  # (chunks, B, N, E), the states before each chunk of more than one
 
 
-def _parts(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> dict[str, Part]:
-    batch, n_writes, width = x.shape
-    like_x = Part((n_writes, batch, width), x.dtype)
-    projected = Part((n_writes, batch, n_projected), torch.float32)
-    return Kept(like_x, like_x, projected, _starts(x, n_state))._asdict()
-
-
-def _parts_blocked(x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> dict[str, Part]:
-    (batch, n_writes, width), dtype = x.shape, accumulation_dtype(x.dtype)
-    like_x = Part((n_writes, batch, width), dtype)
-    inputs = Part((n_writes + conv_state.shape[2], batch, width), dtype)
-    projected = Part((n_writes, batch, n_projected), dtype)
-    return KeptBlocked(inputs, like_x, like_x, projected, like_x, like_x, like_x, _starts(x, n_state))._asdict()
-
-
-def _starts(x: Tensor, n_state: int) -> Part:
-    batch, n_writes, width = x.shape
+def layout(backend: str, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> Layout[Kept] | Layout[KeptBlocked]:
+    """How it lies in a buffer of the accumulation dtype; ``n_projected`` is R + 2 N."""
+    (batch, n_writes, width), wide = x.shape, accumulation_dtype(x.dtype)
     n_chunks = -(-n_writes // CHUNK) if n_writes > CHUNK else 0
-    return Part((n_chunks, batch, n_state, width), accumulation_dtype(x.dtype))
-
-
-_BACKENDS = {"triton": (Kept, _parts), "blocked": (KeptBlocked, _parts_blocked)}
-
-
-def kept_size(backend: str, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> int:
-    """Elements, in the accumulation dtype, of what ``forward`` keeps for ``backward``; ``n_projected`` is R + 2 N."""
-    parts = _BACKENDS[backend][1](x, conv_state, n_projected, n_state)
-    return buffer_size(parts, accumulation_dtype(x.dtype))
-
-
-def new_kept(backend: str, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> tuple[Tensor, Kept | KeptBlocked]:
-    """A buffer of ``kept_size`` elements, and its parts."""
-    kind, parts = _BACKENDS[backend]
-    found = parts(x, conv_state, n_projected, n_state)
-    buffer = new_buffer(x, found, accumulation_dtype(x.dtype))
-    return buffer, kind(**parts_of(buffer, found))
-
-
-def kept_of(backend: str, buffer: Tensor, x: Tensor, conv_state: Tensor, n_projected: int, n_state: int) -> Kept | KeptBlocked:
-    """A buffer of ``kept_size`` elements cut into its parts."""
-    kind, parts = _BACKENDS[backend]
-    return kind(**parts_of(buffer, parts(x, conv_state, n_projected, n_state)))
+    starts = Part((n_chunks, batch, n_state, width), wide)
+    if backend == "triton":
+        like_x = Part((n_writes, batch, width), x.dtype)
+        projected = Part((n_writes, batch, n_projected), torch.float32)
+        return Layout(Kept, Kept(like_x, like_x, projected, starts)._asdict(), wide)
+    like_x = Part((n_writes, batch, width), wide)
+    inputs = Part((n_writes + conv_state.shape[2], batch, width), wide)
+    projected = Part((n_writes, batch, n_projected), wide)
+    parts = KeptBlocked(inputs, like_x, like_x, projected, like_x, like_x, like_x, starts)
+    return Layout(KeptBlocked, parts._asdict(), wide)

@@ -43,7 +43,7 @@ from smt_kernels.stride_write.conv_states import conv_states, conv_states_backwa
 from smt_kernels.stride_write.convolution import conv_blocks, convolution
 from smt_kernels.stride_write.convolution_backward import convolution_backward, tap_sums
 from smt_kernels.stride_write.fold import fold
-from smt_kernels.stride_write.kept import CHUNK, Kept, kept_of, new_kept
+from smt_kernels.stride_write.kept import CHUNK, Kept, layout
 from smt_kernels.stride_write.order import Order, order_of
 from smt_kernels.stride_write.reference import Weights
 from smt_kernels.stride_write.scan import scan, scan_block
@@ -55,11 +55,11 @@ def forward(
     x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor, parameters: Weights, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, z (B, K, E), conv_state (B, E, C - 1), ssm_state (B, E, N), gate (B, K) -> y (B, K, E), both states after K, and
-    ``kept_size`` elements for ``backward``.
+    the buffer that ``backward`` takes.
     """
     weights = _packed(parameters, one=x.shape[1] == 1)
     sizes = len(weights.x_proj_weight), weights.a.shape[1]
-    buffer, kept = new_kept("triton", x, conv_state, *sizes)
+    buffer, kept = layout("triton", x, conv_state, *sizes).new(x)
     if x.shape[1] == 1:
         return *_single_write(x, z, conv_state, ssm_state, weights, gate, kept), buffer
     y, new_conv_state, new_ssm_state = (model.new_empty(model.shape) for model in (x, conv_state, ssm_state))
@@ -101,7 +101,7 @@ def backward(
     """Gradients of x, z, conv_state, ssm_state and of each of the seven weights, each in the dtype of its input."""
     weights = _packed(parameters)
     (batch, n_writes, width), (wide, n_state) = x.shape, (len(weights.x_proj_weight), weights.a.shape[1])
-    kept = kept_of("triton", buffer, x, conv_state, wide, n_state)
+    kept = layout("triton", x, conv_state, wide, n_state).of(buffer)
     starts = kept.starts.mT if len(kept.starts) else ssm_state[None]
     blocks = ceil_div(width, scan_block("scan_backward", len(starts) * batch, width, n_state, x.device))
     d_x, d_z = (model.new_empty(model.shape) for model in (x, z))

@@ -21,7 +21,7 @@ from smt_kernels.launch import HEADS
 from smt_kernels.stride_memory import kept as memory_kept
 from smt_kernels.stride_memory.reference import Inputs as MemoryInputs
 from smt_kernels.stride_memory.reference import MemoryWeights, Pass
-from smt_kernels.stride_write.kept import CHUNK, kept_size
+from smt_kernels.stride_write.kept import CHUNK, layout
 from smt_kernels.testing.aot import Call
 from smt_kernels.window import WindowSpec
 
@@ -204,7 +204,7 @@ def stride_memory(direction: str, width: int, dtype: torch.dtype, device: str) -
         arguments |= {"grad_slots": wide(batch, writes, model), "grad_pooling": None}
         arguments |= {f"grad_{name}": wide(*shape) for name, shape in states_of.items()}
         arguments |= {"pool_weights": wide(writes, batch, window.size)}
-        arguments["buffer"] = wide(memory_kept.kept_size("triton", run))
+        arguments["buffer"] = wide(memory_kept.layout("triton", run).size)
     return Case(Call(f"smt_kernels.stride_memory.kernels:{direction}", arguments), 0, batch * writes * window.stride)
 
 
@@ -224,7 +224,7 @@ def stride_write(direction: str, width: int, dtype: torch.dtype, device: str) ->
     if backward:
         names = "grad_y", "grad_conv", "grad_ssm"
         arguments |= dict(zip(names, _write_states(tensor, batch, writes, width, taps, states), strict=True))
-        size = kept_size("triton", x, conv_state, rank + 2 * states, states)
+        size = layout("triton", x, conv_state, rank + 2 * states, states).size
         arguments["buffer"] = tensor(size, dtype=torch.float32)
     call = Call(f"smt_kernels.stride_write.kernels:{'backward' if backward else 'forward'}", arguments)
     return Case(call, 0, batch if single else batch * writes * WindowSpec().stride, decoding=single)
