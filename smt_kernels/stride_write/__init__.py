@@ -10,7 +10,8 @@ The folder, in the order to read it:
     blocked.py                the same for all K at once but for the recurrence, for any device
     blocks.py                 the parts of the formula that kernels share, and their launch with its settings
     order.py                  which writes of each row happen, as kernels look it up
-    kernels.py                the Triton backend: a single write in one launch; several as convolution and scan
+    kernels.py                the Triton backend: one launch for a single write; several as convolution and scan
+    single_write.py           the first of these
     convolution.py            what comes before W_x and that product
     convolution_backward.py   and backward
     fold.py                   the sum of what blocks of channels add to W_x u, and to its gradient

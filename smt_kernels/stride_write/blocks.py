@@ -1,7 +1,6 @@
 """What the kernels of the SSM write share: the parts of its formula, how a program finds its channels, and launch settings.
 
-Names: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block of values, with its shape behind it; E, N, R are block sizes. A conv
-window is a tuple of C blocks [E], oldest first: an entry shifts from name to name, not from thread to thread.
+Names: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block of values, with its shape behind it; E, N, R are block sizes.
 """
 
 from __future__ import annotations
@@ -46,29 +45,6 @@ def silu_gradient(b_x):
 
 
 @triton.jit
-def convolve(window, taps, b_bias, TAPS: tl.constexpr):
-    b_conv = b_bias
-    for i in tl.static_range(TAPS):
-        b_conv += window[i] * taps[i]
-    return b_conv
-
-
-@triton.jit
-def shift(window, on, TAPS: tl.constexpr):
-    """What the next window starts with: the newest C - 1 entries, or the same as this one where nothing was written."""
-    history = ()
-    for i in tl.static_range(TAPS - 1):
-        history += (tl.where(on, window[i + 1], window[i]),)
-    return history
-
-
-@triton.jit
-def advance(b_h, b_dt, b_u, b_b, b_rate):
-    """decay h + dt u b, with rate = a / ln 2."""
-    return tl.exp2(b_dt[:, None] * b_rate) * b_h + (b_dt * b_u)[:, None] * b_b[None, :]  # [E, N]
-
-
-@triton.jit
 def channels(i_block, width, E: tl.constexpr):
     """Offsets of one block of E, in 64 bits, and which of them exist."""
     o_e = (i_block * E + tl.arange(0, E)).to(tl.int64)
@@ -83,21 +59,6 @@ def load(pointers, mask):
 @triton.jit
 def store(pointers, b_value, mask):
     tl.store(pointers, b_value.to(pointers.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_columns(p_rows, stride, mask, COLUMNS: tl.constexpr):
-    """The columns of a matrix, one block [E] each."""
-    columns = ()
-    for i in tl.static_range(COLUMNS):
-        columns += (load(p_rows + i * stride, mask),)
-    return columns
-
-
-@triton.jit
-def store_columns(p_rows, columns, mask, COLUMNS: tl.constexpr):
-    for i in tl.static_range(COLUMNS):
-        store(p_rows + i, columns[i], mask)
 
 
 @dataclass(frozen=True)

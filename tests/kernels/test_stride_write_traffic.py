@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.interpreter]
 def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", family: str = "interpreter"):
     """Traffic of forward and backward, each with the bytes of all tensors that its kernels take, each moved once."""
     from smt_kernels import launch
-    from smt_kernels.stride_write import conv_states, convolution, convolution_backward, fold, kernels, scan
+    from smt_kernels.stride_write import conv_states, convolution, convolution_backward, fold, kernels, scan, single_write
     from smt_kernels.testing.traffic import count_traffic
 
     least = 0
@@ -24,7 +24,7 @@ def count(case: Case, monkeypatch: pytest.MonkeyPatch, gate: str = "random", fam
         launch.launch(kernel, grid, device, **arguments)
 
     monkeypatch.setattr(launch, "architecture_family", lambda device: family)
-    for module in (convolution, convolution_backward, conv_states, fold, kernels, scan):
+    for module in (convolution, convolution_backward, conv_states, fold, scan, single_write):
         monkeypatch.setattr(module, "launch", weighed)
     problem = make_problem(case, torch.bfloat16, "cpu", gate, wide=("ssm_state", "a"))
     inputs = [value for name, value in problem.inputs.items() if name not in WEIGHTS]
