@@ -65,6 +65,10 @@ class Batch:
         """(B,) bool, rows that do not wait."""
         return self.documents != WAITING
 
+    def places(self) -> list[tuple[int, int, int]]:
+        """Of each row the document, the position at which it goes on there, and how many steps it reads."""
+        return list(zip(self.documents.tolist(), self.positions.tolist(), self.valid.sum(1).tolist(), strict=True))
+
     def rows(self, index: Tensor) -> Batch:
         """The rows that ``index`` (int64, or bool of shape (B,)) names."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "lane"})

@@ -73,8 +73,7 @@ def pooling_weights(
                 _, aux = model.encode(reading.input_ids.to(device), state, return_weights=True)
             states.keep(batch, aux.state)
             made = model.config.window.writes_made
-            places = zip(reading.documents.tolist(), reading.positions.tolist(), reading.valid.sum(1).tolist(), strict=True)
-            for row, (document, position, count) in enumerate(places):
+            for row, (document, position, count) in enumerate(reading.places()):
                 n_writes = made(position + count) - made(position)  # padding behind a document's end writes, too
                 weights[document].append(aux.attention_weights[row, :n_writes].float().cpu())
     return [torch.cat(pieces) for pieces in weights]

@@ -104,8 +104,7 @@ class SMTScorer:
                     hidden, state = self._encode(reading.input_ids, state)
                 log_probs, greedy = _through_head(hidden.to(head.dtype), head, reading.targets)
                 states.keep(batch, state)
-                places = zip(reading.documents.tolist(), reading.positions.tolist(), reading.valid.sum(1).tolist(), strict=True)
-                for row, (document, position, count) in enumerate(places):
+                for row, (document, position, count) in enumerate(reading.places()):
                     scores[document].fill(position, log_probs[row, :count], greedy[row, :count])
         return scores
 
