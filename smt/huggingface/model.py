@@ -22,6 +22,7 @@ from smt.model.loss import head_loss
 from smt.model.transformer import StrideMemoryTransformer
 from smt.model.weights import is_hooked
 from smt.pretrained.sources import HF_CONFIG_FILE
+from smt.runtime.device import from_host
 from smt.runtime.extras import needs_extra
 from smt.runtime.files import follow_umask
 from smt.runtime.names import shown
@@ -162,7 +163,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("attention_mask must be all ones, or None, beside packed texts: they have no padding")
             attention_mask = None
             if labels is not None:
-                starts = torch.tensor(bounds[:-1], device=labels.device)
+                starts = from_host(bounds[:-1], labels.device)
                 labels = labels.flatten().index_fill(0, starts, IGNORE_INDEX).view_as(labels)
         elif attention_mask is not None:
             seen = past_key_values.n_columns if past_key_values is not None else 0

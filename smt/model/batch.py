@@ -17,6 +17,7 @@ from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded, encode_chunk
 from smt.model.step import decode_step
 from smt.model.step_layers import with_keys
+from smt.runtime.device import from_host
 from smt.state.rings import take
 from smt.state.state import SMTState
 from smt_kernels.checks import readable
@@ -141,9 +142,11 @@ def encode_batch(
     results = []
     for (step, _), rows in parts.items():
         counts_here = [counts[row] for row in rows]
-        padding = torch.tensor([length - count for count in counts_here], device=embedded.device)[:, None]
+        padding = from_host([length - count for count in counts_here], embedded.device)[:, None]
         position = torch.arange(length, device=embedded.device)
-        here = take(embedded[rows], position[: max(counts_here)] + padding)  # left-aligned; zeros behind a row's end
+        here = take(
+            embedded.index_select(0, from_host(rows, embedded.device)), position[: max(counts_here)] + padding
+        )  # left-aligned; zeros behind a row's end
         part = encode(step, here, state.rows(rows), counts_here)
         results.append((rows, Encoded(take(part.hidden, position - padding), part.state, part.weights)))
     if not overwrite_state:
@@ -162,7 +165,7 @@ def _scatter(parts: list[tuple[list[int], Tensor]], batch: int, shape: tuple[int
     dtype = parts[0][1].dtype if parts else like.dtype
     total = like.new_zeros(batch, *shape, dtype=dtype)
     for rows, values in parts:
-        total = total.index_copy(0, torch.tensor(rows, device=like.device), values)
+        total = total.index_copy(0, from_host(rows, like.device), values)
     return total
 
 

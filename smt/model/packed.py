@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from smt.runtime.device import from_host
+
 
 def text_bounds(cu_seqlens: Tensor | Sequence[int], input_ids: Tensor) -> tuple[int, ...]:
     """Where each of N texts begins, and the end of the last; read from the device where ``cu_seqlens`` is on one.
@@ -38,14 +40,14 @@ def text_lengths(bounds: Sequence[int]) -> tuple[int, ...]:
 
 def as_rows(packed: Tensor, bounds: Sequence[int]) -> Tensor:
     """Texts (1, T) as rows (N, longest), padded on the left with copies of each one's first token."""
-    starts, stops = torch.tensor(bounds[:-1])[:, None], torch.tensor(bounds[1:])[:, None]
-    columns = torch.arange(-max(text_lengths(bounds)), 0)
-    return packed[0, torch.maximum(stops + columns, starts).to(packed.device)]
+    edges = from_host(bounds, packed.device)[:, None]
+    columns = torch.arange(-max(text_lengths(bounds)), 0, device=packed.device)
+    return packed[0, torch.maximum(edges[1:] + columns, edges[:-1])]
 
 
 def as_packed(rows: Tensor, bounds: Sequence[int]) -> Tensor:
     """Rows (N, longest, ...), each with a text at its end, as texts (1, T, ...): the inverse of ``as_rows``."""
-    ends = range(rows.shape[1], rows.shape[0] * rows.shape[1] + 1, rows.shape[1])
-    of_texts = zip(ends, text_lengths(bounds), strict=True)
-    index = torch.cat([torch.arange(end - length, end) for end, length in of_texts])
-    return rows.flatten(0, 1)[None, index.to(rows.device)]
+    stops = from_host(bounds[1:], rows.device)
+    behind = rows.shape[1] * torch.arange(1, len(bounds), device=rows.device) - stops
+    token = torch.arange(bounds[-1], device=rows.device)
+    return rows.flatten(0, 1)[None, token + behind[torch.bucketize(token, stops, right=True)]]

@@ -12,6 +12,7 @@ from smt.model.decoder import Decoder
 from smt.model.memory import StrideMemory
 from smt.model.readout import read_out
 from smt.model.windows import Span
+from smt.runtime.device import from_host
 from smt.runtime.precision import dtype_of_products
 from smt.state.layout import existing
 from smt.state.rings import ends, from_ring, last_entries, to_ring
@@ -60,7 +61,7 @@ def encode_chunk(
     writes = range(written, max(slot_stops))
     gate = None
     if len(set(slot_stops)) > 1:
-        gate = torch.tensor([[write < stop for write in writes] for stop in slot_stops], device=device)
+        gate = from_host([[write < stop for write in writes] for stop in slot_stops], device)
 
     n_tokens, n_slots = existing(config, first)
     step = state.device_steps[:1]

@@ -15,6 +15,7 @@ from smt.model.memory import StrideMemory
 from smt.model.parallel import Encoded
 from smt.model.readout import contribution
 from smt.model.step_layers import decode_stream, decode_stride, decode_token, keep_slots, with_keys
+from smt.runtime.device import from_host
 from smt.runtime.precision import dtype_of_products
 from smt.state.rings import from_ring
 from smt.state.state import SMTState
@@ -42,7 +43,7 @@ def decode_step(memory: StrideMemory, decoder: Decoder, embedded: Tensor, state:
     if return_weights:
         weights = hidden.new_zeros(len(step), 1 if writers else 0, config.window_size)
     if writers:
-        writing = rows if len(writers) == len(rows) else torch.tensor(writers, device=rows.device)
+        writing = rows if len(writers) == len(rows) else from_host(writers, rows.device)
         of_writers = _write(memory, decoder, state, writing, min(state.steps[row] for row in writers))
         if return_weights:
             weights[writing, 0, config.window_size - of_writers.shape[1] :] = of_writers.to(weights.dtype)

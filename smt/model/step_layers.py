@@ -21,6 +21,7 @@ from smt.model.decoder import Decoder
 from smt.model.layers import Block
 from smt.model.rotary import Rotation, rotation
 from smt.model.windows import absent_in_block, window_cache
+from smt.runtime.device import from_host
 from smt.runtime.precision import dtype_of_products
 from smt.state.layout import at_most, seen, state_shapes
 from smt.state.rings import from_ring
@@ -136,7 +137,7 @@ def _enter_blocks(
     """
     config = decoder.config
     everyone = len(entering) == state.batch_size
-    rows = None if everyone else torch.tensor(entering, device=step.device)
+    rows = None if everyone else from_host(entering, step.device)
     step = step if rows is None else step[rows]
     slots = from_ring(state.slots, config.window.writes_before(step), config.n_ssm_outputs, rows=rows)
     tokens = from_ring(state.tokens, step + 1, n_tokens, rows=rows)

@@ -26,6 +26,7 @@ from smt.model.parameters import count_parameters
 from smt.model.weights import is_hooked, rows_of
 from smt.pretrained.loading import load_gpt2, load_mamba
 from smt.pretrained.transfer import LoadReport
+from smt.runtime.device import from_host
 from smt.state.state import SMTState
 from smt_kernels.linear_cross_entropy import IGNORE_INDEX
 
@@ -180,7 +181,7 @@ class StrideMemoryTransformer(nn.Module):
             targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
             if cu_seqlens is not None:
                 cu_seqlens = text_bounds(cu_seqlens, input_ids)
-                targets[:, torch.tensor(cu_seqlens[1:], device=targets.device) - 1] = IGNORE_INDEX
+                targets.index_fill_(1, from_host(cu_seqlens[1:], targets.device) - 1, IGNORE_INDEX)
         return self(input_ids, state, targets=targets, cu_seqlens=cu_seqlens)
 
     def encode(

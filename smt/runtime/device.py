@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
@@ -34,3 +37,15 @@ def compiler_is_missing(device: torch.device) -> str | None:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on ``device``; a GPU copies it when it comes to it, and nobody waits."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def from_host(values: Sequence[Any], device: torch.device) -> Tensor:
+    """``torch.tensor(values, device=device)``, for which nobody waits either.
+
+    Raises:
+        RuntimeError: a CUDA graph is being recorded, which would read this memory of the host when it is another's.
+    """
+    runs = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_initialized()
+    if not runs or torch.cuda.is_current_stream_capturing():
+        return torch.tensor(values, device=device)
+    return sent(torch.tensor(values, device="cpu"), device)

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from smt.runtime.device import from_host
+
 
 def ends(first: int, stops: Sequence[int], device: torch.device) -> int | Tensor:
     """Where in sequences that begin with the entry ``first`` each row's ``stops`` lie: one number if it is that of all rows,
     else (B,) int64 on ``device``."""
     if len(set(stops)) == 1:
         return stops[0] - first
-    return torch.tensor([stop - first for stop in stops], device=device)
+    return from_host([stop - first for stop in stops], device)
 
 
 def last_entries(values: Tensor, end: int | Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smt.config import SMTConfig
+from smt.runtime.device import from_host
 from smt.state.file import read_state, write_state
 from smt.state.layout import KEYS_AND_VALUES, ROWS, state_shapes, without_entries
 
@@ -85,7 +86,7 @@ class SMTState:
         if len(set(steps)) == 1:  # filled in there; a list would be copied
             device_steps = torch.full((len(steps),), steps[0], dtype=torch.int64, device=device)
         else:
-            device_steps = torch.tensor(list(steps), dtype=torch.int64, device=device)
+            device_steps = from_host(list(steps), device)
         return cls(config=config, steps=tuple(steps), device_steps=device_steps, **tensors)
 
     @staticmethod
@@ -163,16 +164,19 @@ class SMTState:
 
     def rows(self, index: Tensor | Sequence[int]) -> SMTState:
         """The rows that ``index`` (int64) names, in that order; a row may come several times (beam search)."""
-        index = index if isinstance(index, Tensor) else torch.tensor(index, device="cpu")
-        here = index.to(self.tokens.device)  # once: each copy to a GPU waits for it
+        here = index.to(self.tokens.device) if isinstance(index, Tensor) else from_host(index, self.tokens.device)
         chosen = self._map(lambda name, tensor: tensor.index_select(ROWS[name], here))
         alike = len(set(self.steps)) == 1  # and nothing to read from the device
-        steps = self.steps[:1] * len(index) if alike else tuple(self.steps[row] for row in index.tolist())
+        steps = (
+            self.steps[:1] * len(index)
+            if alike
+            else tuple(self.steps[row] for row in (index.tolist() if isinstance(index, Tensor) else index))
+        )
         return replace(chosen, steps=steps, device_steps=self.device_steps.index_select(0, here))
 
     def overwrite_rows(self, index: Sequence[int], rows: SMTState) -> SMTState:
         """This state with the rows ``index`` replaced by ``rows``, in the same tensors."""
-        where = torch.tensor(index, device=self.tokens.device)
+        where = from_host(index, self.tokens.device)
         written = self._map(lambda name, tensor: tensor.index_copy_(ROWS[name], where, getattr(rows, name)))
         steps = list(self.steps)
         for row, step in zip(index, rows.steps, strict=True):

@@ -58,8 +58,21 @@ def main() -> None:
         with torch.no_grad():
             model(second[:, :1], state=state)
 
+    def packed() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, _ = model.loss(ids.view(1, -1), cu_seqlens=[0, 30, 100, 170, 2 * ids.shape[1]])
+        loss.backward()
+
+    def decode_rows_at_several_steps() -> None:
+        nonlocal ragged
+        with torch.no_grad():
+            for _ in range(2 * config.stride):
+                ragged = model(ids[:, :1], state=ragged)[1].state
+
+    ragged = model(ids.view(1, -1), cu_seqlens=[0, 100, 2 * ids.shape[1]])[1].state.detach()
     other = torch.cuda.Stream()
     found = {"training": asked(step), "backward": asked(backward), "recorded": asked(record), "decoding": asked(decode)}
+    found |= {"packed": asked(packed), "rows at several steps": asked(decode_rows_at_several_steps)}
     found["two streams"] = asked(record_on_two_streams)
     other.synchronize()  # which the graph has let go
     try:

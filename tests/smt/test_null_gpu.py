@@ -22,6 +22,8 @@ def test_steps_wait_for_nothing_and_a_graph_holds_them():  # in one process, sin
     for what in ("training", "backward", "decoding"):
         assert asked[what]["triton"] > 0 and asked[what]["products"] > 0, what
         assert (asked[what]["to_device"], asked[what]["to_host"], asked[what]["waits"]) == (0, 0, 0), what
+    for what in ("packed", "rows at several steps"):  # what the host says of each row is sent, and nobody waits for it
+        assert asked[what]["to_device"] > 0 and (asked[what]["to_host"], asked[what]["waits"]) == (0, 0), what
     assert asked["recorded"]["kernels"] == asked["backward"]["kernels"] <= asked["recorded"]["captured"]
     assert (asked["recorded"]["to_device"], asked["recorded"]["to_host"]) == (0, 0)
     assert asked["two streams"]["kernels"] == asked["two streams"]["captured"] == 1
