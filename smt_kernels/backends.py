@@ -114,7 +114,9 @@ def choose(operation: str, tensor: Tensor, requested: str | None, *, obstacle: s
         ValueError: an unknown backend was asked for, or ``triton`` where nothing can run the operation's kernel.
         TypeError: ``triton`` was asked for with a dtype that the kernel does not take.
     """
-    decide = _decide if torch.compiler.is_compiling() else _remembered  # compilers see through caches, and warn
+    # Compilers see through caches, and warn; and to tracers a size may be a symbol, which no cache takes.
+    traced = torch.compiler.is_compiling() or type(tensor.shape[-1]) is not int
+    decide = _decide if traced else _remembered
     choice = decide(operation, tensor.device, tensor.dtype, tensor.shape[-1], requested, _current_override(), obstacle)
     setattr(_last, operation, choice)
     return choice.backend

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,18 @@ def shape(name: str, tensor: Tensor, expected: dict[str, int | None], *, may_be_
     """Check that ``tensor`` has one dimension per entry of ``expected``, of that size (None: any) and not empty.
 
     Raises:
-        TypeError: not a tensor.
+        TypeError: not a tensor, or a nested or sparse one.
         ValueError: another rank or size, or an empty dimension that is not in ``may_be_empty``.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
     sizes = tensor.shape
-    fits = len(sizes) == len(expected) and all(want in (None, got) for got, want in zip(sizes, expected.values(), strict=True))
+    # Not ``want in (None, got)``: to compilers of torch 2.10 no number is in a tuple of numbers that vary.
+    fits = len(sizes) == len(expected) and all(
+        want is None or want == got for got, want in zip(sizes, expected.values(), strict=True)
+    )
     if not fits:
         raise ValueError(f"{name} must have shape {_described(expected)}, got {tuple(sizes)}")
     if 0 in sizes:
@@ -54,6 +61,20 @@ def integer(name: str, value: int) -> None:
     """Raise TypeError unless ``value`` is an int (or one of a compiler that traces), and not a bool."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def number(name: str, value: float) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: not a number, such as a tensor, which would lose its gradient, or a bool.
+        ValueError: not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, (int, float)) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
 
 
 def head_groups(n_query_heads: int, n_kv_heads: int) -> None:

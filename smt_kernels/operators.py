@@ -25,7 +25,6 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from smt_kernels.checks import unit_stride
@@ -118,11 +117,13 @@ class _Operation:
             self._backward_operator.register_fake(self._fake_backward)
             self._backward_operator.register_vmap(_one_by_one(self._backward_operator))
             self._operator.register_autograd(self._formula(self._backward_operator), setup_context=self._setup_context)
-            backward = once_differentiable(self._formula(self._backward_straight))
+            self._backward_operator.register_autograd(self._refuse)
+            backward = self._formula(self._backward_straight)
             self._direct = _function(name, forward=self._forward_straight, backward=backward)
-            of_transforms = {"forward": self._forward, "setup_context": self._setup_context, "backward": backward}
-            one_by_one = _one_by_one(lambda *leaves: self._transformed.apply(*leaves))
-            self._transformed = _function(name, **of_transforms, vmap=one_by_one)
+            self._transformed = _function_of_transforms(name, self._forward, self._setup_context, backward)
+            self._backward_transformed = _function_of_transforms(
+                f"{name}_backward", self._backward, lambda ctx, inputs, output: None, self._refuse
+            )
 
     def __call__(self, *arguments: Any, backend: str) -> Any:
         leaves = self._arguments.flat(arguments)
@@ -157,8 +158,14 @@ class _Operation:
         return tuple(_compute(self._package, backend, "backward", leaves[0], arguments))
 
     def _backward_straight(self, *leaves: Any) -> tuple[Tensor, ...]:
-        # ``torch.func`` wraps tensors, and unwraps them for operators alone.
-        return (self._backward_operator if is_transformed() or any(map(_is_wrapped, leaves)) else self._backward)(*leaves)
+        if is_transformed():
+            return self._backward_transformed.apply(*leaves)
+        # Where gradients of gradients are recorded, they are refused; and what ``torch.func`` has wrapped, operators unwrap.
+        dispatched = torch.is_grad_enabled() or any(map(_is_wrapped, leaves))
+        return (self._backward_operator if dispatched else self._backward)(*leaves)
+
+    def _refuse(self, ctx: Any, *grads: Tensor | None) -> None:
+        raise NotImplementedError(f"{self._name} has no second derivatives; use backend='reference'")
 
     def _fake(self, *leaves: Any) -> Any:
         *leaves, backend = leaves
@@ -232,6 +239,15 @@ def _operator(name: str, function: Callable[..., Any], leaves: list[str], n_resu
 
 def _function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
     return type(name, (torch.autograd.Function,), {key: staticmethod(do) for key, do in methods.items()})
+
+
+def _function_of_transforms(
+    name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """For ``torch.func``, with a context that is set up apart."""
+    rule = _one_by_one(lambda *leaves: function.apply(*leaves))
+    function = _function(name, forward=forward, setup_context=setup_context, backward=backward, vmap=rule)
+    return function
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def attention_pool(
     _check_windows(windows, n_memory, valid_memory, valid_tokens)
     n_windows, size, _ = windows.shape
     _check_projections("windows", windows, w_q, w_k)
-    _check_dropout("windows", windows, dropout_mask, {"N": n_windows, "W": size})
+    dropout_mask = _dropout("windows", windows, dropout_mask, {"N": n_windows, "W": size})
     exists = None
     if valid_memory is not None or valid_tokens is not None:
         window = WindowSpec(n_memory, size - n_memory, stride=None)
@@ -74,8 +74,7 @@ def attention_pool(
     if backend == "reference":
         if exists is None:
             exists = torch.ones(1, size, dtype=torch.bool, device=windows.device)
-        mask = None if dropout_mask is None else dropout_mask.detach()
-        return reference.attention_pool(windows, w_q, w_k, exists, normalise=normalise, dropout_mask=mask)
+        return reference.attention_pool(windows, w_q, w_k, exists, normalise=normalise, dropout_mask=dropout_mask)
     windows, w_q, w_k = checks.unit_stride(windows, w_q, w_k)
     # A window is a sequence that makes one write, at its last step.
     dropout = None if dropout_mask is None else dropout_mask[:, None]
@@ -139,12 +138,11 @@ def attention_pool_sequence(
     timeline = Timeline(first_write, n_writes, write_group, first_step, first_slot)
     check_timeline(window, timeline, length)
     size = window.n_tokens if slots is None else window.size
-    _check_dropout("tokens", tokens, dropout_mask, {"B": batch, "n_writes": n_writes, "W": size})
+    dropout_mask = _dropout("tokens", tokens, dropout_mask, {"B": batch, "n_writes": n_writes, "W": size})
     backend = backends.choose("attention_pool_sequence", tokens, backend)
     if backend == "reference":
         settings = {"window": window, "timeline": timeline, "normalise": normalise}
-        mask = None if dropout_mask is None else dropout_mask.detach()
-        return reference.attention_pool_sequence(tokens, slots, w_q, w_k, dropout_mask=mask, **settings)
+        return reference.attention_pool_sequence(tokens, slots, w_q, w_k, dropout_mask=dropout_mask, **settings)
     tokens, w_q, w_k = checks.unit_stride(tokens, w_q, w_k)
     inputs = Inputs(tokens, slots, w_q, w_k, None, dropout_mask)
     pooled, kept = _run(inputs, window, timeline, normalise, backend=backend)
@@ -175,10 +173,13 @@ def _check_projections(model_name: str, model: Tensor, w_q: Tensor, w_k: Tensor)
     checks.like("w_k", w_k, model_name, model)
 
 
-def _check_dropout(model_name: str, model: Tensor, dropout_mask: Tensor | None, expected: dict[str, int]) -> None:
-    if dropout_mask is not None:
-        checks.shape("dropout_mask", dropout_mask, expected)
-        checks.like("dropout_mask", dropout_mask, model_name, model)
+def _dropout(model_name: str, model: Tensor, dropout_mask: Tensor | None, expected: dict[str, int]) -> Tensor | None:
+    """The mask, checked, without gradient."""
+    if dropout_mask is None:
+        return None
+    checks.shape("dropout_mask", dropout_mask, expected)
+    checks.like("dropout_mask", dropout_mask, model_name, model)
+    return dropout_mask.detach()
 
 
 def check_timeline(window: WindowSpec, timeline: Timeline, length: int) -> None:

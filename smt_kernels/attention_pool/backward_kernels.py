@@ -47,10 +47,12 @@ def query_backward_kernel(
     b_grad = load(p_grad, m_window, i_chunk, WIDTH, CHUNK)  # [P, CHUNK]
     o_weights = (o_place * (n_memory + n_tokens))[:, None]
     # dw less what it would be if all entries were their mean: du is a sum over differences from an average, which the rounding
-    # of a dw would drown where entries are alike.
-    p_mean = mean + o_place * WIDTH
-    b_mean = load(p_mean, m_window, i_chunk, WIDTH, CHUNK)  # [P, CHUNK]
-    b_common = row_products(b_grad, p_grad, b_mean, p_mean, m_window, i_chunk, WIDTH, CHUNK)  # [P]
+    # of a dw would drown where entries are alike. Dropout's factors make them differ, and may leave nothing to subtract from.
+    b_common = tl.zeros([P], dtype=tl.float32)
+    if dropout is None:
+        p_mean = mean + o_place * WIDTH
+        b_mean = load(p_mean, m_window, i_chunk, WIDTH, CHUNK)  # [P, CHUNK]
+        b_common = row_products(b_grad, p_grad, b_mean, p_mean, m_window, i_chunk, WIDTH, CHUNK)
     b_seen = tl.zeros([P, E], dtype=tl.float32)
     b_along = tl.zeros([P, E], dtype=tl.float32)  # a . dw
     b_du = tl.zeros([P, CHUNK], dtype=tl.float32)

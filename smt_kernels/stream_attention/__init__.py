@@ -59,12 +59,12 @@ def stream_attention(
 
     Raises:
         TypeError: a dtype or type that does not fit.
-        ValueError: a shape, device or size that does not fit, or one of memory_k and memory_v without the other.
+        ValueError: a shape, device, size or scale that does not fit, or one of memory_k and memory_v without the other.
 
     Source: sliding windows with meta tokens as in Hymba (Dong et al., 2024), section 2.
     """
     _check(q, k, v, memory_k, memory_v, window, first_step, first_slot)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     backend = backends.choose("stream_attention", q, backend)
     if backend == "reference":
         settings = {"window": window, "scale": scale, "first_step": first_step, "first_slot": first_slot}

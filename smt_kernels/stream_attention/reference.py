@@ -37,4 +37,4 @@ def stream_attention(
     k, v = (x.masked_fill(unseen, 0.0).repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)  # a query always sees itself
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
+    return torch.einsum("bhij,bjhd->bihd", weights, v).contiguous()

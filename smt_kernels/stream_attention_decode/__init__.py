@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from smt_kernels import backends, checks
-from smt_kernels.operators import register
+from smt_kernels.operators import is_transformed, register
 from smt_kernels.stream_attention_decode.blocked import forward as blocked
 from smt_kernels.stream_attention_decode.reference import stream_attention_decode as reference
 
@@ -55,15 +55,17 @@ def stream_attention_decode(
 
     Raises:
         TypeError: a dtype or type that does not fit.
-        ValueError: a shape, device or count that does not fit, or ``triton`` where a gradient is required.
+        ValueError: a shape, device, scale or count that does not fit, or ``triton`` where a gradient is required; counts are
+            checked on CPU, elsewhere one too large is all of its ring.
 
     Source: query heads that share keys are the rows of one product, as in FlashDecoding (Dao et al., 2023).
     """
     _check(q, k, v, memory_k, memory_v, n_tokens, n_slots)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     tensors = q, k, v, memory_k, memory_v
     obstacle = None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    # Tensors of a transform do not tell.
+    if torch.is_grad_enabled() and (is_transformed() or any(x.requires_grad for x in tensors)):
         obstacle = "a gradient is required, and its kernel has no backward"
     backend = backends.choose("stream_attention_decode", q, backend, obstacle=obstacle)
     if backend == "reference":

@@ -17,13 +17,13 @@ from smt_kernels.stream_attention_decode.settings import TABLE
 from smt_kernels.tiles import LOG2_E, attend, load, products, rows, store_normalised
 
 
-@triton.jit(do_not_specialize=["n_kv_heads"])
+@triton.jit(do_not_specialize=["n_kv_heads", "ring", "slot_ring"])
 def _forward_kernel(
     q, k, v, memory_k, memory_v, n_tokens, n_slots, out,
-    strides_q, strides_k, strides_v, strides_memory_k, strides_memory_v, strides_out, n_kv_heads, scale,
+    strides_q, strides_k, strides_v, strides_memory_k, strides_memory_v, strides_out, n_kv_heads, ring, slot_ring, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """out of one batch row and the query heads of one key/value head."""
+    """out of one batch row and the query heads of one key/value head. Counts larger than a ring count as all of it."""
     i_batch = (tl.program_id(0) // n_kv_heads).to(tl.int64)
     i_kv_head = tl.program_id(0) % n_kv_heads
     i_chunk = tl.program_id(1)
@@ -37,7 +37,7 @@ def _forward_kernel(
     b_sum = tl.zeros([G], dtype=tl.float32)
     b_out = tl.zeros([G, CHUNK], dtype=tl.float32)
 
-    stop = tl.load(n_slots + i_batch)
+    stop = tl.minimum(tl.load(n_slots + i_batch), slot_ring)
     for i_slot in range(0, stop, N):
         o_k = i_slot + tl.arange(0, N)
         m_k = o_k < stop
@@ -47,7 +47,7 @@ def _forward_kernel(
         b_s = products(b_q, p_q, m_q, b_k, p_k, m_k, i_chunk, HEAD_DIM, CHUNK) * log2_scale  # [G, N]
         b_max, b_sum, b_out = attend(b_max, b_sum, b_out, tl.where(m_k[None, :], b_s, float("-inf")), b_v)
 
-    stop = tl.load(n_tokens + i_batch)
+    stop = tl.minimum(tl.load(n_tokens + i_batch), ring)
     for i_token in range(0, stop, K):
         o_k = i_token + tl.arange(0, K)
         m_k = o_k < stop
@@ -78,6 +78,8 @@ def forward(
         *(x.stride()[:3] for x in (k, v, memory_k, memory_v)),
         out.stride()[:2],
         n_kv_heads=n_kv_heads,
+        ring=ring,
+        slot_ring=memory_k.shape[1],
         scale=scale,
         GROUP=n_heads // n_kv_heads,
         HEAD_DIM=head_dim,

@@ -94,9 +94,10 @@ def stride_memory(
 
     Source: the writes of ``docs/model.md``; Mamba (Gu and Dao, 2023).
     """
-    weights, n_slots = MemoryWeights(*weights), None if slots is None else slots.shape[1]
+    weights = MemoryWeights(*weights)
     _check(tokens, slots, conv_state, ssm_state, weights, n_writes, gate)
-    timeline = Timeline(first_write, n_writes, write_group, first_step, first_write - (n_slots or 0))
+    first_slot = first_write - (0 if slots is None else slots.shape[1])
+    timeline = Timeline(first_write, n_writes, write_group, first_step, first_slot)
     _check_settings(tokens, slots, window, timeline, dropout_mask)
     backend = backends.choose("stride_memory", tokens, backend)
     dropout = None if dropout_mask is None else dropout_mask.detach()

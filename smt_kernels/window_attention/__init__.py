@@ -53,15 +53,16 @@ def window_attention(
         (N, tail or W, H, D) in the dtype of q.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape, device or count that does not fit.
+        TypeError: a dtype or type that does not fit.
+        ValueError: a shape, device, scale or count that does not fit; counts are checked on CPU, elsewhere one too large is
+            all of its half.
 
     Source: softmax statistics as in FlashAttention-2 (Dao, 2023), section 3.
     """
     _check(q, k, v, n_memory, valid_memory, valid_tokens, tail)
     if tail is not None:
         q = q[:, -tail:]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     backend = backends.choose("window_attention", q, backend)
     if backend == "reference":
         return reference(q, k, v, n_memory=n_memory, valid_memory=valid_memory, valid_tokens=valid_tokens, scale=scale)

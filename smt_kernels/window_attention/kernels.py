@@ -34,13 +34,16 @@ MAIN_BLOCK = 64
 
 @triton.jit
 def _first_entries(valid_memory, valid_tokens, i_window, n_memory, window):
-    """Position of the first slot and of the first token that exist, both right-aligned in their half."""
+    """Position of the first slot and of the first token that exist, both right-aligned in their half.
+
+    Counts are not checked on a GPU: one too large counts as all.
+    """
     first_memory = 0
     if valid_memory is not None:
-        first_memory = n_memory - tl.load(valid_memory + i_window)
+        first_memory = tl.maximum(n_memory - tl.load(valid_memory + i_window), 0)
     first_token = n_memory
     if valid_tokens is not None:
-        first_token = window - tl.load(valid_tokens + i_window)
+        first_token = tl.maximum(window - tl.load(valid_tokens + i_window), n_memory)
     return first_memory, first_token
 
 

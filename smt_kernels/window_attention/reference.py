@@ -24,4 +24,4 @@ def window_attention(
     scores = torch.einsum("nihd,njhd->nhij", q, k) * scale
     # The lowest finite number instead of -inf: a query that sees nothing must give zeros, not nan.
     weights = torch.softmax(scores.masked_fill(~visible, torch.finfo(scores.dtype).min), dim=-1)
-    return torch.einsum("nhij,njhd->nihd", weights * visible, v)
+    return torch.einsum("nhij,njhd->nihd", weights * visible, v).contiguous()

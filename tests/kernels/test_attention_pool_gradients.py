@@ -109,3 +109,25 @@ def test_entries_that_are_alike_leave_gradients_of_the_projections_that_are_not_
     plain, exact = gradients(torch.bfloat16, "reference"), gradients(torch.float64, "reference")
     for found, by_plain, right in zip(gradients(torch.bfloat16, backend), plain, exact, strict=True):
         assert (found.double() - right).norm() <= (by_plain.double() - right).norm()
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_where_dropout_leaves_nothing_there_is_no_gradient_however_large_that_of_the_result(backend, device):
+    problem = small_windows(torch.float32, device)
+    windows = problem.inputs["windows"].requires_grad_()
+    mask = torch.ones(windows.shape[:2], device=device)
+    mask[::2] = 0.0
+    given = {**problem.inputs, **problem.settings, "dropout_mask": mask}
+    pooled, _ = problem.function(**given, backend=backend)
+    (found,) = torch.autograd.grad((1e8 * pooled * torch.randn_like(pooled)).sum(), windows)
+    assert not found[::2].any() and found[1::2].any()
+
+
+@pytest.mark.parametrize("make", [small_windows, small_sequence], ids=["windows", "sequence"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dropout_mask_has_no_gradient(backend, make, device):
+    problem = make(torch.float32, device)
+    shape = problem.function(**problem.inputs, **problem.settings)[1].shape
+    mask = torch.ones(shape, device=device, requires_grad=True)
+    pooled, weights = problem.function(**problem.inputs, **{**problem.settings, "dropout_mask": mask}, backend=backend)
+    assert not pooled.requires_grad and not weights.requires_grad

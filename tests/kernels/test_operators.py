@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smt_kernels import (
@@ -258,6 +260,30 @@ def test_it_compiles_without_graph_breaks(backend, make, device):
         assert make is decode or torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
+def test_it_compiles_without_graph_breaks_for_sizes_that_vary_beside_weights_whose_sizes_do_not(make):
+    call = make("cpu")
+    weights = {name: Parameter(x) for name, x in call.inputs.items() if name.startswith(("w_", "conv_", "x_", "dt_", "norm"))}
+    for module_input in ("conv_state", "x"):
+        weights.pop(module_input, None)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
+    for actual, expected in zip(compiled(call.inputs | weights, "blocked"), call(call.inputs, "blocked"), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
+def test_it_is_traced_with_sizes_that_vary(make):
+    call = make("cpu")
+    first, *others = call.inputs
+
+    def out(value: Tensor) -> Tensor:
+        return call({first: value} | {name: call.inputs[name] for name in others}, "blocked")[0]
+
+    traced = make_fx(out, tracing_mode="symbolic", _allow_non_fake_inputs=True)(call.inputs[first])
+    assert torch.equal(traced(call.inputs[first]), out(call.inputs[first]))
+
+
 @pytest.mark.parametrize("make", [*OPERATIONS, pytest.param(decode, marks=pytest.mark.triton)], ids=lambda make: make.__name__)
 def test_eager_calls_compute_the_same_without_the_operator(make, device, monkeypatch):
     call, backend = make(device), "triton" if make is decode else "blocked"
@@ -378,3 +404,57 @@ def test_forward_mode_is_refused_not_answered_with_zeros(make):
         torch.func.jvp(out, (call.inputs[first],), (tangent,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no derivatives in forward mode"):
         out(forward_ad.make_dual(call.inputs[first], tangent))
+
+
+@pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__)
+def test_second_derivatives_are_refused_not_answered_with_zeros(make):
+    call = make("cpu")
+    first, *others = call.inputs
+
+    def loss(value: Tensor, backend: str = "blocked") -> Tensor:
+        return call({first: value} | {name: call.inputs[name] for name in others}, backend)[0].sin().sum()
+
+    def penalty(value: Tensor, backend: str = "blocked") -> Tensor:
+        return torch.func.grad(lambda value: loss(value, backend))(value).square().sum()
+
+    value = call.inputs[first].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(value), value)
+    (grad,) = torch.autograd.grad(loss(value), value, create_graph=True)
+    assert torch.equal(grad, expected)
+    torch.testing.assert_close(torch.func.grad(loss)(value.detach()), expected)
+    refusal = pytest.raises(NotImplementedError, match="has no second derivatives; use backend='reference'")
+    with refusal:
+        grad.square().sum().backward()
+    with refusal:
+        torch.func.grad(penalty)(value.detach())
+    with refusal:
+        torch.vmap(torch.func.grad(penalty))(value.detach()[None])
+    assert torch.func.grad(lambda value: penalty(value, "reference"))(value.detach()).abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", EVERY_CALL, ids=lambda make: make.__name__)
+def test_layouts_that_it_does_not_take_are_refused_by_name(make):
+    call = make("cpu")
+    for name, tensor in call.inputs.items():
+        with pytest.raises(TypeError, match=f"{name} must be a strided tensor, got torch.sparse_coo"):
+            call(call.inputs | {name: tensor.to_sparse()}, "blocked")
+        with pytest.raises(TypeError, match=f"{name} must be a strided tensor, got a nested one"):
+            call(call.inputs | {name: torch.nested.as_nested_tensor([tensor[0], tensor[0]])}, "blocked")
+
+
+@pytest.mark.parametrize("make", [whole_window, stream, decode], ids=lambda make: make.__name__)
+def test_a_scale_is_a_number(make):
+    call = make("cpu")
+    for scale in (Parameter(torch.tensor(0.3)), "2", True):
+        with pytest.raises(TypeError, match=f"scale must be a number, got {type(scale).__name__}"):
+            replace(call, settings=call.settings | {"scale": scale})(call.inputs, "blocked")
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        replace(call, settings=call.settings | {"scale": float("nan")})(call.inputs, "blocked")
+
+
+@pytest.mark.parametrize("make", [whole_window, stream, decode], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("backend", ["reference", "blocked", pytest.param("triton", marks=pytest.mark.triton)])
+def test_results_can_be_viewed_as_one_vector_for_all_heads(backend, make, device):
+    call = make(device)
+    (out,) = call(call.inputs, backend)
+    assert out.view(*out.shape[:-2], -1).shape[-1] == 8

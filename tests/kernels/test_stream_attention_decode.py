@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 
@@ -156,6 +157,32 @@ def test_rings_may_have_any_strides_and_two_runs_give_the_same_bits(backend, dev
     differing = inputs | {name: strided[name] for name in ("v", "memory_k")}  # each of a pair as it is
     first, *others = (stream_attention_decode(**x, backend=backend) for x in (inputs, strided, differing))
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_that_nobody_has_checked_and_are_too_large_count_as_all(backend, device, monkeypatch):
+    for module in ("checks", "stream_attention_decode.blocked"):  # as on a GPU
+        monkeypatch.setattr(importlib.import_module(f"smt_kernels.{module}"), "readable", lambda tensor: False)
+    inputs = make_inputs(CASES[2], torch.float32, device, nothing=0.0)
+    rings = {"n_tokens": inputs["k"].shape[1], "n_slots": inputs["memory_k"].shape[1]}
+    of_rows = torch.arange(len(inputs["q"]), dtype=torch.int32, device=device)
+    too_large = {name: of_rows + ring for name, ring in rings.items()}
+    all_of_them = {name: torch.full_like(of_rows, ring) for name, ring in rings.items()}
+    found, expected = (stream_attention_decode(**inputs | counts, backend=backend) for counts in (too_large, all_of_them))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.triton
+def test_a_transform_runs_blocked_and_refuses_triton(device):
+    inputs = make_inputs(CASES[2], torch.float32, device, nothing=0.0)
+
+    def out(q: Tensor, backend: str | None) -> Tensor:
+        return stream_attention_decode(**inputs | {"q": q}, backend=backend)
+
+    torch.vmap(lambda q: out(q, None))(inputs["q"].requires_grad_()[None]).sum().backward()
+    assert last_choice("stream_attention_decode").backend == "blocked" and inputs["q"].grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="a gradient is required, and its kernel has no backward"):
+        torch.vmap(lambda q: out(q, "triton"))(inputs["q"][None])
 
 
 @pytest.mark.triton

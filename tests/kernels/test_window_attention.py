@@ -212,3 +212,19 @@ def test_counts_may_have_any_strides(backend, device):
         packed = {"valid_memory": valid.clone(), "valid_tokens": valid.clone()}
         inputs = problem.q, problem.k, problem.v
         assert torch.equal(window_attention(*inputs, **given), window_attention(*inputs, **given | packed))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_that_nobody_has_checked_and_are_too_large_count_as_all(backend, device, monkeypatch):
+    monkeypatch.setattr("smt_kernels.checks.readable", lambda tensor: False)  # as on a GPU
+    problem = make_problem(Case(20, n_windows=3), torch.float32, device, ragged=False)
+    inputs = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
+
+    def results(memory: list[int], tokens: list[int]) -> list[Tensor]:
+        counts = (torch.tensor(values, dtype=torch.int32, device=device) for values in (memory, tokens))
+        given = dict(zip(("valid_memory", "valid_tokens"), counts, strict=True))
+        out = window_attention(*inputs, n_memory=8, **given, backend=backend)
+        return [out, *torch.autograd.grad(out.sin().sum(), inputs)]
+
+    for found, expected in zip(results([3, 9, 40], [5, 99, 13]), results([3, 8, 8], [5, 12, 12]), strict=True):
+        assert torch.equal(found, expected)
