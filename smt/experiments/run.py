@@ -14,6 +14,7 @@ from pathlib import Path
 
 from smt.experiments.cell import CELL_FILE, FAILURE_FILE, attempt
 from smt.experiments.settings import Cell, Study
+from smt.runtime.fields import differences
 from smt.runtime.files import check_folder, write_files
 from smt.runtime.process import signals_held
 from smt.training.run_files import LOCK_FILE, has_finished
@@ -108,11 +109,8 @@ def _check_same(cell: Cell, folder: Path) -> None:
     there, config = RunConfig.from_yaml(folder / CELL_FILE).anchored(), cell.config.anchored()
     if there == config:
         return
-    theirs, ours = there.flat(), config.flat()
-    differing = [f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
-    raise ValueError(
-        f"{folder} was run with {', '.join(differing)}; give the study another --name or --out, or remove that folder"
-    )
+    differing = differences(there.flat(), config.flat())
+    raise ValueError(f"{folder} was run with {differing}; give the study another --name or --out, or remove that folder")
 
 
 def attempt_apart(folders: Iterable[Path], jobs: int, module: str = CELL_MODULE) -> Iterator[tuple[Path, str | None]]:

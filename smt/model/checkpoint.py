@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from smt.config import ModelConfig, SMTConfig
-from smt.runtime.fields import parse
+from smt.runtime.fields import differences, parse
 from smt.runtime.files import read_safetensors, read_yaml, tensors_writer, text_writer, write_files
 from smt.runtime.names import shown
 
@@ -91,8 +91,8 @@ def load_weights(model: nn.Module, folder: str | Path, *, leave: tuple[str, ...]
     folder = Path(folder)
     theirs, ours = read_config(folder / CONFIG_FILE, type(model.config)).to_dict(), model.config.to_dict()
     tensors = {name: tensor for name, tensor in _read_weights(folder).items() if name not in leave}
-    differing = [f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
-    _check(model, tensors, folder, leave, f"; its config has {', '.join(differing)}" if differing else "")
+    differing = differences(theirs, ours)
+    _check(model, tensors, folder, leave, f"; its config has {differing}" if differing else "")
     own = model.state_dict()
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

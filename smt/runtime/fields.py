@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -206,3 +206,9 @@ def _is_a(kind: str, value: Any) -> bool:
 def _inner(kind: str) -> str:
     """The type of a dictionary's or a tuple's values: ``float`` of ``dict[str, float]``, ``str`` of ``tuple[str, ...]``."""
     return re.findall(r"\w+", kind)[-1]
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], but: Collection[str] = ()) -> str:
+    """Where the values of settings of one kind differ, in words; ``but`` these."""
+    differing = (name for name in ours if name not in but and theirs[name] != ours[name])
+    return ", ".join(f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in differing)

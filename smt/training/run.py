@@ -20,6 +20,7 @@ from smt.evaluation.perplexity import Evaluation, evaluate
 from smt.evaluation.preference import evaluate_pairs
 from smt.model.checkpoint import CONFIG_FILE
 from smt.runtime.extras import needs_extra
+from smt.runtime.fields import differences
 from smt.runtime.files import check_folder
 from smt.runtime.process import Interrupted
 from smt.runtime.progress_bar import progress_bar
@@ -72,11 +73,9 @@ def run_in(folder: str | Path, config: RunConfig, *, started: float | None = Non
     path = Path(folder) / CONFIG_FILE
     if path.is_file():
         there, config = RunConfig.from_yaml(path).anchored(), config.anchored()
-        theirs, ours = there.flat(), config.flat()
-        differing = [name for name in ours if theirs[name] != ours[name] and name not in ADOPTED]
+        differing = differences(there.flat(), config.flat(), but=ADOPTED)
         if differing:
-            values = ", ".join(f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in differing)
-            raise ValueError(f"{folder} holds another run, with {values}")
+            raise ValueError(f"{folder} holds another run, with {differing}")
         config = there
     return _run(config.anchored(), None, Path(folder), started)
 
