@@ -10,14 +10,13 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from measure import Case, Unavailable
+from names import FLEX, FULL
 from torch import Tensor
 
 from smt.model.cost import full_attention_ratio
 from smt_kernels import WindowSpec, stream_attention
 from smt_kernels.backends import TRITON_DTYPES
 
-FULL = "full causal (SDPA)"
-FLEX = "FlexAttention, compiled"
 FLEX_BLOCK = 128
 # The reference holds about eight T x (T + K) tensors with their gradients.
 REFERENCE_BYTES = 2**31

@@ -19,6 +19,7 @@ from card_clock import Times, time_call, time_kernels
 from card_hymba import hymba_decoding, hymba_training
 from card_rows import Case
 from card_ssm import ssm_cases
+from names import CARD_ATTENTION, CARD_FLEX, CARD_FULL, CARD_GPT2, CARD_GROUPS, CARD_NO_WRITES, POOLS_TOKENS, STREAM
 from torch import Tensor
 
 from smt import SMTConfig, StrideMemoryTransformer
@@ -29,8 +30,6 @@ from smt_kernels import WindowSpec, linear_cross_entropy, stream_attention
 
 # The vocabulary of GPT-2 as those who train it pad it: products with an odd one are many times slower.
 PADDED_VOCABULARY = 50304
-FULL_ATTENTION, FLEX = "SDPA, full causal", "FlexAttention, the same window"
-GPT2 = "GPT-2, flash attention, compiled"
 TRAINING = "training step"
 LAYERS, EAGER, RECORDS = "layers", "eager", "reduce-overhead"
 GRAPHS = "layers and memory compiled as CUDA graphs"
@@ -97,13 +96,13 @@ class Suite:
     def _training(self, length: int, *, with_variants: bool) -> Iterator[Case]:
         rows = max(1, self.sizes.tokens // length)
         case = functools.partial(self._step_case, TRAINING, rows, length)
-        yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
-        yield case("SMT stream", lambda ids: self._smt(ids), GRAPHS)
+        yield case(CARD_GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
+        yield case(STREAM, lambda ids: self._smt(ids), GRAPHS)
         if not with_variants:
             return
-        yield case("SMT stream, no writes", lambda ids: self._smt(ids, mode=LAYERS, writes=False), "layers compiled")
-        yield case("SMT stream, pools tokens", lambda ids: self._smt(ids, pool_source="tokens"), GRAPHS)
-        yield case("SMT stream, groups of 32", lambda ids: self._smt(ids, write_group=32), GRAPHS)
+        yield case(CARD_NO_WRITES, lambda ids: self._smt(ids, mode=LAYERS, writes=False), "layers compiled")
+        yield case(POOLS_TOKENS, lambda ids: self._smt(ids, pool_source="tokens"), GRAPHS)
+        yield case(CARD_GROUPS, lambda ids: self._smt(ids, write_group=32), GRAPHS)
         yield case("GPT-2, as above, with graphs", lambda ids: self._gpt2(ids, length, mode=RECORDS), "blocks as CUDA graphs")
 
     def _without_graphs(self, length: int) -> Iterator[Case]:
@@ -119,9 +118,9 @@ class Suite:
     def _published(self, length: int) -> Iterator[Case]:
         """The form of the source documents taken literally: 65 entries are encoded for every token, so one row is enough."""
         case = functools.partial(self._step_case, "training step, the published form", 1, length)
-        yield case(GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
+        yield case(CARD_GPT2, lambda ids: self._gpt2(ids, length), "blocks and loss compiled, vocabulary padded")
         yield case("SMT as published", lambda ids: self._smt(ids, mode=LAYERS, **PUBLISHED), "layers compiled")
-        yield case("SMT stream", lambda ids: self._smt(ids), GRAPHS)
+        yield case(STREAM, lambda ids: self._smt(ids), GRAPHS)
 
     def _hymbas(self, length: int) -> Iterator[Case]:
         rows, config = max(1, self.sizes.tokens // length), self.sizes.hymba
@@ -221,10 +220,10 @@ class Suite:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
-        yield FULL_ATTENTION, full, 3
-        yield "stream_attention", functools.partial(stream_attention, window=self.window), 5
+        yield CARD_FULL, full, 3
+        yield CARD_ATTENTION, functools.partial(stream_attention, window=self.window), 5
         if with_flex:
-            yield FLEX, functools.partial(flex_attention, window=self.window), 5
+            yield CARD_FLEX, functools.partial(flex_attention, window=self.window), 5
 
     def _loss(self) -> Iterator[Case]:
         config, rows = self.sizes.config, self.sizes.tokens

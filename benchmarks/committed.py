@@ -11,10 +11,6 @@ from smt.evaluation.statistics import Estimate
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "studies"
 
-FULL, FLEX, STREAM_ATTENTION = "full causal (SDPA)", "FlexAttention, compiled", "stream_attention, blocked"
-GPT2, CACHE, STATIC_CACHE = "GPT-2, full attention (Hugging Face)", "GPT-2, KV cache", "GPT-2, static KV cache"
-MAMBA, STREAM, STRIDE, TOKEN, POOLS_TOKENS = "Mamba", "SMT stream", "SMT stride", "SMT token", "SMT stream, pools tokens"
-
 # Variants of the studies in words.
 VARIANTS = {
     "stream": "memory (`stream`)",

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from measure import Case, Unavailable
+from names import CACHE, MAMBA, STATIC_CACHE
 from torch import Tensor
 
 from smt import SMTConfig, SMTState, StrideMemoryTransformer
 from smt.baselines.gpt2 import build_gpt2
 from smt.model.cost import gpt2_training_cost, kv_cache_floats
 
-DYNAMIC, STATIC, MAMBA = "GPT-2, KV cache", "GPT-2, static KV cache", "Mamba"
 ENCODINGS = ("stream", "stride", "token")
 
 
@@ -59,8 +59,8 @@ class DecodeCases:
             return 1e4 + context
 
         return [
-            Case(DYNAMIC, self._dynamic, gpt2, calibrate=False),
-            Case(STATIC, self._static, gpt2, calibrate=False),
+            Case(CACHE, self._dynamic, gpt2, calibrate=False),
+            Case(STATIC_CACHE, self._static, gpt2, calibrate=False),
             Case(MAMBA, self._mamba, _constant, calibrate=False),
             *self.ours(),
         ]
@@ -86,7 +86,7 @@ class DecodeCases:
         def gpt2(ids):
             return self.gpt2(ids, use_cache=True, logits_to_keep=1)
 
-        cases = [Case(DYNAMIC, lambda length: self._reading(gpt2, length), quadratic)]
+        cases = [Case(CACHE, lambda length: self._reading(gpt2, length), quadratic)]
         for encoding, model in self.models.items():
 
             def read(ids, model=model):
@@ -125,14 +125,14 @@ class DecodeCases:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        self._fill(DYNAMIC, cache, context)
+        self._fill(CACHE, cache, context)
         return self._gpt2_call(cache, lambda: cache.crop(-self.config.stride))
 
     def _static(self, context: int) -> Callable[[], object]:
         from transformers import StaticCache
 
         cache = StaticCache(config=self.gpt2.config, max_cache_len=context + self.config.stride)
-        self._fill(STATIC, cache, context)
+        self._fill(STATIC_CACHE, cache, context)
 
         def rewind() -> None:
             for layer in cache.layers:

@@ -21,26 +21,8 @@ import claims
 import publish_card
 import publish_study
 import yaml
-from committed import (
-    CACHE,
-    FLEX,
-    FULL,
-    GPT2,
-    MAMBA,
-    POOLS_TOKENS,
-    ROOT,
-    STATIC_CACHE,
-    STREAM,
-    STREAM_ATTENTION,
-    STRIDE,
-    TOKEN,
-    VARIANTS,
-    found,
-    over_seeds,
-    read,
-    runs,
-    study,
-)
+from committed import ROOT, VARIANTS, found, over_seeds, read, runs, study
+from names import CACHE, FLEX, FULL, GPT2, MAMBA, POOLS_TOKENS, STATIC_CACHE, STREAM, STREAM_ATTENTION, STRIDE, TOKEN
 
 from smt.evaluation.statistics import Estimate, mean_difference
 from smt.experiments.settings import BOUNDS, STUDY_FOLDER

@@ -7,17 +7,18 @@ from typing import Any
 from bench_card import COLUMNS, as_cells, ceilings_line
 from card_rows import Row
 from committed import read
+from names import CARD_ATTENTION, CARD_FULL, CARD_GROUPS, CARD_NO_WRITES, POOLS_TOKENS, STREAM
 
 # Of the README's table: report, what it is called there, section, our case, against what.
-GPT2 = "compiled GPT-2"
+COMPILED_GPT2 = "compiled GPT-2"
 LENGTH = "8 x 4,096"  # of training steps
 SPEED = (
-    ("card_h100", "training step, `stream`", "training step", "SMT stream", GPT2),
-    ("card_h100", "training step, groups of 32 writes", "training step", "SMT stream, groups of 32", GPT2),
-    ("card_h100", "training step, pools tokens", "training step", "SMT stream, pools tokens", GPT2),
-    ("card_h100", "training step, no writes", "training step", "SMT stream, no writes", GPT2),
-    ("card_h200", "attention, forward", "attention, forward", "stream_attention", "SDPA, full causal"),
-    ("card_h200", "attention, forward + backward", "attention, forward + backward", "stream_attention", "SDPA, full causal"),
+    ("card_h100", "training step, `stream`", "training step", STREAM, COMPILED_GPT2),
+    ("card_h100", "training step, groups of 32 writes", "training step", CARD_GROUPS, COMPILED_GPT2),
+    ("card_h100", "training step, pools tokens", "training step", POOLS_TOKENS, COMPILED_GPT2),
+    ("card_h100", "training step, no writes", "training step", CARD_NO_WRITES, COMPILED_GPT2),
+    ("card_h200", "attention, forward", "attention, forward", CARD_ATTENTION, CARD_FULL),
+    ("card_h200", "attention, forward + backward", "attention, forward + backward", CARD_ATTENTION, CARD_FULL),
     (
         "card_h200",
         "loss, forward + backward",

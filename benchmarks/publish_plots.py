@@ -11,25 +11,25 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from committed import (
+from committed import ROOT, VARIANTS, over_seeds, read, study
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MultipleLocator
+from names import (
     CACHE,
+    CARD_GPT2,
+    CARD_GROUPS,
+    CARD_NO_WRITES,
     FLEX,
     FULL,
     GPT2,
     MAMBA,
-    ROOT,
+    POOLS_TOKENS,
     STATIC_CACHE,
     STREAM,
     STREAM_ATTENTION,
     STRIDE,
-    VARIANTS,
-    over_seeds,
-    read,
-    study,
 )
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MultipleLocator
 from report import COLOURS
 
 SPEED, MEMORY, POSITION = (ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("speed", "memory", "memory_by_position"))
@@ -47,11 +47,11 @@ LOOKS = {
 }
 CARD, CARD_SHAPE = "card_h100", "8 x 4,096"
 CARD_CASES = {
-    "GPT-2, flash attention, compiled": "GPT-2, compiled",
-    "SMT stream": "SMT stream (ours)",
-    "SMT stream, groups of 32": "SMT, groups of 32 writes (ours)",
-    "SMT stream, pools tokens": "SMT, pools tokens (ours)",
-    "SMT stream, no writes": "SMT without memory (ours)",
+    CARD_GPT2: "GPT-2, compiled",
+    STREAM: "SMT stream (ours)",
+    CARD_GROUPS: "SMT, groups of 32 writes (ours)",
+    POOLS_TOKENS: "SMT, pools tokens (ours)",
+    CARD_NO_WRITES: "SMT without memory (ours)",
 }
 
 

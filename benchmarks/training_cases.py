@@ -10,19 +10,19 @@ from collections.abc import Callable
 
 import torch
 from measure import Case, Unavailable
+from names import GPT2, POOLS_TOKENS, STREAM, STRIDE
 from torch import Tensor
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.baselines import build_gpt2
 from smt.model.cost import gpt2_training_cost, smt_cost
 
-GPT2 = "GPT-2, full attention (Hugging Face)"
 # What is compared: name -> fields of the configuration.
 VARIANTS = {
     "SMT token (published encoding)": {"encoding": "token"},
-    "SMT stride": {"encoding": "stride"},
-    "SMT stream": {"encoding": "stream"},
-    "SMT stream, pools tokens": {"encoding": "stream", "pool_source": "tokens"},
+    STRIDE: {"encoding": "stride"},
+    STREAM: {"encoding": "stream"},
+    POOLS_TOKENS: {"encoding": "stream", "pool_source": "tokens"},
 }
 
 
