@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smt.model.packed import text_bounds
+
 # What the collator says of the same texts besides: for attention kernels and Mamba's.
 _SAME_TEXTS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def pop_text_bounds(options: dict[str, Any], input_ids: Tensor) -> list[int] | None:
+def pop_text_bounds(options: dict[str, Any], input_ids: Tensor) -> tuple[int, ...] | None:
     """Take out of ``options`` what tells packed texts, and return where each of N begins, and the end of the last.
 
     Rows of ``input_ids`` (B, T) count as one behind the other. Reads the device.
@@ -23,7 +25,9 @@ def pop_text_bounds(options: dict[str, Any], input_ids: Tensor) -> list[int] | N
         N + 1 numbers; None: there is neither.
 
     Raises:
-        ValueError: positions of another shape, or that do not count 0, 1, 2 in every text; or the two differ.
+        TypeError: ``cu_seq_lens_q`` that are no integers.
+        ValueError: positions of another shape, or that do not count 0, 1, 2 in every text; ``cu_seq_lens_q`` that do not rise
+            from 0 to B T; or the two differ.
     """
     positions, bounds = options.pop("position_ids", None), options.pop("cu_seq_lens_q", None)
     if positions is None and bounds is None:
@@ -31,7 +35,7 @@ def pop_text_bounds(options: dict[str, Any], input_ids: Tensor) -> list[int] | N
     for name in _SAME_TEXTS:
         options.pop(name, None)
     if bounds is not None:
-        bounds = bounds.tolist() if isinstance(bounds, Tensor) else list(bounds)
+        bounds = text_bounds(bounds, input_ids.reshape(1, -1), name="cu_seq_lens_q")
     if positions is None:
         return bounds
     if positions.shape != input_ids.shape:
@@ -44,7 +48,7 @@ def pop_text_bounds(options: dict[str, Any], input_ids: Tensor) -> list[int] | N
     if len(wrong):
         got = f"{int(flat[wrong[0]])} at token {int(wrong[0])}"
         raise ValueError(f"position_ids must count 0, 1, 2, ... in every text, and in every row anew, got {got}")
-    found = [*step[begins].tolist(), len(flat)]
+    found = *step[begins].tolist(), len(flat)
     if bounds is not None and bounds != found:
         raise ValueError(f"cu_seq_lens_q must be where position_ids are 0, and their end, {found}, got {bounds}")
     return found

@@ -11,11 +11,11 @@ from torch import Tensor
 from smt.runtime.device import from_host
 
 
-def text_bounds(cu_seqlens: Tensor | Sequence[int], input_ids: Tensor) -> tuple[int, ...]:
+def text_bounds(cu_seqlens: Tensor | Sequence[int], input_ids: Tensor, name: str = "cu_seqlens") -> tuple[int, ...]:
     """Where each of N texts begins, and the end of the last; read from the device where ``cu_seqlens`` is on one.
 
     Args:
-        cu_seqlens: (N + 1,) integers.
+        cu_seqlens: (N + 1,) integers, called ``name``.
         input_ids: (1, T), the texts.
 
     Raises:
@@ -23,13 +23,13 @@ def text_bounds(cu_seqlens: Tensor | Sequence[int], input_ids: Tensor) -> tuple[
         ValueError: ``input_ids`` of several rows, or numbers that do not rise from 0 to T.
     """
     if input_ids.shape[0] != 1:
-        raise ValueError(f"input_ids must have shape (1, T) beside cu_seqlens, got {tuple(input_ids.shape)}")
+        raise ValueError(f"input_ids must have shape (1, T) beside {name}, got {tuple(input_ids.shape)}")
     bounds = tuple(cu_seqlens.flatten().tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
     if any(not isinstance(bound, int) or isinstance(bound, bool) for bound in bounds):
-        raise TypeError(f"cu_seqlens must be integers, got {bounds}")
+        raise TypeError(f"{name} must be integers, got {bounds}")
     length = input_ids.shape[1]
     if bounds[:1] != (0,) or bounds[-1] != length or any(n < 1 for n in text_lengths(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {length}, the end of the last text, got {bounds}")
+        raise ValueError(f"{name} must rise from 0 to T = {length}, the end of the last text, got {bounds}")
     return bounds
 
 
@@ -50,4 +50,5 @@ def as_packed(rows: Tensor, bounds: Sequence[int]) -> Tensor:
     stops = from_host(bounds[1:], rows.device)
     behind = rows.shape[1] * torch.arange(1, len(bounds), device=rows.device) - stops
     token = torch.arange(bounds[-1], device=rows.device)
-    return rows.flatten(0, 1)[None, token + behind[torch.bucketize(token, stops, right=True)]]
+    index = token + behind[torch.bucketize(token, stops, right=True)]
+    return rows.flatten(0, 1).index_select(0, index)[None]

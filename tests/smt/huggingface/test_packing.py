@@ -88,12 +88,13 @@ def test_the_trainer_learns_from_packed_texts_what_it_learns_from_padded_ones(tm
         ({"position_ids": torch.tensor([[0, 1, 2]])}, r"position_ids must have the shape of input_ids, \(1, 4\), got \(1, 3\)"),
         ({"position_ids": torch.tensor([[0, 1, 0, 2]])}, "position_ids must count .*, got 2 at token 3"),
         ({"position_ids": torch.tensor([[1, 2, 3, 4]])}, "position_ids must count .*, got 1 at token 0"),
-        ({"position_ids": torch.tensor([[0, 1, 0, 1]]), "cu_seq_lens_q": [0, 3, 4]}, r"cu_seq_lens_q must be .*\[0, 2, 4\]"),
-        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "cu_seqlens must rise from 0 to T = 4"),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1]]), "cu_seq_lens_q": [0, 3, 4]}, r"cu_seq_lens_q must be .*\(0, 2, 4\)"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "cu_seq_lens_q must rise from 0 to T = 4"),
         ({"cu_seq_lens_q": [0, 2, 4], "attention_mask": torch.tensor([[1, 1, 1, 0]])}, "attention_mask must be all ones"),
+        ({"cu_seq_lens_q": [0, 9, 4], "labels": torch.ones(1, 4).long()}, "cu_seq_lens_q must rise from 0 to T = 4"),
         ({"cu_seq_lens_q": [0, 2, 4], "use_cache": True}, "packed texts keep no state"),
     ],
-    ids=["shape", "count", "start", "differ", "bounds", "mask", "cache"],
+    ids=["shape", "count", "start", "differ", "bounds", "labels", "mask", "cache"],
 )
 def test_packing_without_a_meaning_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
