@@ -63,6 +63,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SMTPreTrainedConfig, model: StrideMemoryTransformer | None = None) -> None:
         super().__init__(config)
+        if not config.tie_word_embeddings:  # set behind the back of its __init__, as from_pretrained does
+            raise ValueError("tie_word_embeddings must be True: the head is the embedding")
         self.model = StrideMemoryTransformer(config.smt) if model is None else model
         self.post_init()
 
@@ -158,7 +160,10 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         padded = False
         if bounds is not None:
             if use_cache or past_key_values is not None:
-                raise ValueError("packed texts keep no state and go on from none: use_cache must be off, past_key_values None")
+                raise ValueError(
+                    "packed texts keep no state and go on from none: leave out position_ids and cu_seq_lens_q,"
+                    " or use_cache must be off, past_key_values None"
+                )
             if attention_mask is not None and not attention_mask.all():
                 raise ValueError("attention_mask must be all ones, or None, beside packed texts: they have no padding")
             attention_mask = None
@@ -168,6 +173,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         elif attention_mask is not None:
             seen = past_key_values.n_columns if past_key_values is not None else 0
             if attention_mask.ndim == 2 and attention_mask.shape[1] == seen + input_ids.shape[1]:
+                if seen:
+                    _check_taken(attention_mask[:, :seen], past_key_values)
                 attention_mask = attention_mask[:, seen:]
             given = attention_mask
             attention_mask, padded = right_padding_taken(given)
@@ -179,6 +186,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("attention_mask must be padded on the left to keep a state, some rows end with padding")
         if labels is not None:  # the first of a row is nobody's
             check_targets("labels", labels[:, 1:], input_ids[:, 1:], self.model.config.vocab_size)
+            labels = labels.long()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and not padded and bounds is None
         hidden, aux = self.model.encode(
@@ -239,6 +247,11 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         # generate lets the arguments of forward through where it finds the name kwargs.
         kwargs = in_library_terms(kwargs)
         inputs = super().prepare_inputs_for_generation(*arguments, is_first_iteration=is_first_iteration, **kwargs)
+        state, new = inputs.get(STATE_NAME), kwargs.get("next_sequence_length")  # which some releases take 0 of to be all
+        nothing_new = not inputs["input_ids"].shape[1] or (new is not None and new < 1)
+        if is_first_iteration and isinstance(state, SMTCache) and state.n_columns and nothing_new:
+            got = tuple(arguments[0].shape)
+            raise ValueError(f"input_ids must have a column behind the {state.n_columns} that the state has taken, got {got}")
         # Prompts in pieces are no decoding steps, and not every release says so. Padding stands before a row's first token.
         if not is_first_iteration and inputs["input_ids"].shape[1] == 1 and _all_rows_have_begun(inputs.get(STATE_NAME)):
             inputs["attention_mask"] = None
@@ -253,7 +266,16 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
         if state is None and generation_config.use_cache is not False:
             state = SMTCache()
         if state is not None:
+            _check_cache(state)
             model_kwargs.update(dict.fromkeys(STATE_NAMES, state))
+
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> None:
+        """Refused, and with it ``generate_batch``: its pages are of keys and values.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("continuous batching pages keys and values: call generate, or join and slice states")
 
     def _init_weights(self, module: nn.Module) -> None:
         # The model inside has drawn its own weights when it was built; only an embedding that is being resized is not its.
@@ -290,8 +312,8 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids must be given")
         if is_hooked(self.model):
             raise ValueError("model is not called, and hooks on it have no effect: hook the model around it, or its parts")
-        if past_key_values is not None and not isinstance(past_key_values, SMTCache):
-            raise TypeError(f"past_key_values must be an SMTCache, got {type(past_key_values).__name__}")
+        if past_key_values is not None:
+            _check_cache(past_key_values)
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("labels need all logits: logits_to_keep must be 0 beside them")
         if skip_logits and labels is None:
@@ -304,6 +326,22 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
 def _is_ours(folder: Path) -> bool:
     """Whether the configuration in a folder is in our layout alone."""
     return (folder / CONFIG_FILE).is_file() and not (folder / HF_CONFIG_FILE).is_file()
+
+
+def _check_cache(cache: Any) -> None:
+    if not isinstance(cache, SMTCache):
+        raise TypeError(f"past_key_values must be an SMTCache, got {type(cache).__name__}")
+
+
+def _check_taken(mask: Tensor, cache: SMTCache) -> None:
+    """Raise if ``mask`` (B, columns so far) leaves out what the state has taken, like padding behind a row that ended."""
+    if cache.state is not None and len(mask) == cache.state.batch_size:
+        for row, (count, steps) in enumerate(zip((mask != 0).sum(dim=1).tolist(), cache.state.steps, strict=True)):
+            if count < steps:
+                raise ValueError(
+                    f"attention_mask has {count} tokens of row {row} in the columns so far, its state has taken {steps}:"
+                    " they cannot be taken out again"
+                )
 
 
 def _all_rows_have_begun(cache: SMTCache | None) -> bool:

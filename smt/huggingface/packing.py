@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smt.model.packed import text_bounds
 
-# What the collator says of the same texts besides: for attention kernels and Mamba's.
+# What the collator says of the same texts besides, for attention kernels and Mamba's: it is not read.
 _SAME_TEXTS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -27,7 +27,7 @@ def pop_text_bounds(options: dict[str, Any], input_ids: Tensor) -> tuple[int, ..
     Raises:
         TypeError: ``cu_seq_lens_q`` that are no integers.
         ValueError: positions of another shape, or that do not count 0, 1, 2 in every text; ``cu_seq_lens_q`` that do not rise
-            from 0 to B T; or the two differ.
+            from 0 to B T, or let a text go on in the next row; or the two differ.
     """
     positions, bounds = options.pop("position_ids", None), options.pop("cu_seq_lens_q", None)
     if positions is None and bounds is None:
@@ -36,6 +36,9 @@ def pop_text_bounds(options: dict[str, Any], input_ids: Tensor) -> tuple[int, ..
         options.pop(name, None)
     if bounds is not None:
         bounds = text_bounds(bounds, input_ids.reshape(1, -1), name="cu_seq_lens_q")
+        missing = sorted(set(range(0, input_ids.numel(), input_ids.shape[1])) - set(bounds))
+        if missing:
+            raise ValueError(f"cu_seq_lens_q must have {missing[0]}, where a row begins: texts end with it, got {bounds}")
     if positions is None:
         return bounds
     if positions.shape != input_ids.shape:

@@ -313,6 +313,10 @@ def test_a_configuration_is_checked_when_it_is_built():
         SMTPreTrainedConfig(**{**SIZES, "stride": 99})
     with pytest.raises(ValueError, match="the head is the embedding"):
         SMTPreTrainedConfig(**SIZES, tie_word_embeddings=False)
+    config = SMTPreTrainedConfig(**SIZES)
+    config.tie_word_embeddings = False  # as from_pretrained(..., tie_word_embeddings=False) does
+    with pytest.raises(ValueError, match="the head is the embedding"):
+        SMTForCausalLM(config)
     assert SMTPreTrainedConfig(**SIZES).hidden_size == 16 and SMTPreTrainedConfig(hidden_size=24).d_model == 24
 
 

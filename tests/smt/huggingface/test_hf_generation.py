@@ -246,3 +246,32 @@ def test_a_cache_reorders_repeats_and_refuses_to_be_cut():
         cache.crop(2)
     cache.reset()
     assert cache.state is None and cache.get_seq_length() == 0
+
+
+def test_going_on_from_a_row_that_ended_before_others_is_refused():
+    model, ids = build(), torch.randint(1, VOCAB, (2, 4))
+    cache = SMTCache()
+    model(torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], 1), past_key_values=cache, use_cache=True)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:7] = 0  # padding behind the end of the second row
+    with pytest.raises(ValueError, match=r"attention_mask has 5 tokens of row 1 .* has taken 7"):
+        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+    assert cache.n_columns == 7
+
+
+def test_a_state_that_has_taken_the_whole_prompt_does_not_take_it_again():
+    model, ids = build(), torch.randint(1, VOCAB, (1, 6))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises((ValueError, IndexError), match=r"column behind the 6|out of bounds"):  # older releases by themselves
+        model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    assert cache.n_columns == 6
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="pages keys and values"):
+        build().init_continuous_batching()
+
+
+def test_another_model_s_cache_is_refused():
+    with pytest.raises(TypeError, match="must be an SMTCache, got tuple"):
+        build().generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=1, past_key_values=())

@@ -43,6 +43,13 @@ def test_the_first_token_of_a_text_is_no_target_whatever_its_label():
     torch.testing.assert_close(model(**{**batch, "labels": batch["input_ids"]}).loss, expected)
 
 
+def test_labels_of_32_bits_are_labels():
+    model, (_, batch) = build(dropout=0.0), collated()
+    narrow = {**batch, "labels": batch["labels"].int()}
+    assert torch.equal(model(**narrow).loss, model(**batch).loss)
+    assert torch.equal(model.train()(**narrow).loss, model(**batch).loss)
+
+
 def test_rows_of_several_texts_each():
     model, ids = build(), torch.randint(VOCAB, (2, 12))
     positions = torch.tensor([[*range(12)], [*range(5), *range(7)]])
@@ -109,3 +116,5 @@ def test_what_only_goes_with_packing_is_refused_alone():
 def test_a_text_does_not_go_on_in_the_next_row():
     with pytest.raises(ValueError, match="in every row anew, got 2 at token 2"):
         build()(torch.ones(2, 2, dtype=torch.long), position_ids=torch.arange(4).view(2, 2))
+    with pytest.raises(ValueError, match="cu_seq_lens_q must have 2, where a row begins"):
+        build()(torch.ones(2, 2, dtype=torch.long), cu_seq_lens_q=[0, 1, 4])
