@@ -7,6 +7,7 @@ over their tokens (``smt.model.parallel``), together with those that start at th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from smt.model.parallel import Encoded, encode_chunk
 from smt.model.step import decode_step
 from smt.model.step_layers import with_keys
 from smt.runtime.device import from_host
-from smt.state.rings import take
 from smt.state.state import SMTState
 from smt_kernels.checks import readable
 from smt_kernels.linear_cross_entropy import IGNORE_INDEX
@@ -60,8 +60,12 @@ def check_targets(name: str, targets: Tensor, input_ids: Tensor, vocab_size: int
     """Raise unless ``targets``, called ``name``, are of the shape of ``input_ids``, and tokens of the vocabulary or -100.
 
     Raises:
+        TypeError: not a tensor of integers.
         ValueError: another shape, or, on CPU, a target out of range.
     """
+    if not isinstance(targets, Tensor) or targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
     if targets.shape != input_ids.shape:
         raise ValueError(f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
     if readable(targets) and not is_transformed():  # on a GPU the loss of a target out of range is not a number
@@ -106,24 +110,26 @@ def encode_batch(
     decodes: bool,
     return_weights: bool,
     overwrite_state: bool,
-    by_length: bool = False,
+    firsts: Sequence[int] | None = None,
 ) -> Encoded:
     """Encode the last counts[r] >= 0 embedded tokens of each row, (B, T, d), on top of ``state``; hidden is zero elsewhere.
+
+    With ``firsts`` the embedded tokens are (1, T, d), all of some row: those of row r from firsts[r] on. Rows then run together
+    only with rows of less than twice their length, so that more than half of what is computed is tokens.
 
     Args:
         decodes: whether one token of a row may be a decoding step, which has no gradient and no dropout.
         return_weights: also return the pooling weights of each write.
         overwrite_state: the new state may take the tensors of ``state``.
-        by_length: whether rows run together only with rows of less than twice their length, so that more than half of what is
-            computed is tokens.
+        firsts: of packed rows, where each begins; None: rows are padded on the left.
     """
-    batch, length, width = embedded.shape
+    batch, length, width = len(counts), *embedded.shape[1:]
     if not decodes and decoder.config.encoding != "stream":
         state = state.without_keys()  # nothing here reads or forms them
     parts: dict[tuple[int | None, int], list[int]] = {}
     for row, (step, count) in enumerate(zip(state.steps, counts, strict=True)):
         if count:
-            octave = count.bit_length() if by_length else 0
+            octave = 0 if firsts is None else count.bit_length()
             parts.setdefault((None if decodes and count == 1 and step > 0 else step, octave), []).append(row)
 
     def encode(step: int | None, embedded: Tensor, state: SMTState, counts: Sequence[int]) -> Encoded:
@@ -131,30 +137,39 @@ def encode_batch(
             return decode_step(memory, decoder, embedded, state, return_weights=return_weights)
         return encode_chunk(memory, decoder, embedded, state, counts, keep_keys=decodes, return_weights=return_weights)
 
-    if len(parts) == 1 and min(counts) == length:
+    flat = embedded.flatten(0, 1)
+    if len(parts) == 1 and batch * min(counts) == len(flat):  # one behind the other, all of one length
         (((step, _), _),) = parts.items()
         if step is None and not overwrite_state:
             state = state.clone()
-        return encode(step, embedded, state, counts)
+        encoded = encode(step, flat.unflatten(0, (batch, -1)), state, counts)
+        return replace(encoded, hidden=encoded.hidden.reshape(embedded.shape))
 
     if decodes and not state.has_keys:
         state = with_keys(decoder, state)
-    results = []
+    if firsts is None:
+        firsts = [(row + 1) * length - count for row, count in enumerate(counts)]
+    results, places = [], []
     for (step, _), rows in parts.items():
         counts_here = [counts[row] for row in rows]
-        padding = from_host([length - count for count in counts_here], embedded.device)[:, None]
-        position = torch.arange(length, device=embedded.device)
-        here = take(
-            embedded.index_select(0, from_host(rows, embedded.device)), position[: max(counts_here)] + padding
-        )  # left-aligned; zeros behind a row's end
+        offset = torch.arange(max(counts_here), device=embedded.device)
+        inside = offset < from_host(counts_here, embedded.device)[:, None]
+        place = offset + from_host([firsts[row] for row in rows], embedded.device)[:, None]
+        here = flat.index_select(0, place.clamp(max=len(flat) - 1).flatten()).unflatten(0, place.shape)
+        here = here.masked_fill(~inside[..., None], 0)  # zeros behind a row's end
         part = encode(step, here, state.rows(rows), counts_here)
-        results.append((rows, Encoded(take(part.hidden, position - padding), part.state, part.weights)))
+        results.append((rows, part))
+        places.append(place.masked_fill(~inside, len(flat)).flatten())
     if not overwrite_state:
         state = state.clone()
     for rows, part in results:
         state = state.overwrite_rows(rows, part.state)
+    hidden = torch.cat([part.hidden.flatten(0, 1) for _, part in results]) if results else flat[:0]
+    total = hidden.new_zeros(len(flat) + 1, width)  # the last is for padding
+    if results:
+        total = total.index_copy(0, torch.cat(places), hidden)
     return Encoded(
-        _scatter([(rows, part.hidden) for rows, part in results], batch, (length, width), state.tokens),
+        total[:-1].view(embedded.shape),
         state,
         _scatter_weights(results, batch, decoder.config.window_size, state.tokens) if return_weights else None,
     )

@@ -10,12 +10,13 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in evaluation mode inside the block, and back in training mode after it where it was."""
-    was_training = model.training
-    if was_training:  # a walk through all modules, which takes as long as a part of a step
+    """Put ``model`` in evaluation mode inside the block; after it those of its modules train again that did before."""
+    training = []
+    if model.training:  # a walk through all modules, which takes as long as a part of a step
+        training = [module for module in model.modules() if module.training]
         model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.training = True

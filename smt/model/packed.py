@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor
-
-from smt.runtime.device import from_host
 
 
 def text_bounds(cu_seqlens: Tensor | Sequence[int], input_ids: Tensor, name: str = "cu_seqlens") -> tuple[int, ...]:
@@ -36,19 +33,3 @@ def text_bounds(cu_seqlens: Tensor | Sequence[int], input_ids: Tensor, name: str
 def text_lengths(bounds: Sequence[int]) -> tuple[int, ...]:
     """Tokens of each text."""
     return tuple(stop - start for start, stop in pairwise(bounds))
-
-
-def as_rows(packed: Tensor, bounds: Sequence[int]) -> Tensor:
-    """Texts (1, T) as rows (N, longest), padded on the left with copies of each one's first token."""
-    edges = from_host(bounds, packed.device)[:, None]
-    columns = torch.arange(-max(text_lengths(bounds)), 0, device=packed.device)
-    return packed[0, torch.maximum(edges[1:] + columns, edges[:-1])]
-
-
-def as_packed(rows: Tensor, bounds: Sequence[int]) -> Tensor:
-    """Rows (N, longest, ...), each with a text at its end, as texts (1, T, ...): the inverse of ``as_rows``."""
-    stops = from_host(bounds[1:], rows.device)
-    behind = rows.shape[1] * torch.arange(1, len(bounds), device=rows.device) - stops
-    token = torch.arange(bounds[-1], device=rows.device)
-    index = token + behind[torch.bucketize(token, stops, right=True)]
-    return rows.flatten(0, 1).index_select(0, index)[None]

@@ -20,6 +20,7 @@ from smt.config import SMTConfig
 from smt.model.decoder import Decoder
 from smt.model.layers import Block
 from smt.model.rotary import Rotation, rotation
+from smt.model.weights import is_plain
 from smt.model.windows import absent_in_block, window_cache
 from smt.runtime.device import from_host
 from smt.runtime.precision import dtype_of_products
@@ -34,7 +35,7 @@ def decode_stream(decoder: Decoder, embedded: Tensor, state: SMTState) -> Tensor
     config, step = decoder.config, state.device_steps
     n_tokens, n_slots = (count.int() for count in seen(config, step))
     rows, index = torch.arange(len(step), device=step.device), step % config.m_input_tokens
-    x = embedded[None]
+    x = decoder.dropout(embedded[None])
     turn = _rotation(config, step, x)
     for block, kept in zip(decoder.blocks, _layers(state), strict=True):
         x = _through(block, x, kept, n_tokens, n_slots, rows, index, turn)
@@ -48,11 +49,11 @@ def keep_slots(decoder: Decoder, slots: Tensor, state: SMTState, rows: Tensor, w
     # A slot sees itself, earlier slots and no tokens.
     n_slots = seen(config, step + 1)[1].int()
     n_tokens = torch.zeros_like(n_slots)
-    x = (slots + decoder.slot_type)[None]
+    x = decoder.dropout((slots + decoder.slot_type)[None])
     turn = _rotation(config, step, x)
     everyone = len(rows) == state.batch_size
     for depth, (block, kept) in enumerate(zip(decoder.blocks, _layers(state), strict=True), start=1):
-        if depth == len(decoder.blocks):  # nothing reads the slots' last output
+        if depth == len(decoder.blocks) and is_plain(block, Block):  # nothing reads the slots' last output
             _append(block, block.attention(block.norm_1(x)), kept, rows, index, turn, of_slots=True)
         else:
             x = _through(block, x, kept, n_tokens, n_slots, rows, index, turn, of_slots=True, everyone=everyone)
@@ -69,7 +70,7 @@ def decode_stride(decoder: Decoder, embedded: Tensor, state: SMTState) -> Tensor
     absent_tokens, absent_slots = absent_in_block(config, step)
     rows, index = torch.arange(len(step), device=step.device), in_window - absent_tokens
     n_tokens, n_slots = (index + 1).int(), (config.n_ssm_outputs - absent_slots).int()
-    x = (embedded + decoder.positions[config.n_ssm_outputs + in_window])[None]
+    x = decoder.dropout((embedded + decoder.positions[config.n_ssm_outputs + in_window])[None])
     for block, kept in zip(decoder.blocks, _layers(state), strict=True):
         x = _through(block, x, kept, n_tokens, n_slots, rows, index)
     hidden = decoder.norm(x)[0]
@@ -85,7 +86,7 @@ def decode_token(decoder: Decoder, embedded: Tensor, state: SMTState) -> Tensor:
     if entering and config.n_ssm_outputs:
         _enter_blocks(decoder, state, entering, step, 0)
     valid_tokens, valid_memory = _valid(config, step, min(state.steps), config.m_input_tokens)
-    x = from_ring(state.tokens, step + 1, config.m_input_tokens) + decoder.positions[config.n_ssm_outputs :]
+    x = decoder.dropout(from_ring(state.tokens, step + 1, config.m_input_tokens) + decoder.positions[config.n_ssm_outputs :])
     for depth, (block, (_, (slot_k, slot_v))) in enumerate(zip(decoder.blocks, _layers(state), strict=True), start=1):
         tail = 1 if depth == len(decoder.blocks) else config.m_input_tokens
 

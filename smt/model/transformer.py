@@ -20,7 +20,7 @@ from smt.model.generation import generate, stream
 from smt.model.graphs import of_one_shape, records_graphs
 from smt.model.loss import head_loss
 from smt.model.memory import AttentionPooling, StrideMemory
-from smt.model.packed import as_packed, as_rows, text_bounds, text_lengths
+from smt.model.packed import text_bounds, text_lengths
 from smt.model.parallel import initial_state
 from smt.model.parameters import count_parameters
 from smt.model.weights import is_hooked, rows_of
@@ -119,8 +119,8 @@ class StrideMemoryTransformer(nn.Module):
         Args:
             input_ids: (B, T) integer tokens; on CPU their range is checked, and that of targets.
             state: the ``aux.state`` of the call before, to continue its sequences; None: start. Rows may be at any steps.
-            targets: (B, T) integers, the token that should follow each step, or -100 to leave it out: give their mean
-                cross-entropy instead of logits, which are then never all held.
+            targets: (B, T) integers, the token that should follow each step, or -100 to leave it out, as at padding: give
+                their mean cross-entropy instead of logits, which are then never all held.
             attention_mask: (B, T), 0 at padding, which is on the left, and 1 at tokens; a row of zeros takes nothing. Logits at
                 padding mean nothing, but are finite. None: no padding.
             cu_seqlens: (N + 1,) integers from 0 to T: ``input_ids`` (1, T) are N packed texts, of which number i is
@@ -133,11 +133,14 @@ class StrideMemoryTransformer(nn.Module):
             logits (B, T, V), or a scalar in nats per target, and ``Aux``.
 
         Raises:
-            TypeError: input_ids is not an integer tensor.
+            TypeError: input_ids, targets or cu_seqlens are not integers, or state is no ``SMTState``.
             ValueError: wrong rank, an empty batch, another device, a token or target out of range, a state of another config or
                 batch size, a mask that is not left padding, or beside ``cu_seqlens``, ``cu_seqlens`` that do not rise from 0 to
                 T, targets of another shape, or beside ``last_only``.
         """
+        check_rows(input_ids)
+        if cu_seqlens is not None:
+            cu_seqlens = text_bounds(cu_seqlens, input_ids)
         if targets is not None:
             check_targets("targets", targets, input_ids, self.config.vocab_size)
             if last_only:
@@ -151,9 +154,11 @@ class StrideMemoryTransformer(nn.Module):
             overwrite_state=overwrite_state,
         )
         if targets is not None:
+            if attention_mask is not None:
+                targets = targets.masked_fill(attention_mask == 0, IGNORE_INDEX)
             return head_loss(hidden, self.head(), targets), aux
         if last_only and cu_seqlens is not None:
-            hidden = hidden[0, torch.as_tensor(cu_seqlens, device=hidden.device)[1:] - 1][:, None]
+            hidden = hidden[0, from_host(cu_seqlens[1:], hidden.device) - 1][:, None]
         elif last_only:
             hidden = hidden[:, -1:]
         return F.linear(hidden, self.head()), aux
@@ -198,34 +203,33 @@ class StrideMemoryTransformer(nn.Module):
         self._check(input_ids)
         if cu_seqlens is not None and attention_mask is not None:
             raise ValueError("attention_mask must be None beside cu_seqlens: packed texts have no padding")
-        rows, counts, bounds = input_ids, (input_ids.shape[1],) * input_ids.shape[0], None
+        counts, firsts = (input_ids.shape[1],) * input_ids.shape[0], None
         if attention_mask is not None:
             counts = token_counts(attention_mask, input_ids)
         elif cu_seqlens is not None:
             bounds = text_bounds(cu_seqlens, input_ids)
-            rows, counts = as_rows(input_ids, bounds), text_lengths(bounds)
+            counts, firsts = text_lengths(bounds), bounds[:-1]
         self._check_state(state, len(counts))
         if state is None:
             state = self.initial_state(len(counts))
-        elif state.tokens.dtype != self.embedding.weight.dtype:
-            state = state.in_dtype(self.embedding.weight.dtype)
-        elif not torch.compiler.is_compiling() and state.tokens.is_inference() and not torch.is_inference_mode_enabled():
+        elif not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled() and state.is_inference():
             state = state.clone()  # tensors of inference mode can be read alone: neither overwritten nor kept for a gradient
+        if state.tokens.dtype != self.embedding.weight.dtype:
+            state = state.in_dtype(self.embedding.weight.dtype)
         encoded = encode_batch(
             self.memory,
             self.decoder,
-            self.embedding(rows),
+            self.embedding(input_ids),
             state,
             counts,
             decodes=not torch.is_grad_enabled() and not self.training,
             return_weights=return_weights,
             overwrite_state=overwrite_state,
-            by_length=bounds is not None,
+            firsts=firsts,
         )
-        hidden = encoded.hidden if bounds is None else as_packed(encoded.hidden, bounds)
         made = self.config.window.writes_made if self.config.writes else lambda step: 0
         writes = tuple(range(made(step), made(step + count)) for step, count in zip(state.steps, counts, strict=True))
-        return hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
+        return encoded.hidden, Aux(self.config, writes, sum(counts), encoded.weights, encoded.state)
 
     def head(self) -> Tensor:
         """The matrix (V, d) of the head, which is the embedding, adapters included."""
@@ -320,6 +324,8 @@ class StrideMemoryTransformer(nn.Module):
     def _check_state(self, state: SMTState | None, batch_size: int) -> None:
         device = self.embedding.weight.device
         if state is not None:
+            if not isinstance(state, SMTState):
+                raise TypeError(f"state must be an SMTState, such as aux.state, got {type(state).__name__}")
             state.check(self.config, batch_size)
             if state.tokens.device != device:
                 raise ValueError(f"state must be on the model's device {device}, got {state.tokens.device}")

@@ -14,6 +14,7 @@ from smt.config import SMTConfig
 from smt.runtime.device import from_host
 from smt.state.file import read_state, write_state
 from smt.state.layout import KEYS_AND_VALUES, ROWS, state_shapes, without_entries
+from smt_kernels.operators import is_transformed
 
 # The fields of a configuration that give the state its shape or its meaning.
 _BINDING = (
@@ -81,7 +82,16 @@ class SMTState:
 
     @classmethod
     def from_tensors(cls, config: SMTConfig, steps: Sequence[int], tensors: dict[str, Tensor]) -> SMTState:
-        """The inverse of ``tensors``."""
+        """The inverse of ``tensors``.
+
+        Raises:
+            ValueError: a tensor of another shape than ``config`` and ``steps`` give it.
+        """
+        for name, shape in state_shapes(config).items():
+            may_lack = name in KEYS_AND_VALUES and config.encoding != "stream"
+            known = [each.of(len(steps)) for each in (shape, without_entries(shape))[: 1 + may_lack]]
+            if tuple(tensors[name].shape) not in known:
+                raise ValueError(f"{name} must have shape {shape.of(len(steps))}, got {tuple(tensors[name].shape)}")
         device = tensors["tokens"].device
         if len(set(steps)) == 1:  # filled in there; a list would be copied
             device_steps = torch.full((len(steps),), steps[0], dtype=torch.int64, device=device)
@@ -144,6 +154,8 @@ class SMTState:
 
         def moved(name: str, tensor: Tensor) -> Tensor:
             there = tensor.to(*args, **kwargs)
+            if not there.is_floating_point():
+                raise TypeError(f"a state is of a floating dtype, got {there.dtype}")
             if name != "ssm" or there.dtype.itemsize >= torch.float32.itemsize:
                 return there
             return tensor.to(there.device, torch.float32)  # not from ``there``, which has lost digits
@@ -177,7 +189,8 @@ class SMTState:
     def overwrite_rows(self, index: Sequence[int], rows: SMTState) -> SMTState:
         """This state with the rows ``index`` replaced by ``rows``, in the same tensors."""
         where = from_host(index, self.tokens.device)
-        written = self._map(lambda name, tensor: tensor.index_copy_(ROWS[name], where, getattr(rows, name)))
+        copy = Tensor.index_copy if is_transformed() else Tensor.index_copy_  # what vmap maps over fits in no tensor of one row
+        written = self._map(lambda name, tensor: copy(tensor, ROWS[name], where, getattr(rows, name)))
         steps = list(self.steps)
         for row, step in zip(index, rows.steps, strict=True):
             steps[row] = step
@@ -202,6 +215,10 @@ class SMTState:
             steps=tuple(step for state in states for step in state.steps),
             device_steps=torch.cat([state.device_steps for state in states]),
         )
+
+    def is_inference(self) -> bool:
+        """Whether some of the tensors are of inference mode."""
+        return any(tensor.is_inference() for tensor in self.tensors().values())
 
     def n_bytes(self) -> int:
         """Bytes that the tensors hold."""

@@ -281,3 +281,66 @@ def test_aux_tells_the_writes_of_each_row():
 def test_a_bad_attention_mask_is_explained(mask, error, message):
     with pytest.raises(error, match=message):
         build()(torch.ones(1, 3, dtype=torch.long), attention_mask=mask)
+
+
+def last_block(model):
+    return model.decoder.blocks[-1]
+
+
+@pytest.mark.parametrize("part", [lambda model: model.decoder.dropout, last_block], ids=["dropout", "last block"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_hooks_act_on_single_steps_as_on_a_whole_pass(encoding, part):
+    model = build(encoding=encoding).double()
+    steer = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    ids = torch.randint(VOCAB, (2, 24))
+    with torch.no_grad():
+        plain, _ = model(ids)
+        part(model).register_forward_pre_hook(lambda module, inputs: (inputs[0] + steer, *inputs[1:]))
+        whole, _ = model(ids)
+        state, steps = None, []
+        for token in ids.split(1, dim=1):
+            logits, aux = model(token, state)
+            state = aux.state
+            steps.append(logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
+    assert not torch.allclose(whole, plain)
+
+
+def test_targets_at_padding_do_not_count():
+    model = build()
+    texts = [torch.randint(VOCAB, (length,)) for length in (20, 5)]
+    ids, mask = left_padded(texts)
+    loss, _ = model(ids, targets=ids.roll(-1, 1), attention_mask=mask)
+    alone = [model(text[None], targets=torch.cat([text[1:], row[:1]])[None])[0] for text, row in zip(texts, ids, strict=True)]
+    torch.testing.assert_close(loss, (20 * alone[0] + 5 * alone[1]) / 25)
+
+
+def test_a_state_of_inference_mode_and_another_dtype_goes_on_in_training():
+    model, ids = build(dropout=0.0), torch.randint(VOCAB, (2, 20))
+    with torch.inference_mode():
+        state = model.bfloat16()(ids)[1].state
+    model.float()
+    model.loss(ids, state=state)[0].backward()
+    with torch.no_grad():
+        model(ids[:, :2], state, attention_mask=torch.tensor([[1, 1], [0, 1]]), overwrite_state=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, ids: model(ids, targets=ids.float()), "targets must be a tensor of integers, got torch.float32"),
+        (lambda model, ids: model(ids, targets=ids.tolist()), "targets must be a tensor of integers, got list"),
+        (lambda model, ids: model(ids, model(ids)[1]), "state must be an SMTState, such as aux.state, got Aux"),
+        (lambda model, ids: model(ids)[1].state.to(torch.int32), "a state is of a floating dtype, got torch.int32"),
+    ],
+    ids=["float targets", "list", "aux", "int state"],
+)
+def test_what_is_no_target_and_no_state_is_explained(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(build(), torch.ones(1, 4, dtype=torch.long))
+
+
+def test_a_state_is_not_made_of_tensors_whose_rows_are_not_its_rows():
+    state = build()(torch.ones(3, 4, dtype=torch.long))[1].state
+    with pytest.raises(ValueError, match=r"tokens must have shape \(2, 7, 16\), got \(3, 7, 16\)"):
+        SMTState.from_tensors(state.config, (4, 4), state.tensors())

@@ -195,3 +195,10 @@ def test_a_model_that_is_in_evaluation_mode_is_not_put_into_it_for_every_token(m
     for name in ("train", "eval"):
         monkeypatch.setattr(model, name, lambda *arguments: pytest.fail("a walk through all modules"))
     assert model.generate(torch.ones(1, 3, dtype=torch.long), 4).shape == (1, 7)
+
+
+def test_parts_that_do_not_train_do_not_train_after_it():
+    model = build().train()
+    model.decoder.eval()
+    model.generate(torch.ones(1, 3, dtype=torch.long), 2)
+    assert model.training and model.memory.training and not model.decoder.training and not model.decoder.blocks[0].training

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from smt import SMTConfig, StrideMemoryTransformer
 from smt.model import parallel
@@ -81,6 +83,46 @@ def test_texts_run_beside_texts_of_less_than_twice_their_length(monkeypatch):
     _, row, bounds = packed([12, 12])
     build()(row, cu_seqlens=bounds)
     assert shapes == [(2, 12)]
+
+
+def test_one_long_text_pads_no_other():
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.append(max([x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)], default=0))
+            return out
+
+    model = build(n_ssm_outputs=1, m_input_tokens=3, stride=3)
+    _, row, bounds = packed([3] * 100 + [200])
+    with Sizes():
+        model.loss(row, cu_seqlens=bounds)[0].backward()
+    assert max(largest) < 100 * 200 * 16 / 4, "no tensor holds the texts padded to the longest, of width 16"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_bounds_are_integers_of_any_kind_and_shape(dtype):
+    model = build()
+    texts, row, bounds = packed([5, 15])
+    last, _ = model(row, cu_seqlens=bounds[None].to(dtype), last_only=True)
+    torch.testing.assert_close(last, torch.cat([model(text)[0][:, -1:] for text in texts]))
+
+
+def test_packed_texts_and_padded_rows_are_mapped_over():
+    model = build(dropout=0.0).double()
+    _, row, bounds = packed([5, 15])
+    rows = torch.stack([row, row.flip(1)])
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row,), {"targets": row, "cu_seqlens": bounds.tolist()})[0]
+
+    parameters = dict(model.named_parameters())
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, rows)
+    for number, one in enumerate(rows):
+        expected = torch.func.grad(loss)(parameters, one)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name][number], gradient)
 
 
 @pytest.mark.parametrize(
