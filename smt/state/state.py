@@ -175,7 +175,13 @@ class SMTState:
         return self._map(lambda name, tensor: tensor.to(getattr(other, name).dtype))
 
     def rows(self, index: Tensor | Sequence[int]) -> SMTState:
-        """The rows that ``index`` (int64) names, in that order; a row may come several times (beam search)."""
+        """The rows that ``index`` (int64, at least one) names, in that order; a row may come several times (beam search).
+
+        Raises:
+            ValueError: it names none.
+        """
+        if not len(index):
+            raise ValueError("index must name a row, a state has at least one")
         here = index.to(self.tokens.device) if isinstance(index, Tensor) else from_host(index, self.tokens.device)
         chosen = self._map(lambda name, tensor: tensor.index_select(ROWS[name], here))
         alike = len(set(self.steps)) == 1  # and nothing to read from the device

@@ -340,6 +340,11 @@ def test_what_is_no_target_and_no_state_is_explained(call, message):
         call(build(), torch.ones(1, 4, dtype=torch.long))
 
 
+def test_a_state_has_a_row():
+    with pytest.raises(ValueError, match="index must name a row"):
+        build()(torch.ones(1, 4, dtype=torch.long))[1].state.rows([])
+
+
 def test_a_state_is_not_made_of_tensors_whose_rows_are_not_its_rows():
     state = build()(torch.ones(3, 4, dtype=torch.long))[1].state
     with pytest.raises(ValueError, match=r"tokens must have shape \(2, 7, 16\), got \(3, 7, 16\)"):

@@ -109,6 +109,11 @@ def test_bounds_are_integers_of_any_kind_and_shape(dtype):
     torch.testing.assert_close(last, torch.cat([model(text)[0][:, -1:] for text in texts]))
 
 
+def test_bounds_of_numpy_are_integers():
+    _, row, bounds = packed([5, 15])
+    assert build()(row, cu_seqlens=bounds.numpy())[1].state.steps == (5, 15)
+
+
 def test_packed_texts_and_padded_rows_are_mapped_over():
     model = build(dropout=0.0).double()
     _, row, bounds = packed([5, 15])
