@@ -36,14 +36,14 @@ MAIN_BLOCK = 64
 def _first_entries(valid_memory, valid_tokens, i_window, n_memory, window):
     """Position of the first slot and of the first token that exist, both right-aligned in their half.
 
-    Counts are not checked on a GPU: one too large counts as all.
+    Counts are not checked on a GPU: one too large counts as all; where it is of tokens, their half is the end of it anyway.
     """
     first_memory = 0
     if valid_memory is not None:
         first_memory = tl.maximum(n_memory - tl.load(valid_memory + i_window), 0)
     first_token = n_memory
     if valid_tokens is not None:
-        first_token = tl.maximum(window - tl.load(valid_tokens + i_window), n_memory)
+        first_token = window - tl.load(valid_tokens + i_window)
     return first_memory, first_token
 
 
