@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smt.config import SMTConfig
 from smt.runtime.files import tensors_writer, write_files
-from smt.state.layout import KEYS_AND_VALUES, state_shapes, without_entries
+from smt.state.layout import misfit
 
 FORMAT = "smt.state/2"
 
@@ -43,7 +43,9 @@ def read_state(path: str | Path, device: torch.device | str = "cpu") -> tuple[SM
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a saved state: its metadata has format {metadata.get('format')!r}, not {FORMAT!r}")
     config, steps = _read(path, metadata)
-    _check(path, config, steps, tensors)
+    wrong = misfit(config, len(steps), tensors)
+    if wrong is not None:
+        raise ValueError(f"{path} {wrong}")
     return config, steps, {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -62,17 +64,3 @@ def _read(path: Path, metadata: dict[str, str]) -> tuple[SMTConfig, list[int]]:
     if not isinstance(steps, list) or not steps or any(type(step) is not int or step < 0 for step in steps):
         raise ValueError(f"{path} must have a list of step counts in 'steps', got {metadata['steps']}")
     return config, steps
-
-
-def _check(path: Path, config: SMTConfig, steps: list[int], tensors: dict[str, Tensor]) -> None:
-    shapes = state_shapes(config)
-    for name in sorted(tensors.keys() ^ shapes.keys()):
-        raise ValueError(f"{path} {'has an unknown' if name in tensors else 'lacks the'} tensor {name!r}")
-    if config.encoding != "stream" and not any(tensors[name].numel() for name in KEYS_AND_VALUES):
-        shapes |= {name: without_entries(shapes[name]) for name in KEYS_AND_VALUES}
-    for name, shape in shapes.items():
-        expected = shape.of(len(steps))
-        if tuple(tensors[name].shape) != expected:
-            raise ValueError(f"{path} must have {name!r} of shape {expected}, got {tuple(tensors[name].shape)}")
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"{path} must have {name!r} of a floating dtype, got {tensors[name].dtype}")

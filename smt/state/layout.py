@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,6 +44,22 @@ def state_shapes(config: SMTConfig) -> dict[str, Shape]:
 def without_entries(shape: Shape) -> Shape:
     """The shape of keys and values that have not been formed: no entry of any row."""
     return shape._replace(row=(0, *shape.row[1:]))
+
+
+def misfit(config: SMTConfig, n_rows: int, tensors: Mapping[str, Tensor]) -> str | None:
+    """What keeps ``tensors`` from being those of a state of ``n_rows`` rows, in words; None: nothing."""
+    shapes = state_shapes(config)
+    for name in sorted(tensors.keys() ^ shapes.keys()):
+        return f"{'has an unknown' if name in tensors else 'lacks the'} tensor {name!r}"
+    if config.encoding != "stream" and not any(tensors[name].numel() for name in KEYS_AND_VALUES):
+        shapes |= {name: without_entries(shapes[name]) for name in KEYS_AND_VALUES}
+    for name, shape in shapes.items():
+        expected = shape.of(n_rows)
+        if tuple(tensors[name].shape) != expected:
+            return f"must have {name!r} of shape {expected}, got {tuple(tensors[name].shape)}"
+        if not tensors[name].is_floating_point():
+            return f"must have {name!r} of a floating dtype, got {tensors[name].dtype}"
+    return None
 
 
 def existing(config: SMTConfig, step: Index) -> tuple[Index, Index]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from smt.config import SMTConfig
 from smt.runtime.device import from_host
 from smt.state.file import read_state, write_state
-from smt.state.layout import KEYS_AND_VALUES, ROWS, state_shapes, without_entries
+from smt.state.layout import KEYS_AND_VALUES, ROWS, misfit, state_shapes, without_entries
 from smt_kernels.operators import is_transformed
 
 # The fields of a configuration that give the state its shape or its meaning.
@@ -78,20 +78,19 @@ class SMTState:
             name: torch.zeros(shape.of(batch_size), device=device, dtype=dtypes[name])
             for name, shape in state_shapes(config).items()
         }
-        return cls.from_tensors(config, (0,) * batch_size, tensors)
+        device_steps = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return cls(config=config, steps=(0,) * batch_size, device_steps=device_steps, **tensors)
 
     @classmethod
     def from_tensors(cls, config: SMTConfig, steps: Sequence[int], tensors: dict[str, Tensor]) -> SMTState:
         """The inverse of ``tensors``.
 
         Raises:
-            ValueError: a tensor of another shape than ``config`` and ``steps`` give it.
+            ValueError: they are not those that ``config`` and ``steps`` want.
         """
-        for name, shape in state_shapes(config).items():
-            may_lack = name in KEYS_AND_VALUES and config.encoding != "stream"
-            known = [each.of(len(steps)) for each in (shape, without_entries(shape))[: 1 + may_lack]]
-            if tuple(tensors[name].shape) not in known:
-                raise ValueError(f"{name} must have shape {shape.of(len(steps))}, got {tuple(tensors[name].shape)}")
+        wrong = misfit(config, len(steps), tensors)
+        if wrong is not None:
+            raise ValueError(f"the tensors of a state: {wrong}")
         device = tensors["tokens"].device
         if len(set(steps)) == 1:  # filled in there; a list would be copied
             device_steps = torch.full((len(steps),), steps[0], dtype=torch.int64, device=device)
