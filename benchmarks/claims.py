@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from smt.config import SMTConfig
 from smt.model.cost import (
     attention_products,
@@ -28,6 +30,7 @@ from smt.model.cost import (
     ssm_parameters,
     ssm_products,
 )
+from smt.state.state import SMTState
 
 PUBLISHED_SPEEDUP = 2300
 GPT2_VOCABULARY, GPT2_POSITIONS = 50257, 1024
@@ -102,7 +105,7 @@ def _cost_claims() -> list[Claim]:
 def _size_claims() -> list[Claim]:
     config = SMTConfig.published()
     state, with_window = published_state_floats(config)
-    cache = kv_cache_floats(config)
+    cache, stream = kv_cache_floats(config), SMTState.size_in_bytes(SMTConfig(), 1, torch.float32)
     gpt2 = gpt2_parameters(SMTConfig.published(vocab_size=GPT2_VOCABULARY), GPT2_POSITIONS)
     steps = range(100)
     return [
@@ -116,6 +119,14 @@ def _size_claims() -> list[Claim]:
             cache=cache,
             less=CONTEXT * cache / with_window,
             even=break_even_state_context(config),
+        ),
+        _claim(
+            "(this package) state of stream",
+            "{ours:.2f} MiB at any length in fp32, keys and values of the window included; GPT-2's cache of 4,096 tokens "
+            "{theirs:.0f} MiB: {less:.1f}x",
+            ours=stream / 2**20,
+            theirs=4 * CONTEXT * cache / 2**20,
+            less=4 * CONTEXT * cache / stream,
         ),
         _claim("embedding 38.6M", "right: {parameters:,.0f}", parameters=config.vocab_size * config.d_model),
         _claim("pooling 1.2M parameters", "right: {parameters:,.0f}", parameters=2 * config.d_model * config.d_k),

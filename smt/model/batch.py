@@ -175,16 +175,11 @@ def encode_batch(
     )
 
 
-def _scatter(parts: list[tuple[list[int], Tensor]], batch: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """One tensor (B, *shape) of the rows of all parts, zeros where no part has a row."""
-    dtype = parts[0][1].dtype if parts else like.dtype
-    total = like.new_zeros(batch, *shape, dtype=dtype)
-    for rows, values in parts:
-        total = total.index_copy(0, from_host(rows, like.device), values)
-    return total
-
-
 def _scatter_weights(results: list[tuple[list[int], Encoded]], batch: int, window: int, like: Tensor) -> Tensor:
+    """Those of all rows, (B, K, W), zeros behind the writes of a row and where no part has it."""
     most = max((part.weights.shape[1] for _, part in results), default=0)
-    padded = [(rows, F.pad(part.weights, (0, 0, 0, most - part.weights.shape[1]))) for rows, part in results]
-    return _scatter(padded, batch, (most, window), like)
+    total = like.new_zeros(batch, most, window, dtype=results[0][1].weights.dtype if results else like.dtype)
+    for rows, part in results:
+        padded = F.pad(part.weights, (0, 0, 0, most - part.weights.shape[1]))
+        total = total.index_copy(0, from_host(rows, like.device), padded)
+    return total
