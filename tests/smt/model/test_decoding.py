@@ -6,22 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_model import ENCODINGS, VOCAB, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smt import SMTConfig, SMTState, StrideMemoryTransformer
+from smt import SMTState
 from smt.state import layout
 
-VOCAB, LENGTH, ROWS = 37, 48, 3
-ENCODINGS = ["token", "stride", "stream"]
-
-
-def build(**switches):
-    torch.manual_seed(3)
-    sizes = dict(
-        vocab_size=VOCAB, d_model=16, d_k=16, transformer_n_layers=2, transformer_n_heads=2, ssm_n_layers=2, ssm_d_state=4,
-        initializer_range=0.3, n_ssm_outputs=4, m_input_tokens=7, stride=3, write_group=2,
-    )  # fmt: skip
-    return StrideMemoryTransformer(SMTConfig(**{**sizes, **switches})).eval()
+LENGTH, ROWS = 48, 3
 
 
 def left_padded(pieces, extra=0):
@@ -347,5 +338,5 @@ def test_a_state_has_a_row():
 
 def test_a_state_is_not_made_of_tensors_whose_rows_are_not_its_rows():
     state = build()(torch.ones(3, 4, dtype=torch.long))[1].state
-    with pytest.raises(ValueError, match=r"tokens must have shape \(2, 7, 16\), got \(3, 7, 16\)"):
+    with pytest.raises(ValueError, match=r"must have 'tokens' of shape \(2, 7, 16\), got \(3, 7, 16\)"):
         SMTState.from_tensors(state.config, (4, 4), state.tensors())
