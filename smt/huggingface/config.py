@@ -46,8 +46,7 @@ class SMTPreTrainedConfig(PreTrainedConfig):
     ) -> None:
         given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
         config = SMTConfig(**{name: given.pop(name) for name in NAMES if name in given})
-        if not tie_word_embeddings:
-            raise ValueError("tie_word_embeddings must be True: the head is the embedding")
+        check_tied(tie_word_embeddings)
         for name, value in config.to_dict().items():
             setattr(self, name, value)
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
@@ -61,3 +60,9 @@ class SMTPreTrainedConfig(PreTrainedConfig):
 
 
 AutoConfig.register(SMTPreTrainedConfig.model_type, SMTPreTrainedConfig, exist_ok=True)
+
+
+def check_tied(tie_word_embeddings: bool) -> None:
+    """Raise ValueError unless the head is to be the embedding, as it is."""
+    if not tie_word_embeddings:
+        raise ValueError("tie_word_embeddings must be True: the head is the embedding")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt.huggingface.cache import SMTCache
-from smt.huggingface.config import SMTPreTrainedConfig
+from smt.huggingface.config import SMTPreTrainedConfig, check_tied
 from smt.huggingface.model_card import CARD_FILE, model_card
 from smt.huggingface.packing import pop_text_bounds
 from smt.huggingface.padding import right_padding_taken
@@ -63,8 +63,7 @@ class SMTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SMTPreTrainedConfig, model: StrideMemoryTransformer | None = None) -> None:
         super().__init__(config)
-        if not config.tie_word_embeddings:  # set behind the back of its __init__, as from_pretrained does
-            raise ValueError("tie_word_embeddings must be True: the head is the embedding")
+        check_tied(config.tie_word_embeddings)  # once more: from_pretrained sets it when the configuration is made
         self.model = StrideMemoryTransformer(config.smt) if model is None else model
         self.post_init()
 

@@ -45,7 +45,7 @@ def pop_text_bounds(options: dict[str, Any], input_ids: Tensor) -> tuple[int, ..
         shapes = tuple(input_ids.shape), tuple(positions.shape)
         raise ValueError(f"position_ids must have the shape of input_ids, {shapes[0]}, got {shapes[1]}")
     flat = positions.flatten().cpu()
-    step = torch.arange(len(flat))
+    step = torch.arange(len(flat), device="cpu")
     begins = (flat == 0) | (step % input_ids.shape[1] == 0)  # no text goes on in the next row
     wrong = (flat != step - step.where(begins, 0).cummax(0).values).nonzero()
     if len(wrong):
